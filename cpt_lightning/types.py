@@ -1,0 +1,210 @@
+"""The batches that travel between data, modules and callbacks, a shape beside every field.
+
+Shape letters, the same everywhere: B prompts, G completions of one prompt (its group), N = B * G completions, P prompt
+tokens (left-padded), T completion tokens (right-padded), S = P + T, V vocabulary, H hidden size, K tasks.
+Log-probabilities are in nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+T = TypeVar("T")
+
+Gold = str | list[str]
+"""One reference answer, or several that are all right (VQA sets carry ten human answers)."""
+
+RewardFunction = Callable[[str, Gold], dict[str, float]]
+"""``(completion, gold) -> {"total": ..., "accuracy": ..., "format": ...}``; "total" is what RFT maximises."""
+
+
+@dataclass
+class Example:
+    """One row of a task, as it is asked of the model and graded: all that a module may know of it.
+
+    Args:
+        task: Name of the task the row belongs to.
+        row_id: Names the row in errors and result files: ``"<source>/<split>/<index>"`` or ``"<file>:<row>"``.
+        messages: The prompt in chat form (system and user turns); an image stands as ``{"type": "image"}``.
+        images: The prompt's images in order, RGB; emptied by the collate function once they are pixels.
+        gold: Reference answer(s).
+        target: Completion that SFT learns; ``None`` where the source has none.
+        reward: Scores a completion of this row.
+    """
+
+    task: str
+    row_id: str
+    messages: list[dict]
+    gold: Gold
+    reward: RewardFunction
+    images: list[Image] = field(default_factory=list)
+    target: str | None = None
+
+
+@dataclass
+class Prompts:
+    """B prompts with their images, left-padded.
+
+    Args:
+        input_ids: ``[B, P]`` token ids; every image stands as its run of ``<|image_pad|>`` tokens.
+        attention_mask: ``[B, P]`` 1 for tokens, 0 for padding.
+        images_per_prompt: B counts, 0 for a text-only prompt.
+        pixel_values: ``[num_patches, patch_dim]`` of all images in order, or ``None`` if the batch has no image.
+        image_grid_thw: ``[num_images, 3]`` patches per image along time, height and width, or ``None``.
+        examples: The B rows behind the prompts.
+        valid: ``[B]`` bool; ``False`` marks a row that only fills up a rank's share and must not be counted.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    images_per_prompt: list[int]
+    pixel_values: Tensor | None = None
+    image_grid_thw: Tensor | None = None
+    examples: list[Example] = field(default_factory=list)
+    valid: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the token ids live."""
+        return self.input_ids.device
+
+    @property
+    def lengths(self) -> Tensor:
+        """``[B]`` prompt tokens without padding."""
+        return self.attention_mask.sum(dim=1)
+
+    def to(self, device: torch.device | str, **kwargs) -> Self:
+        """A copy with its tensors on ``device``."""
+        return _tensors_to(self, device, **kwargs)
+
+    def select(self, rows: Sequence[int]) -> Prompts:
+        """The prompts of the given rows, with their images, without needless left padding."""
+        rows = list(rows)
+        index = torch.as_tensor(rows, dtype=torch.long, device=self.device)
+        mask = self.attention_mask[index]
+        padding = self.input_ids.shape[1] - int(mask.sum(dim=1).max()) if rows else 0
+        pixels, grid = self._select_images(rows)
+        return Prompts(
+            input_ids=self.input_ids[index, padding:],
+            attention_mask=mask[:, padding:],
+            images_per_prompt=[self.images_per_prompt[row] for row in rows],
+            pixel_values=pixels,
+            image_grid_thw=grid,
+            examples=[self.examples[row] for row in rows] if self.examples else [],
+            valid=None if self.valid is None else self.valid[index],
+        )
+
+    def _select_images(self, rows: list[int]) -> tuple[Tensor | None, Tensor | None]:
+        if self.pixel_values is None or not any(self.images_per_prompt[row] for row in rows):
+            return None, None
+        grids = self.image_grid_thw.split(self.images_per_prompt)
+        patches = [int(grid.prod(dim=1).sum()) for grid in grids]
+        pixels = self.pixel_values.split(patches)
+        return torch.cat([pixels[row] for row in rows]), torch.cat([grids[row] for row in rows])
+
+
+@dataclass
+class Completions:
+    """N completions, right-padded; those of one prompt stand together, so row ``b * G + g`` answers prompt ``b``.
+
+    Args:
+        ids: ``[N, T]`` token ids.
+        mask: ``[N, T]`` bool, true up to and including the end-of-turn token.
+    """
+
+    ids: Tensor
+    mask: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def lengths(self) -> Tensor:
+        """``[N]`` tokens of each completion, its end-of-turn token included."""
+        return self.mask.sum(dim=1)
+
+    def to(self, device: torch.device | str, **kwargs) -> Self:
+        """A copy with its tensors on ``device``."""
+        return _tensors_to(self, device, **kwargs)
+
+    def select(self, rows: Sequence[int]) -> Completions:
+        """The given completions, without needless right padding."""
+        index = torch.as_tensor(list(rows), dtype=torch.long, device=self.ids.device)
+        mask = self.mask[index]
+        length = max(1, int(mask.sum(dim=1).max())) if len(index) else 0
+        return Completions(self.ids[index, :length], mask[:, :length])
+
+    @staticmethod
+    def cat(parts: Sequence[Completions], pad_id: int = 0) -> Completions:
+        """One batch of all parts' completions in order, padded to the longest."""
+        length = max(part.ids.shape[1] for part in parts)
+        pad = [(0, length - part.ids.shape[1]) for part in parts]
+        ids = [torch.nn.functional.pad(part.ids, p, value=pad_id) for part, p in zip(parts, pad, strict=True)]
+        mask = [torch.nn.functional.pad(part.mask, p, value=False) for part, p in zip(parts, pad, strict=True)]
+        return Completions(torch.cat(ids), torch.cat(mask))
+
+
+@dataclass
+class Batch:
+    """What a data loader yields: prompts and, for training rows that have one, the reference completion (G = 1).
+
+    Args:
+        prompts: B prompts.
+        targets: B reference completions for SFT, or ``None`` (evaluation; RFT on rows without a target).
+        num_skipped: Rows left out of this batch because their prompt was longer than the limit.
+    """
+
+    prompts: Prompts
+    targets: Completions | None = None
+    num_skipped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def to(self, device: torch.device | str, **kwargs) -> Self:
+        """A copy with its tensors on ``device``."""
+        targets = None if self.targets is None else self.targets.to(device, **kwargs)
+        return replace(self, prompts=self.prompts.to(device, **kwargs), targets=targets)
+
+
+@dataclass
+class Rollout:
+    """B prompts, a group of G completions of each, and what they earned.
+
+    Args:
+        prompts: B prompts.
+        completions: N = B * G completions.
+        texts: N decoded completions.
+        rewards: ``[B, G]`` total reward, float32.
+        reward_parts: Named parts of the reward (``"accuracy"``, ``"format"``), each ``[B, G]``.
+        logps: ``[N, T]`` log-probability of each sampled token under the policy that sampled it (temperature applied,
+            before top-k and top-p), 0 where masked; ``None`` when greedy.
+    """
+
+    prompts: Prompts
+    completions: Completions
+    texts: list[str]
+    rewards: Tensor
+    reward_parts: dict[str, Tensor]
+    logps: Tensor | None = None
+
+    @property
+    def group_size(self) -> int:
+        """G, the completions of each prompt."""
+        return self.rewards.shape[1]
+
+
+def _tensors_to(batch: T, device: torch.device | str, **kwargs) -> T:
+    moved = {name: value.to(device, **kwargs) for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    return replace(batch, **moved)  # type: ignore[type-var]
