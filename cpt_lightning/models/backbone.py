@@ -1,0 +1,99 @@
+"""Loads the backbone: which weights, what of them is trained, in which precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from cpt_lightning.models.adapters import Lora, Part
+
+if TYPE_CHECKING:
+    from cpt_lightning.models.processor import PromptProcessor
+    from cpt_lightning.models.qwen_vl import QwenVL
+
+
+@dataclass
+class Backbone:
+    """The Qwen2.5-VL that is tuned.
+
+    Args:
+        path: Local folder, hub id, or ``tiny`` for the embedded base of 3 M parameters.
+        tuning: ``full`` trains all weights that are not frozen, ``lora`` only low-rank adapters.
+        lora: Settings of the adapters.
+        freeze: Parts that are not trained.
+        gradient_checkpointing: Parts whose activations are recomputed in backward: slower, less memory.
+        dtype: Precision of the weights; ``auto`` takes the checkpoint's. Autocasting is the Trainer's ``precision``.
+        attn_implementation: Attention of transformers: ``sdpa``, ``eager``.
+        min_pixels: Area to which smaller images are enlarged; the checkpoint's setting by default.
+        max_pixels: Area to which larger images are reduced; the checkpoint's setting by default.
+    """
+
+    path: str = "tiny"
+    tuning: Literal["full", "lora"] = "full"
+    lora: Lora = field(default_factory=Lora)
+    freeze: list[Part] = field(default_factory=list)
+    gradient_checkpointing: list[Literal["vision_tower", "language_model"]] = field(default_factory=list)
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+    def __post_init__(self) -> None:
+        both = set(self.freeze) & set(self.lora.parts)
+        if self.tuning == "lora" and self.lora.targets is None and both:
+            raise ValueError(f"backbone: {sorted(both)} cannot be frozen and get LoRA adapters; drop one of the two")
+        if self.tuning == "full" and len(set(self.freeze)) == 3:
+            raise ValueError("backbone.freeze names every part: nothing would be trained")
+
+    def load_processor(self) -> PromptProcessor:
+        """The tokenizer and image processor that belong to the weights."""
+        from cpt_lightning.models.processor import PromptProcessor
+
+        self._check_path()
+        return PromptProcessor.load(self.path, self.min_pixels, self.max_pixels)
+
+    def load_model(self) -> QwenVL:
+        """The model, in train mode, with what is not tuned frozen."""
+        from cpt_lightning.models.adapters import add_lora, freeze
+        from cpt_lightning.models.processor import resolve_path
+        from cpt_lightning.models.qwen_vl import QwenVL
+
+        self._check_path()
+        model = QwenVL.from_pretrained(
+            resolve_path(self.path), dtype=self.dtype, attn_implementation=self.attn_implementation
+        )
+        if self.tuning == "lora":
+            add_lora(model, self.lora)
+        freeze(model, self.freeze)
+        modules = {"vision_tower": model.model.visual, "language_model": model.model.language_model}
+        for part in self.gradient_checkpointing:
+            modules[part].gradient_checkpointing_enable({"use_reentrant": False})
+        return model.train()  # from_pretrained leaves it in eval mode
+
+    def _check_path(self) -> None:
+        """A path that looks like a folder must be one, or the hub would be asked for it."""
+        looks_local = self.path.startswith((".", "/", "~")) or self.path.count("/") > 1
+        if looks_local and not (Path(self.path) / "config.json").is_file():
+            raise FileNotFoundError(
+                f"backbone.path={self.path!r}: no config.json there; give a transformers folder, a hub id or 'tiny'"
+            )
+
+
+def load_backbone(path: str = "tiny", **options) -> tuple[QwenVL, PromptProcessor]:
+    """Loads a backbone with its processor.
+
+    Args:
+        path: Local folder, hub id, or ``"tiny"``.
+        **options: Fields of :class:`Backbone`.
+
+    Returns:
+        The transformers model, in train mode, and its processor.
+
+    Example:
+        >>> model, processor = load_backbone("tiny", freeze=["vision_tower"])
+        >>> type(model).__name__
+        'Qwen2_5_VLForConditionalGeneration'
+    """
+    backbone = Backbone(path, **options)
+    return backbone.load_model(), backbone.load_processor()

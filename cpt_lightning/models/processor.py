@@ -1,0 +1,177 @@
+"""Chat messages and images to token ids and patches, and completions back to text, without torchvision."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil
+from transformers.processing_utils import ProcessorMixin
+
+from cpt_lightning.types import Completions, Prompts
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+TINY = Path(__file__).parent / "tiny" / "base"
+"""The embedded base: a real, small Qwen2.5-VL folder."""
+
+VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
+
+
+class PromptProcessor(Qwen2_5_VLProcessor):
+    """Qwen2.5-VL's processor with a tokenizer and a PIL image processor only.
+
+    The one in transformers also wants a video processor, and that wants torchvision, of which there is no build for
+    every torch. Called as ``processor(text=..., images=...)`` it is the one users of transformers know.
+
+    Args:
+        image_processor: Turns images into patches.
+        tokenizer: Qwen tokenizer with the vision tokens.
+        chat_template: Jinja template; the tokenizer's own by default.
+    """
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template: str | None = None, **kwargs):
+        self.image_token = "<|image_pad|>"
+        self.video_token = "<|video_pad|>"
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
+        template = chat_template or tokenizer.chat_template
+        # Past Qwen2_5_VLProcessor's constructor, which insists on a video processor.
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=template)
+
+    @classmethod
+    def load(cls, path: str, min_pixels: int | None = None, max_pixels: int | None = None) -> Self:
+        """Loads the processor that belongs to a backbone.
+
+        Args:
+            path: Folder, hub id, or ``"tiny"``.
+            min_pixels: Smaller images are enlarged to this area; the folder's setting by default.
+            max_pixels: Larger images are reduced to this area; the folder's setting by default.
+        """
+        folder = resolve_path(path)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+        size = {**image_processor.size}
+        for edge, pixels in (("shortest_edge", min_pixels), ("longest_edge", max_pixels)):
+            if pixels is not None:
+                size[edge] = pixels
+        if size["shortest_edge"] > size["longest_edge"]:
+            raise ValueError(f"min_pixels={size['shortest_edge']} is more than max_pixels={size['longest_edge']}")
+        image_processor.size = size
+        return cls(image_processor, tokenizer)
+
+    @property
+    def pad_token_id(self) -> int:
+        """Fills up ragged batches."""
+        return self.tokenizer.pad_token_id
+
+    @property
+    def eos_token_id(self) -> int:
+        """Ends the assistant's turn."""
+        return self.tokenizer.convert_tokens_to_ids(STOP_TOKENS[0])
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """Tokens after which sampling of a completion ends."""
+        return self._known_ids(STOP_TOKENS)
+
+    @property
+    def banned_token_ids(self) -> list[int]:
+        """Tokens that must never be sampled: a placeholder without an image crashes the next forward."""
+        return self._known_ids(VISION_TOKENS)
+
+    def _known_ids(self, tokens: Sequence[str]) -> list[int]:
+        vocabulary = self.tokenizer.get_vocab()
+        return [vocabulary[token] for token in tokens if token in vocabulary]
+
+    def encode(
+        self,
+        messages: Sequence[list[dict]],
+        images: Sequence[list[Image]] | None = None,
+        row_ids: Sequence[str] | None = None,
+    ) -> Prompts:
+        """Encodes chats up to where the assistant begins to speak.
+
+        Args:
+            messages: B chats; an image stands as ``{"type": "image"}`` in a message's content.
+            images: The B chats' images in order; none by default.
+            row_ids: Names for error messages.
+
+        Returns:
+            B left-padded prompts, without examples.
+
+        Raises:
+            ValueError: A chat holds another number of image places than images, or an image that cannot be cut into
+                patches; names the row.
+        """
+        images = images if images is not None else [[] for _ in messages]
+        names = row_ids if row_ids is not None else [f"prompt {index}" for index in range(len(messages))]
+        texts, patches, grids = [], [], []
+        for chat, pictures, name in zip(messages, images, names, strict=True):
+            text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            pixels, grid = self._patches(pictures, name)
+            texts.append(self._expand_placeholders(text, grid, name))
+            patches.append(pixels)
+            grids.append(grid)
+        encoded = self.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False)
+        has_images = any(len(grid) for grid in grids)
+        return Prompts(
+            input_ids=encoded["input_ids"],
+            attention_mask=encoded["attention_mask"],
+            images_per_prompt=[len(grid) for grid in grids],
+            pixel_values=torch.cat(patches) if has_images else None,
+            image_grid_thw=torch.cat(grids) if has_images else None,
+        )
+
+    def _patches(self, images: Sequence[Image], name: str) -> tuple[Tensor, Tensor]:
+        """``[num_patches, patch_dim]`` and ``[num_images, 3]`` of one chat's images."""
+        if not images:
+            return torch.zeros(0, self._patch_dim), torch.zeros(0, 3, dtype=torch.long)
+        try:
+            features = self.image_processor(images=list(images), return_tensors="pt")
+        except ValueError as error:
+            sizes = [image.size for image in images]
+            raise ValueError(f"{name}: images of sizes {sizes} cannot be cut into patches: {error}") from error
+        return features["pixel_values"], features["image_grid_thw"]
+
+    @property
+    def _patch_dim(self) -> int:
+        return 3 * self.image_processor.temporal_patch_size * self.image_processor.patch_size**2
+
+    def _expand_placeholders(self, text: str, grid: Tensor, name: str) -> str:
+        """One ``<|image_pad|>`` per image becomes as many as the image has merged patches."""
+        places = text.count(self.image_token)
+        if places != len(grid):
+            raise ValueError(
+                f"{name}: {places} places for an image in the prompt, but {len(grid)} images; "
+                f"each image needs one {{'type': 'image'}} part (or <image> marker), and text must not hold {self.image_token}"
+            )
+        counts = iter((grid.prod(dim=1) // self.image_processor.merge_size**2).tolist())
+        return re.sub(re.escape(self.image_token), lambda _: self.image_token * next(counts), text)
+
+    def encode_targets(self, texts: Sequence[str]) -> Completions:
+        """Reference completions with the end-of-turn token, right-padded."""
+        # Special tokens in a target are text to learn, not commands: a data set must not be able to end the turn early.
+        ids = [self.tokenizer.encode(text, add_special_tokens=False) + [self.eos_token_id] for text in texts]
+        length = max(map(len, ids))
+        padded = torch.tensor([row + [self.pad_token_id] * (length - len(row)) for row in ids])
+        mask = torch.arange(length) < torch.tensor([[len(row)] for row in ids])
+        return Completions(padded, mask)
+
+    def decode(self, completions: Completions) -> list[str]:
+        """N completions as text, without the tokens that end a turn."""
+        ends = {*self.stop_token_ids, self.pad_token_id}
+        rows = zip(completions.ids.tolist(), completions.mask.tolist(), strict=True)
+        kept = [[token for token, real in zip(ids, mask, strict=True) if real and token not in ends] for ids, mask in rows]
+        return self.tokenizer.batch_decode(kept, clean_up_tokenization_spaces=False)
+
+
+def resolve_path(path: str) -> str:
+    """The folder or hub id behind a backbone's path; ``"tiny"`` is the embedded base."""
+    return str(TINY) if path == "tiny" else path

@@ -1,0 +1,98 @@
+"""Qwen2.5-VL taken apart at its joints: images to features, prompts to embeddings, embeddings to hidden states.
+
+Group rollouts and packed updates need these steps apart, because the image and the prompt are paid for once while
+many completions follow. All functions take the plain transformers model; adapters live inside it (see adapters.py).
+Another vision-language model is another file with these functions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from cpt_lightning.types import Prompts
+
+QwenVL = Qwen2_5_VLForConditionalGeneration
+
+
+def vision_is_frozen(model: QwenVL) -> bool:
+    """Whether image features stay what they are over an update, so that a rollout's may be used again."""
+    return not any(parameter.requires_grad for parameter in model.model.visual.parameters())
+
+
+def encode_images(model: QwenVL, prompts: Prompts) -> Tensor | None:
+    """Runs vision tower and projector once over every image of the batch.
+
+    Returns:
+        ``[num_image_tokens, H]`` features of all images in order, or ``None`` if no prompt has an image.
+    """
+    if prompts.pixel_values is None:
+        return None
+    output = model.model.get_image_features(prompts.pixel_values, prompts.image_grid_thw, return_dict=True)
+    return torch.cat(tuple(output.pooler_output))
+
+
+def embed_tokens(model: QwenVL, ids: Tensor) -> Tensor:
+    """``[..., H]`` input embeddings of text tokens."""
+    return model.get_input_embeddings()(ids)
+
+
+def embed_prompts(model: QwenVL, prompts: Prompts, image_features: Tensor | None) -> Tensor:
+    """``[B, P, H]`` input embeddings of the prompts, image features in the place of their placeholders.
+
+    Raises:
+        ValueError: The prompts hold another number of image tokens than there are features.
+    """
+    embeds = embed_tokens(model, prompts.input_ids)
+    is_image = prompts.input_ids == model.config.image_token_id
+    num_features = 0 if image_features is None else len(image_features)
+    if int(is_image.sum()) != num_features:
+        raise ValueError(f"{int(is_image.sum())} image tokens in the prompts, but {num_features} image features")
+    if image_features is None:
+        return embeds
+    return embeds.masked_scatter(is_image.unsqueeze(-1), image_features.to(embeds.dtype))
+
+
+def prompt_positions(model: QwenVL, prompts: Prompts) -> Tensor:
+    """``[3, B, P]`` M-RoPE positions (time, height, width) of the prompts; 0 on padding."""
+    positions, _ = model.model.get_rope_index(
+        prompts.input_ids,
+        mm_token_type_ids=(prompts.input_ids == model.config.image_token_id).int(),
+        image_grid_thw=prompts.image_grid_thw,
+        attention_mask=prompts.attention_mask,
+    )
+    return positions
+
+
+def hidden_states(model: QwenVL, embeds: Tensor, positions: Tensor, allowed: Tensor, cache: Any = None) -> Tensor:
+    """Runs the language model over embeddings with an explicit attention pattern.
+
+    Args:
+        model: The backbone.
+        embeds: ``[B, Q, H]`` input embeddings.
+        positions: ``[3, B, Q]`` M-RoPE positions.
+        allowed: ``[B, 1, Q, K]`` bool, true where a query may look at a key; every query needs one key.
+        cache: Holds earlier keys and values and takes the new ones: ``update(keys, values, layer_idx)`` returns all K.
+
+    Returns:
+        ``[B, Q, H]`` final hidden states.
+    """
+    # An additive mask serves both eager and scaled-dot-product attention; a dict keeps transformers from building its own.
+    lowest = torch.finfo(embeds.dtype).min
+    mask = torch.zeros(allowed.shape, dtype=embeds.dtype, device=embeds.device).masked_fill_(~allowed, lowest)
+    output = model.model.language_model(
+        inputs_embeds=embeds,
+        position_ids=positions,
+        attention_mask={"full_attention": mask},
+        past_key_values=cache,
+        use_cache=cache is not None,
+    )
+    return output.last_hidden_state
+
+
+def output_weight(model: QwenVL) -> Tensor:
+    """``[V, H]`` matrix that turns hidden states into logits."""
+    return model.get_output_embeddings().weight
