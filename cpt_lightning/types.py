@@ -59,6 +59,7 @@ class Prompts:
         images_per_prompt: B counts, 0 for a text-only prompt.
         pixel_values: ``[num_patches, patch_dim]`` of all images in order, or ``None`` if the batch has no image.
         image_grid_thw: ``[num_images, 3]`` patches per image along time, height and width, or ``None``.
+        image_features: ``[num_image_tokens, H]`` what the vision tower made of the pixels, where that is kept.
         examples: The B rows behind the prompts.
         valid: ``[B]`` bool; ``False`` marks a row that only fills up a rank's share and must not be counted.
     """
@@ -68,6 +69,7 @@ class Prompts:
     images_per_prompt: list[int]
     pixel_values: Tensor | None = None
     image_grid_thw: Tensor | None = None
+    image_features: Tensor | None = None
     examples: list[Example] = field(default_factory=list)
     valid: Tensor | None = None
 
@@ -94,24 +96,25 @@ class Prompts:
         index = torch.as_tensor(rows, dtype=torch.long, device=self.device)
         mask = self.attention_mask[index]
         padding = self.input_ids.shape[1] - int(mask.sum(dim=1).max()) if rows else 0
-        pixels, grid = self._select_images(rows)
         return Prompts(
             input_ids=self.input_ids[index, padding:],
             attention_mask=mask[:, padding:],
             images_per_prompt=[self.images_per_prompt[row] for row in rows],
-            pixel_values=pixels,
-            image_grid_thw=grid,
+            **self._select_images(rows),
             examples=[self.examples[row] for row in rows] if self.examples else [],
             valid=None if self.valid is None else self.valid[index],
         )
 
-    def _select_images(self, rows: list[int]) -> tuple[Tensor | None, Tensor | None]:
+    def _select_images(self, rows: list[int]) -> dict[str, Tensor | None]:
         if self.pixel_values is None or not any(self.images_per_prompt[row] for row in rows):
-            return None, None
+            return {}
         grids = self.image_grid_thw.split(self.images_per_prompt)
         patches = [int(grid.prod(dim=1).sum()) for grid in grids]
-        pixels = self.pixel_values.split(patches)
-        return torch.cat([pixels[row] for row in rows]), torch.cat([grids[row] for row in rows])
+        chosen = {"pixel_values": self.pixel_values.split(patches), "image_grid_thw": grids}
+        if self.image_features is not None:
+            patches_per_token = len(self.pixel_values) // len(self.image_features)
+            chosen["image_features"] = self.image_features.split([count // patches_per_token for count in patches])
+        return {name: torch.cat([parts[row] for row in rows]) for name, parts in chosen.items()}
 
 
 @dataclass
@@ -121,10 +124,13 @@ class Completions:
     Args:
         ids: ``[N, T]`` token ids.
         mask: ``[N, T]`` bool, true up to and including the end-of-turn token.
+        logps: ``[N, T]`` log-probability of each token under the policy that sampled it (temperature applied, before
+            top-k and top-p), 0 where masked; ``None`` if the completions were not sampled.
     """
 
     ids: Tensor
     mask: Tensor
+    logps: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -143,16 +149,8 @@ class Completions:
         index = torch.as_tensor(list(rows), dtype=torch.long, device=self.ids.device)
         mask = self.mask[index]
         length = max(1, int(mask.sum(dim=1).max())) if len(index) else 0
-        return Completions(self.ids[index, :length], mask[:, :length])
-
-    @staticmethod
-    def cat(parts: Sequence[Completions], pad_id: int = 0) -> Completions:
-        """One batch of all parts' completions in order, padded to the longest."""
-        length = max(part.ids.shape[1] for part in parts)
-        pad = [(0, length - part.ids.shape[1]) for part in parts]
-        ids = [torch.nn.functional.pad(part.ids, p, value=pad_id) for part, p in zip(parts, pad, strict=True)]
-        mask = [torch.nn.functional.pad(part.mask, p, value=False) for part, p in zip(parts, pad, strict=True)]
-        return Completions(torch.cat(ids), torch.cat(mask))
+        logps = None if self.logps is None else self.logps[index, :length]
+        return Completions(self.ids[index, :length], mask[:, :length], logps)
 
 
 @dataclass
@@ -188,8 +186,6 @@ class Rollout:
         texts: N decoded completions.
         rewards: ``[B, G]`` total reward, float32.
         reward_parts: Named parts of the reward (``"accuracy"``, ``"format"``), each ``[B, G]``.
-        logps: ``[N, T]`` log-probability of each sampled token under the policy that sampled it (temperature applied,
-            before top-k and top-p), 0 where masked; ``None`` when greedy.
     """
 
     prompts: Prompts
@@ -197,12 +193,28 @@ class Rollout:
     texts: list[str]
     rewards: Tensor
     reward_parts: dict[str, Tensor]
-    logps: Tensor | None = None
 
     @property
     def group_size(self) -> int:
         """G, the completions of each prompt."""
         return self.rewards.shape[1]
+
+
+@dataclass
+class Evaluation:
+    """What the model said to one batch of rows, and what it was worth.
+
+    Args:
+        examples: B rows.
+        texts: B completions.
+        scores: B named scores, ``"accuracy"`` and ``"total"`` among them.
+        valid: ``[B]`` whether the row counts; the others only fill up a rank's share.
+    """
+
+    examples: list[Example]
+    texts: list[str]
+    scores: list[dict[str, float]]
+    valid: list[bool]
 
 
 def _tensors_to(batch: T, device: torch.device | str, **kwargs) -> T:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -85,3 +87,18 @@ def add_lora(model: QwenVL, lora: Lora) -> None:
         model.add_adapter(config)
     except ValueError as error:
         raise ValueError(f"lora: no module of the backbone matches {lora.target_pattern!r}: {error}") from error
+
+
+def has_adapters(model: QwenVL) -> bool:
+    """Whether the model has adapters inside it."""
+    return bool(model._hf_peft_config_loaded)
+
+
+@contextmanager
+def adapters_off(model: QwenVL) -> Iterator[None]:
+    """The base model, for as long as it lasts."""
+    model.disable_adapters()
+    try:
+        yield
+    finally:
+        model.enable_adapters()

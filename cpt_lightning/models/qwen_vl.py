@@ -24,13 +24,13 @@ def vision_is_frozen(model: QwenVL) -> bool:
 
 
 def encode_images(model: QwenVL, prompts: Prompts) -> Tensor | None:
-    """Runs vision tower and projector once over every image of the batch.
+    """Runs vision tower and projector over every image of the batch, unless the prompts hold the features already.
 
     Returns:
         ``[num_image_tokens, H]`` features of all images in order, or ``None`` if no prompt has an image.
     """
-    if prompts.pixel_values is None:
-        return None
+    if prompts.image_features is not None or prompts.pixel_values is None:
+        return prompts.image_features
     output = model.model.get_image_features(prompts.pixel_values, prompts.image_grid_thw, return_dict=True)
     return torch.cat(tuple(output.pooler_output))
 
@@ -40,12 +40,13 @@ def embed_tokens(model: QwenVL, ids: Tensor) -> Tensor:
     return model.get_input_embeddings()(ids)
 
 
-def embed_prompts(model: QwenVL, prompts: Prompts, image_features: Tensor | None) -> Tensor:
+def embed_prompts(model: QwenVL, prompts: Prompts) -> Tensor:
     """``[B, P, H]`` input embeddings of the prompts, image features in the place of their placeholders.
 
     Raises:
         ValueError: The prompts hold another number of image tokens than there are features.
     """
+    image_features = encode_images(model, prompts)
     embeds = embed_tokens(model, prompts.input_ids)
     is_image = prompts.input_ids == model.config.image_token_id
     num_features = 0 if image_features is None else len(image_features)

@@ -17,7 +17,6 @@ from cpt_lightning.models.qwen_vl import (
     QwenVL,
     embed_prompts,
     embed_tokens,
-    encode_images,
     hidden_states,
     output_weight,
     prompt_positions,
@@ -106,7 +105,6 @@ def completion_logprobs(
     completions: Completions,
     *,
     temperature: float = 1.0,
-    image_features: Tensor | None = None,
 ) -> Scored:
     """Scores groups of completions, prompt and image computed once per group.
 
@@ -115,7 +113,6 @@ def completion_logprobs(
         prompts: B prompts.
         completions: N = B * G completions, group by group.
         temperature: Divides the logits, as it did while sampling.
-        image_features: ``[num_image_tokens, H]`` from the rollout, where the vision tower is frozen.
 
     Returns:
         Log-probabilities and entropies, ``[N, T]`` each.
@@ -126,9 +123,8 @@ def completion_logprobs(
     if len(completions) % len(prompts):
         raise ValueError(f"{len(completions)} completions cannot be split evenly over {len(prompts)} prompts")
     layout = GroupLayout.of(prompts, completions.mask)
-    features = encode_images(model, prompts) if image_features is None else image_features
     tokens = completions.ids[completions.mask]
-    embeds = _packed_embeds(model, prompts, features, tokens, layout)
+    embeds = _packed_embeds(model, prompts, tokens, layout)
     positions = layout.positions(prompt_positions(model, prompts))
     hidden = hidden_states(model, embeds, positions, layout.tree_mask())
     logps, entropies = token_logprobs(hidden[layout.row, layout.source], output_weight(model), tokens, temperature)
@@ -138,11 +134,9 @@ def completion_logprobs(
     )
 
 
-def _packed_embeds(
-    model: QwenVL, prompts: Prompts, image_features: Tensor | None, tokens: Tensor, layout: GroupLayout
-) -> Tensor:
+def _packed_embeds(model: QwenVL, prompts: Prompts, tokens: Tensor, layout: GroupLayout) -> Tensor:
     """``[B, S, H]`` input embeddings of the packed rows, zero on padding behind the completions."""
-    embeds = embed_prompts(model, prompts, image_features)
+    embeds = embed_prompts(model, prompts)
     num_prompts, length = layout.branch.shape
     tail = embeds.new_zeros(num_prompts, length - embeds.shape[1], embeds.shape[2])
     embeds = torch.cat([embeds, tail], dim=1)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +15,6 @@ from cpt_lightning.models.qwen_vl import (
     QwenVL,
     embed_prompts,
     embed_tokens,
-    encode_images,
     hidden_states,
     output_weight,
     prompt_positions,
@@ -50,17 +50,21 @@ class Sampling:
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k} must not be negative (0 is off)")
 
-    def pick(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """``[N]`` next tokens from ``[N, V]`` logits."""
+    def pick(self, logits: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Draws from ``[N, V]`` logits: ``[N]`` tokens and their log-probabilities before top-k and top-p."""
+        logps = (logits / self.temperature if self.temperature else logits).log_softmax(dim=-1)
+        token = self._draw(logps, generator)
+        return token, logps.gather(1, token[:, None]).squeeze(1)
+
+    def _draw(self, logps: Tensor, generator: torch.Generator | None) -> Tensor:
         if self.temperature == 0:
-            return logits.argmax(dim=-1)
-        logits = logits / self.temperature
-        if self.top_k and self.top_k < logits.shape[-1]:
-            kth = logits.topk(self.top_k, dim=-1).values[:, -1:]
-            logits = logits.masked_fill(logits < kth, -torch.inf)
+            return logps.argmax(dim=-1)
+        if self.top_k and self.top_k < logps.shape[-1]:
+            kth = logps.topk(self.top_k, dim=-1).values[:, -1:]
+            logps = logps.masked_fill(logps < kth, -torch.inf)
         if self.top_p < 1:
-            logits = _nucleus(logits, self.top_p)
-        return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
+            logps = _nucleus(logps, self.top_p)
+        return torch.multinomial(logps.softmax(dim=-1), 1, generator=generator).squeeze(1)
 
 
 def _nucleus(logits: Tensor, top_p: float) -> Tensor:
@@ -69,6 +73,15 @@ def _nucleus(logits: Tensor, top_p: float) -> Tensor:
     probability = ordered.softmax(dim=-1)
     behind = probability.cumsum(dim=-1) - probability >= top_p
     return logits.masked_fill(behind.scatter(1, order, behind), -torch.inf)
+
+
+def keyed_generator(device: torch.device | str, *key: int) -> torch.Generator:
+    """A generator whose stream is fixed by a key such as (seed, task, step, rank).
+
+    Nothing about it needs to be kept in a checkpoint: a resumed run makes the same one.
+    """
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    return torch.Generator(device).manual_seed(seed)
 
 
 class GroupCache:
@@ -113,7 +126,8 @@ def sampling_mode(model: QwenVL) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():  # not inference_mode: under it LoRA and FSDP would keep tensors that autograd refuses later
+        # Not inference_mode: what LoRA or FSDP keeps from it, autograd would refuse later.
+        with torch.no_grad():
             yield
     finally:
         model.train(was_training)
@@ -126,7 +140,6 @@ def sample_groups(
     group_size: int,
     sampling: Sampling,
     generator: torch.Generator | None = None,
-    image_features: Tensor | None = None,
 ) -> Completions:
     """Samples ``group_size`` completions of every prompt.
 
@@ -140,20 +153,18 @@ def sample_groups(
         group_size: G.
         sampling: How tokens are drawn.
         generator: Source of randomness, on the model's device.
-        image_features: ``[num_image_tokens, H]`` if the images have been encoded already.
 
     Returns:
         N = B * G completions, group by group, right-padded.
     """
     prefix = processor.tokenizer.encode(sampling.prefix, add_special_tokens=False) if sampling.prefix else []
     with sampling_mode(model):
-        features = encode_images(model, prompts) if image_features is None else image_features
-        started = _with_prefix(prompts, prefix)
-        ids = _decode(model, processor, started, features, group_size, sampling, generator)
+        ids, logps = _decode(model, processor, _with_prefix(prompts, prefix), group_size, sampling, generator)
     ids = torch.cat([ids.new_tensor(prefix).expand(len(ids), -1), ids], dim=1)
+    logps = torch.cat([logps.new_zeros(len(ids), len(prefix)), logps], dim=1)
     ended = torch.isin(ids, ids.new_tensor(processor.stop_token_ids))
     mask = ended.cumsum(dim=1) - ended.long() == 0
-    return Completions(ids.masked_fill(~mask, processor.pad_token_id), mask)
+    return Completions(ids.masked_fill(~mask, processor.pad_token_id), mask, logps.masked_fill(~mask, 0.0))
 
 
 def _with_prefix(prompts: Prompts, prefix: list[int]) -> Prompts:
@@ -161,12 +172,10 @@ def _with_prefix(prompts: Prompts, prefix: list[int]) -> Prompts:
     if not prefix:
         return prompts
     ids = prompts.input_ids.new_tensor(prefix).expand(len(prompts), -1)
-    return Prompts(
+    return replace(
+        prompts,
         input_ids=torch.cat([prompts.input_ids, ids], dim=1),
         attention_mask=torch.cat([prompts.attention_mask, torch.ones_like(ids)], dim=1),
-        images_per_prompt=prompts.images_per_prompt,
-        pixel_values=prompts.pixel_values,
-        image_grid_thw=prompts.image_grid_thw,
     )
 
 
@@ -174,33 +183,33 @@ def _decode(
     model: QwenVL,
     processor: PromptProcessor,
     prompts: Prompts,
-    image_features: Tensor | None,
     group_size: int,
     sampling: Sampling,
     generator: torch.Generator | None,
-) -> Tensor:
-    """``[N, T]`` sampled ids; what stands behind a stop token has no meaning."""
+) -> tuple[Tensor, Tensor]:
+    """``[N, T]`` sampled ids and their log-probabilities; what stands behind a stop token has no meaning."""
     cache = GroupCache(group_size, sampling.max_new_tokens)
     positions = prompt_positions(model, prompts)
     prompt_mask = prompts.attention_mask.bool()
-    embeds = embed_prompts(model, prompts, image_features)
-    hidden = hidden_states(model, embeds, positions, _causal(prompt_mask), cache)[:, -1]
+    hidden = hidden_states(model, embed_prompts(model, prompts), positions, _causal(prompt_mask), cache)[:, -1]
     hidden = hidden.repeat_interleave(group_size, dim=0)
     position = (positions.amax(dim=(0, 2)) + 1).repeat_interleave(group_size)  # [N] of the next token
     prompt_mask = prompt_mask.repeat_interleave(group_size, dim=0)
     allowed = torch.cat([prompt_mask, prompt_mask.new_ones(len(hidden), sampling.max_new_tokens)], dim=1)[:, None, None]
-    stops = hidden.new_tensor(processor.stop_token_ids, dtype=torch.long)
+    stops = prompts.input_ids.new_tensor(processor.stop_token_ids)
     finished = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
-    tokens = []
+    ids, logps = [], []
     while True:
         logits = (hidden @ output_weight(model).T).float()
         logits[:, processor.banned_token_ids] = -torch.inf
-        tokens.append(sampling.pick(logits, generator))
-        finished |= torch.isin(tokens[-1], stops)
-        if len(tokens) == sampling.max_new_tokens or finished.all():
-            return torch.stack(tokens, dim=1)
-        length = prompts.input_ids.shape[1] + len(tokens)
-        embeds = embed_tokens(model, tokens[-1][:, None])
+        token, logp = sampling.pick(logits, generator)
+        ids.append(token)
+        logps.append(logp)
+        finished |= torch.isin(token, stops)
+        if len(ids) == sampling.max_new_tokens or finished.all():
+            return torch.stack(ids, dim=1), torch.stack(logps, dim=1)
+        length = prompt_mask.shape[1] + len(ids)
+        embeds = embed_tokens(model, token[:, None])
         hidden = hidden_states(model, embeds, position.expand(3, -1).unsqueeze(-1), allowed[..., :length], cache)[:, -1]
         position = position + 1
 

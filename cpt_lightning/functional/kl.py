@@ -1,0 +1,55 @@
+"""Per-token estimates of KL(policy || reference) from tokens that the policy sampled.
+
+Schulman 2020, "Approximating KL Divergence" (joschu.net/blog/kl-approx.html), names them k1, k2 and k3. With
+``d = log pi_ref - log pi`` they are ``-d``, ``d^2 / 2`` and ``exp(d) - d - 1``. As *values*, k1 and k3 are unbiased; k3
+is never negative and varies far less while the policies are close. As *losses* they differ: on-policy, the gradient of
+k2 is that of the KL, that of k1 is 0 on average, and that of k3 is the one of the reverse KL(reference || policy).
+
+All are computed in float32 or better: in bfloat16 the difference of two log-probabilities near -10 has steps of .06.
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def kl_k1(
+    logps: Float[Tensor, "N T"], ref_logps: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"] | None = None
+) -> Float[Tensor, "N T"]:
+    """``log pi - log pi_ref``: unbiased, high variance, negative for many tokens.
+
+    Args:
+        logps: ``[N, T]`` log-probability of each token under the policy.
+        ref_logps: ``[N, T]`` the same under the reference.
+        mask: ``[N, T]`` true for tokens that count; the others give 0 with gradient 0, whatever stands there.
+    """
+    return -_log_ratio(logps, ref_logps, mask)
+
+
+def kl_k2(
+    logps: Float[Tensor, "N T"], ref_logps: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"] | None = None
+) -> Float[Tensor, "N T"]:
+    """``(log pi_ref - log pi)^2 / 2``: biased, never negative, with the gradient of the KL.
+
+    Arguments as in :func:`kl_k1`.
+    """
+    return _log_ratio(logps, ref_logps, mask).square() / 2
+
+
+def kl_k3(
+    logps: Float[Tensor, "N T"], ref_logps: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"] | None = None
+) -> Float[Tensor, "N T"]:
+    """``pi_ref / pi - log(pi_ref / pi) - 1``: unbiased and never negative.
+
+    GRPO's choice (DeepSeekMath, arXiv 2402.03300, eq. 4). Arguments as in :func:`kl_k1`. The log-ratio is bounded to
+    [-20, 20], as in verl, because ``exp`` of a token that the policy all but ruled out would drown the step.
+    """
+    log_ratio = _log_ratio(logps, ref_logps, mask).clamp(-20, 20)
+    # expm1, because near 0 the terms of exp(d) - d - 1 cancel: in float32 its rounding error, 1e-7, hides d below 5e-4.
+    return torch.expm1(log_ratio) - log_ratio
+
+
+def _log_ratio(logps: Tensor, ref_logps: Tensor, mask: Tensor | None) -> Tensor:
+    dtype = torch.promote_types(logps.dtype, torch.float32)
+    log_ratio = ref_logps.to(dtype) - logps.to(dtype)
+    return log_ratio if mask is None else torch.where(mask, log_ratio, 0)

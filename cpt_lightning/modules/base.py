@@ -1,0 +1,181 @@
+"""What every way of post-training shares: the backbone, the optimizer, and evaluation by generated answers."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, SumMetric
+
+from cpt_lightning.models import Backbone
+from cpt_lightning.modules.schedules import TaskSchedule
+from cpt_lightning.rewards import score
+from cpt_lightning.rollouts.sampling import Sampling, keyed_generator, sample_groups
+from cpt_lightning.types import Batch, Evaluation
+
+if TYPE_CHECKING:
+    from cpt_lightning.models.processor import PromptProcessor
+    from cpt_lightning.models.qwen_vl import QwenVL
+
+NONFINITE_STEPS_ALLOWED = 5
+"""After so many steps in a row without a finite gradient the run stops: it will not recover."""
+
+
+class PostTraining(L.LightningModule):
+    """The base of all objectives: owns the backbone and the optimizer, and evaluates by letting the model answer.
+
+    Args:
+        backbone: The model that is tuned, and how.
+        optimizer: Makes the optimizer from the trainable parameters; a fresh one for every task unless the callback
+            ``ContinualLearning`` is told otherwise.
+        lr_scheduler: Makes the learning-rate schedule, stepped after every optimizer step; constant if not given.
+        max_grad_norm: Gradients of a larger norm are scaled down to it. ``null`` switches clipping off.
+        evaluation: How answers are drawn when the model is evaluated; greedy by default.
+        seed: Keys all sampling of this module.
+    """
+
+    model: QwenVL
+
+    def __init__(
+        self,
+        backbone: Backbone = Backbone(),  # noqa: B008 a dataclass that is never changed
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.01),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        max_grad_norm: float | None = 1.0,
+        evaluation: Sampling = Sampling(max_new_tokens=64, temperature=0.0),  # noqa: B008
+        seed: int = 0,
+    ):
+        super().__init__()
+        if max_grad_norm is not None and max_grad_norm <= 0:
+            raise ValueError(f"max_grad_norm={max_grad_norm} must be positive; null switches clipping off")
+        self.backbone = backbone
+        self.make_optimizer = optimizer
+        self.make_schedule = lr_scheduler
+        self.max_grad_norm = max_grad_norm
+        self.evaluation = evaluation
+        self.seed = seed
+        self.scores = nn.ModuleDict()
+        self._nonfinite_in_a_row = 0
+
+    @cached_property
+    def processor(self) -> PromptProcessor:
+        """Turns messages and images into prompts, and completions into text; the data module uses it too."""
+        return self.backbone.load_processor()
+
+    def configure_model(self) -> None:
+        """Loads the backbone, once."""
+        if "model" not in self._modules:
+            self.model = self.backbone.load_model()
+
+    # -- optimization --------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self):
+        """A fresh optimizer over what is trainable, with its schedule if there is one."""
+        optimizer = self.make_optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
+        if self.make_schedule is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.make_schedule(optimizer), "interval": "step"},
+        }
+
+    def on_fit_start(self) -> None:
+        """Refuses Trainer options that would silently do nothing, or that another option replaces."""
+        if self.trainer.gradient_clip_val is not None:
+            raise ValueError("trainer.gradient_clip_val: set model.init_args.max_grad_norm instead, for every objective")
+
+    def on_train_epoch_start(self) -> None:
+        """A task begins: its schedule learns how long it lasts."""
+        schedule = self.lr_schedulers()
+        if isinstance(schedule, TaskSchedule):
+            schedule.set_total_steps(self.steps_of_task)
+
+    @property
+    def steps_of_task(self) -> int:
+        """Optimizer steps of the task that is being learned."""
+        return -(-int(self.trainer.num_training_batches) // self.trainer.accumulate_grad_batches)
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        """Clips by norm; a gradient that is not finite is dropped, so that the step changes nothing."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        limit = torch.inf if self.max_grad_norm is None else self.max_grad_norm
+        norm = nn.utils.clip_grad_norm_(parameters, limit)
+        self.log("train/grad_norm", norm)
+        if torch.isfinite(norm):
+            self._nonfinite_in_a_row = 0
+            return
+        optimizer.zero_grad(set_to_none=True)
+        self._nonfinite_in_a_row += 1
+        self.log("train/nonfinite_steps", float(self._nonfinite_in_a_row), prog_bar=True)
+        if self._nonfinite_in_a_row >= NONFINITE_STEPS_ALLOWED:
+            raise FloatingPointError(
+                f"{self._nonfinite_in_a_row} steps in a row had a gradient that is not finite (step {self.global_step}); "
+                "lower the learning rate, or use bf16-mixed or 32-true precision"
+            )
+
+    # -- evaluation ----------------------------------------------------------------------------------------------
+
+    def evaluate(self, batch: Batch, key: int) -> Evaluation:
+        """Lets the model answer every prompt once and grades the answers.
+
+        Args:
+            batch: B rows.
+            key: Tells this batch from others, so that sampling (not greedy) is the same whenever it is repeated.
+        """
+        prompts = batch.prompts
+        generator = keyed_generator(self.device, self.seed, key, self.global_rank)
+        completions = sample_groups(self.model, self.processor, prompts, 1, self.evaluation, generator)
+        texts = self.processor.decode(completions)
+        valid = [True] * len(prompts) if prompts.valid is None else prompts.valid.tolist()
+        return Evaluation(prompts.examples, texts, score(texts, prompts.examples), valid)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Evaluation:
+        """Answers and grades one batch of one task."""
+        return self._evaluation_step(batch, batch_idx)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> Evaluation:
+        """Answers and grades one batch of one task."""
+        return self._evaluation_step(batch, batch_idx)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Evaluation:
+        """Answers and grades one batch."""
+        return self.evaluate(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs ``val/<task>/accuracy`` and the other scores of every task."""
+        self._log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Logs ``test/<task>/accuracy`` and the other scores of every task."""
+        self._log_scores("test")
+
+    def _evaluation_step(self, batch: Batch, batch_idx: int) -> Evaluation:
+        evaluation = self.evaluate(batch, batch_idx)
+        rows = zip(evaluation.examples, evaluation.scores, evaluation.valid, strict=True)
+        for example, scores, valid in rows:
+            # A row that only fills up a rank's share still makes its metrics exist there: all ranks reduce the same.
+            for name, value in scores.items():
+                self._metric(example.task, name, MeanMetric).update(value, weight=float(valid))
+            self._metric(example.task, "num_samples", SumMetric).update(float(valid))
+        return evaluation
+
+    def _metric(self, task: str, name: str, kind: type[MeanMetric] | type[SumMetric]) -> MeanMetric | SumMetric:
+        # A mean of batch means is wrong when batches differ in size; a metric keeps sum and count, over ranks too.
+        key = f"{task}/{name}"
+        if key not in self.scores:
+            self.scores[key] = kind(nan_strategy="disable").to(self.device)
+        return self.scores[key]  # type: ignore[return-value]
+
+    def _log_scores(self, stage: str) -> None:
+        self.log_dict({f"{stage}/{key}": metric.compute() for key, metric in sorted(self.scores.items())})
+        self.scores.clear()
+
+    # -- shared by objectives ------------------------------------------------------------------------------------
+
+    def mean_over_ranks(self, value: Tensor) -> Tensor:
+        """The mean of a scalar over all ranks; every rank must call it."""
+        return self.trainer.strategy.reduce(value.detach().clone().float(), reduce_op="mean")

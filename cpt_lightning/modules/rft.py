@@ -1,0 +1,347 @@
+"""Reinforcement fine-tuning by group rollouts (GRPO)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from cpt_lightning.functional import (
+    AdvantageScale,
+    PolicyStats,
+    Reduction,
+    clipped_policy_loss,
+    group_normalized_advantages,
+    kl_k3,
+    masked_mean,
+    token_weights,
+    weighted_sum,
+    zero_signal_fraction,
+)
+from cpt_lightning.models.qwen_vl import encode_images, vision_is_frozen
+from cpt_lightning.modules.base import PostTraining
+from cpt_lightning.modules.reference import Reference, ReferenceKind
+from cpt_lightning.rewards import score
+from cpt_lightning.rollouts import Sampling, completion_logprobs, sample_groups
+from cpt_lightning.rollouts.sampling import keyed_generator
+from cpt_lightning.types import Batch, Completions, Prompts, Rollout
+
+
+@dataclass
+class Policy:
+    """What stays fixed over the updates that learn from a rollout.
+
+    Args:
+        advantages: ``[B, G]``.
+        row_weights: ``[B]`` weight of each prompt in the loss.
+        old_logps: ``[N, T]`` under the policy that sampled; ``None`` if there is one update only, before which the
+            policy is still that one.
+        ref_logps: ``[N, T]`` under the reference; ``None`` without a KL term.
+    """
+
+    advantages: Tensor
+    row_weights: Tensor
+    old_logps: Tensor | None = None
+    ref_logps: Tensor | None = None
+
+
+@dataclass
+class UpdateStats:
+    """What one micro-batch showed: its share of the loss, and detached token means."""
+
+    loss: Tensor
+    policy: PolicyStats | None = None
+    kl_k3: Tensor | None = None
+
+
+Loss = Callable[[], tuple[Tensor, UpdateStats]]
+"""Computes a micro-batch's share of the loss of an update, when its turn comes."""
+
+
+class RFT(PostTraining):
+    """Reinforcement fine-tuning with GRPO (DeepSeekMath, arXiv 2402.03300): samples groups and learns from their rewards.
+
+    A training batch is a rollout: of each of its prompts (``data.prompts_per_step``) ``group_size`` completions are
+    sampled, and learned from in ``updates_per_rollout`` optimizer steps.
+
+    Args:
+        group_size: Completions of each prompt.
+        sampling: How completions are drawn.
+        updates_per_rollout: Optimizer steps over which the prompts of a rollout are spread.
+        passes_per_rollout: How often the prompts of a rollout are gone through (mu in GRPO).
+        micro_batch_prompts: Prompts whose groups go through backward at once; all by default. Changes memory, not
+            results.
+        advantage_scale: ``std`` divides by the group's standard deviation (GRPO), ``none`` does not (Dr. GRPO).
+        clip_low: How far below 1 the ratio to the sampling policy may fall and still be learned from.
+        clip_high: How far above 1 it may rise and still be learned from.
+        dual_clip: Bounds the loss of completions with a negative advantage (paper A: 3.0); off by default.
+        reduction: How the loss averages over tokens: ``token_mean``, ``sequence_mean``, or ``constant``, which divides
+            token sums by ``sampling.max_new_tokens`` (Dr. GRPO).
+        kl_coef: Weight of the KL term (k3 estimator) that holds the policy to the reference; 0 needs no reference.
+        reference: ``task_start`` is the model as it was when the task began (paper A), ``base`` as it was loaded.
+        **kwargs: Options of :class:`PostTraining`.
+    """
+
+    def __init__(
+        self,
+        group_size: int = 8,
+        sampling: Sampling = Sampling(max_new_tokens=64),  # noqa: B008 a dataclass that is never changed
+        updates_per_rollout: int = 1,
+        passes_per_rollout: int = 1,
+        micro_batch_prompts: int | None = None,
+        advantage_scale: AdvantageScale = "std",
+        clip_low: float = 0.2,
+        clip_high: float = 0.3,
+        dual_clip: float | None = None,
+        reduction: Reduction = "token_mean",
+        kl_coef: float = 0.0,
+        reference: ReferenceKind = "task_start",
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        if group_size < 2:
+            raise ValueError(f"group_size={group_size}: a completion is compared with its siblings, so sample 2 or more")
+        if sampling.temperature == 0:
+            raise ValueError("sampling.temperature=0 makes all completions of a group the same; use e.g. 1.0")
+        if kl_coef < 0:
+            raise ValueError(f"kl_coef={kl_coef} must not be negative")
+        counts = {"updates_per_rollout": updates_per_rollout, "passes_per_rollout": passes_per_rollout}
+        for name, value in {**counts, "micro_batch_prompts": micro_batch_prompts}.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        self.automatic_optimization = False
+        self.group_size = group_size
+        self.sampling = sampling
+        self.updates_per_rollout = updates_per_rollout
+        self.passes_per_rollout = passes_per_rollout
+        self.micro_batch_prompts = micro_batch_prompts
+        self.advantage_scale: AdvantageScale = advantage_scale
+        self.clip_low, self.clip_high, self.dual_clip = clip_low, clip_high, dual_clip
+        self.reduction: Reduction = reduction
+        self.kl_coef = kl_coef
+        self.reference_kind: ReferenceKind = reference
+
+    # -- the algorithm -------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """Samples groups, rewards them, and updates the policy."""
+        self.start_step(batch, batch_idx)
+        rollout = self.collect(batch.prompts, batch_idx)
+        with self.timed("update"):
+            policy = self.prepare(rollout)
+            stats = [
+                part
+                for rows in self.update_rows(range(len(batch)))
+                for part in self.update(self.policy_losses(rollout, policy, rows), batch.prompts)
+            ]
+        self.log_rollout(rollout)
+        self.log_updates(stats)
+
+    def collect(self, prompts: Prompts, batch_idx: int) -> Rollout:
+        """Samples a group of completions of every prompt and has them rewarded."""
+        generator = keyed_generator(self.device, self.seed, self.current_epoch, batch_idx, self.global_rank)
+        with self.timed("rollout"):
+            if vision_is_frozen(self.model):  # then the update may use the same features
+                with torch.no_grad():
+                    prompts = replace(prompts, image_features=encode_images(self.model, prompts))
+            completions = sample_groups(self.model, self.processor, prompts, self.group_size, self.sampling, generator)
+            texts = self.processor.decode(completions)
+        with self.timed("reward"):
+            examples = [example for example in prompts.examples for _ in range(self.group_size)]
+            scores = score(texts, examples)
+        names = sorted({name for each in scores for name in each})
+        parts = {name: torch.tensor([each.get(name, 0.0) for each in scores], device=self.device) for name in names}
+        parts = {name: part.view(-1, self.group_size) for name, part in parts.items()}
+        return Rollout(prompts, completions, texts, rewards=parts.pop("total"), reward_parts=parts)
+
+    def prepare(self, rollout: Rollout) -> Policy:
+        """Turns rewards into advantages, and scores the completions where later updates need the scores of now."""
+        policy = Policy(
+            advantages=group_normalized_advantages(rollout.rewards, self.advantage_scale),
+            row_weights=torch.ones(len(rollout.prompts), device=self.device),
+        )
+        if self.updates_per_rollout * self.passes_per_rollout > 1:
+            with torch.no_grad():
+                policy.old_logps = self._logps(self.model, rollout)
+        if self.kl_coef:
+            with self.reference.model(self.model) as reference:
+                policy.ref_logps = self._logps(reference, rollout)
+        return policy
+
+    def policy_losses(self, rollout: Rollout, policy: Policy, rows: Sequence[int]) -> list[Loss]:
+        """The loss of one update on the groups of ``rows``, in micro-batches that add up to it."""
+        mask = rollout.completions.mask[self._completions_of(rows)]
+        num_tokens = self.mean_over_ranks(mask.sum()).item()
+        # Without a KL term a group of equal rewards has no gradient, so it costs no forward either.
+        has_gradient = policy.advantages.any(dim=1) | bool(self.kl_coef)
+        rows = [row for row in rows if has_gradient[row]]
+        size = self.micro_batch_prompts or max(1, len(rows))
+        weigh = partial(
+            token_weights,
+            reduction=self.reduction,
+            constant=self.sampling.max_new_tokens if self.reduction == "constant" else None,
+            num_sequences=len(mask),
+            num_tokens=num_tokens,
+        )
+        micro_batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+        return [partial(self.policy_loss, rollout, policy, micro, weigh) for micro in micro_batches]
+
+    def policy_loss(
+        self, rollout: Rollout, policy: Policy, rows: Sequence[int], weigh: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, UpdateStats]:
+        """A micro-batch's share of the loss of its update."""
+        index = self._completions_of(rows)
+        completions = rollout.completions.select(index)
+        mask, length = completions.mask, completions.mask.shape[1]
+        logps = self._score(self.model, rollout.prompts.select(rows), completions)
+        old_logps = logps.detach() if policy.old_logps is None else policy.old_logps[index, :length]
+        weights = weigh(mask) * policy.row_weights[rows].repeat_interleave(self.group_size)[:, None]
+        loss, policy_stats = clipped_policy_loss(
+            logps,
+            old_logps,
+            policy.advantages[rows].flatten(),
+            mask,
+            weights,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            dual_clip=self.dual_clip,
+        )
+        stats = UpdateStats(loss.detach(), policy_stats)
+        if policy.ref_logps is not None:
+            kl = kl_k3(logps, policy.ref_logps[index, :length], mask)
+            loss = loss + self.kl_coef * weighted_sum(kl, weights, mask)
+            stats = UpdateStats(loss.detach(), policy_stats, masked_mean(kl.detach(), mask))
+        return loss, stats
+
+    def update(self, losses: list[Loss], prompts: Prompts) -> list[UpdateStats]:
+        """One optimizer step on the sum of the losses; gradients are exchanged between ranks once."""
+        optimizer = self.optimizers()
+        losses = losses + [partial(self._nothing, prompts)] * (self._max_over_ranks(len(losses)) - len(losses))
+        stats = []
+        for number, compute in enumerate(losses, start=1):
+            with self._gradient_exchange(number == len(losses)):
+                loss, part = compute()
+                self.manual_backward(loss)
+            stats.append(part)
+        if losses:
+            self.configure_gradient_clipping(optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+        if schedule := self.lr_schedulers():
+            schedule.step()
+        return stats
+
+    # -- parts of a step -----------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Loads the backbone, and the reference if the KL term needs one."""
+        super().configure_model()
+        if self.kl_coef and "reference" not in self._modules:
+            self.reference = Reference(self.model, self.reference_kind)
+
+    @property
+    def steps_of_task(self) -> int:
+        """Optimizer steps of the task that is being learned."""
+        return int(self.trainer.num_training_batches) * self.updates_per_rollout * self.passes_per_rollout
+
+    def start_step(self, batch: Batch, batch_idx: int) -> None:
+        """Checks that the batch can be split as asked; says once what a step is; renews the reference at a task's start."""
+        num_prompts = len(batch)
+        if num_prompts < self.updates_per_rollout:
+            raise ValueError(
+                f"a batch of {num_prompts} prompts cannot be spread over updates_per_rollout={self.updates_per_rollout}; "
+                "raise data.prompts_per_step"
+            )
+        if self.global_step == 0:
+            rank_zero_info(
+                f"One step: {num_prompts} prompts x {self.group_size} completions = {num_prompts * self.group_size} on "
+                f"each of {self.trainer.world_size} rank(s), learned from {self.passes_per_rollout} time(s) in "
+                f"{self.updates_per_rollout} update(s) of {-(-num_prompts // self.updates_per_rollout)} prompts, "
+                f"{self.micro_batch_prompts or 'all'} at once through backward."
+            )
+        if batch_idx == 0 and self.kl_coef:
+            self.reference.start_task(self.model)
+
+    def update_rows(self, rows: Sequence[int]) -> Iterator[list[int]]:
+        """Which prompts each update of the rollout learns from."""
+        parts = torch.tensor(list(rows), dtype=torch.long).tensor_split(self.updates_per_rollout)
+        for _ in range(self.passes_per_rollout):
+            yield from (part.tolist() for part in parts)
+
+    def _completions_of(self, rows: Sequence[int]) -> list[int]:
+        return [row * self.group_size + member for row in rows for member in range(self.group_size)]
+
+    def _logps(self, model, rollout: Rollout) -> Tensor:
+        """``[N, T]`` of the whole rollout, in micro-batches."""
+        num_prompts = len(rollout.prompts)
+        logps = torch.zeros(rollout.completions.mask.shape, device=self.device)
+        for rows in torch.arange(num_prompts).split(self.micro_batch_prompts or num_prompts):
+            index = self._completions_of(rows.tolist())
+            completions = rollout.completions.select(index)
+            part = self._score(model, rollout.prompts.select(rows.tolist()), completions)
+            logps[index, : part.shape[1]] = part
+        return logps
+
+    def _score(self, model, prompts: Prompts, completions: Completions) -> Tensor:
+        return completion_logprobs(model, prompts, completions, temperature=self.sampling.temperature).logps
+
+    # -- several ranks -------------------------------------------------------------------------------------------
+
+    def _max_over_ranks(self, count: int) -> int:
+        if self.trainer.world_size == 1:
+            return count
+        return int(self.trainer.strategy.reduce(torch.tensor(count, device=self.device), reduce_op="max"))
+
+    def _gradient_exchange(self, now: bool):
+        strategy = self.trainer.strategy
+        return nullcontext() if now or not isinstance(strategy, ParallelStrategy) else strategy.block_backward_sync()
+
+    def _nothing(self, prompts: Prompts) -> tuple[Tensor, UpdateStats]:
+        """A loss of 0 that touches the model, for a rank that has less to learn from than another and must not lag."""
+        ids = torch.full((1, 1), self.processor.eos_token_id, device=self.device)
+        logps = self._score(self.model, prompts.select([0]), Completions(ids, torch.ones_like(ids, dtype=torch.bool)))
+        return logps.sum() * 0, UpdateStats(logps.new_zeros(()))
+
+    # -- what is shown -------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Logs how long a phase of the step takes, as ``time/<phase>_s``."""
+        start = time.perf_counter()
+        yield
+        self.log(f"time/{phase}_s", time.perf_counter() - start)
+
+    def log_rollout(self, rollout: Rollout) -> None:
+        """Logs rewards and what the completions look like."""
+        completions = rollout.completions
+        ended = (torch.isin(completions.ids, completions.ids.new_tensor(self.processor.stop_token_ids))).any(dim=1)
+        shown = {
+            "train/completion_length": completions.lengths.float().mean(),
+            "train/truncated_fraction": (~ended).float().mean(),
+            "train/zero_signal_groups": zero_signal_fraction(rollout.rewards),
+            # The sampled tokens' mean surprise is an unbiased estimate of the entropy, and costs nothing.
+            "train/entropy": -masked_mean(completions.logps, completions.mask),
+            **{f"train/reward/{name}": part.mean() for name, part in rollout.reward_parts.items()},
+        }
+        num_prompts = len(rollout.prompts)
+        self.log_dict(shown, batch_size=num_prompts, sync_dist=True)
+        self.log("train/reward", rollout.rewards.mean(), prog_bar=True, batch_size=num_prompts, sync_dist=True)
+
+    def log_updates(self, stats: list[UpdateStats]) -> None:
+        """Logs the mean over the step's updates of loss, clipping and divergence from the reference."""
+        num_updates = self.updates_per_rollout * self.passes_per_rollout
+        loss = sum((part.loss for part in stats), torch.zeros((), device=self.device)) / num_updates
+        shown = {"train/loss": loss}
+        if learned := [part.policy for part in stats if part.policy is not None]:
+            policy = PolicyStats.mean(learned)
+            shown |= {"train/clip_fraction": policy.clip_fraction, "train/ratio": policy.ratio_mean}
+        if divergences := [part.kl_k3 for part in stats if part.kl_k3 is not None]:
+            shown["train/kl_k3"] = torch.stack(divergences).mean()
+        self.log_dict(shown, batch_size=1)

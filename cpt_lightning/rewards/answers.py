@@ -1,0 +1,128 @@
+"""Completion text -> the answer it gives, and the normal form in which answers are compared.
+
+Everything here runs in time linear in its input: completions are whatever a policy under training writes.
+"""
+
+from __future__ import annotations
+
+import re
+
+_BRACES = re.compile(r"\\boxed\s*\{|\\[{}\\]|[{}]")
+_THINK_END = re.compile(r"</think>", re.IGNORECASE)
+_ANSWER_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
+_LEAD_IN = re.compile(r"\banswer\s*(?:is|:|=)(?:\s*:)?\s*", re.IGNORECASE)
+
+_TO_TWENTY = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty"
+)
+_NUMBER_WORDS = {"none": "0"} | {word: str(number) for number, word in enumerate(_TO_TWENTY.split())}
+_ARTICLES = {"a", "an", "the"}
+_QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2212": "-", "\u2013": "-"})
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_PERIOD = re.compile(r"\.(?!\d)")
+_PUNCTUATION = re.compile(r"(?<!\d)[:/]|[:/](?!\d)|(?<=\w)-|-(?![\d.])|[;\[\]\"{}()=+\\_<>@`,?!*|~]")
+_WRAPPED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|bm|mbox)\s*\{([^{}]*)\}")
+_FORMULA = re.compile(r"\$([^$]*)\$")
+_MARKS = re.compile(r"\\[()\[\]]|\*\*|\$(?!\d)")
+
+
+def extract_answer(completion: str) -> str:
+    r"""The answer a completion gives, in whatever style it gives it, without surrounding white space.
+
+    The first of these that is there: the last ``\boxed{}`` (braces may nest), the last ``<answer>`` (whose end, or
+    after a forced prefix whose start, may be missing), the text after the last ``</think>``, the whole text. What
+    follows the thought goes before what stands in it.
+
+    >>> print(extract_answer(r"<think>so 3/4</think> It is \boxed{\frac{3}{4}}."))
+    \frac{3}{4}
+    >>> extract_answer("<think>a red one</think><answer> red </answer>")
+    'red'
+    """
+    thoughts = list(_THINK_END.finditer(completion))
+    reply = completion[thoughts[-1].end() :] if thoughts else completion
+    for text in (reply, completion):
+        for find in (last_boxed, _last_tagged):
+            answer = find(text)
+            if answer is not None:
+                return answer.strip()
+    return (reply.strip() or completion).strip()
+
+
+def last_boxed(text: str) -> str | None:
+    r"""The content of the last closed ``\boxed{}``, or ``None``."""
+    opened: list[int | None] = []  # where each open brace's content starts, if a \boxed opened it
+    boxed: tuple[int, int] | None = None
+    for brace in _BRACES.finditer(text):
+        token = brace[0]
+        if token.startswith("\\boxed"):
+            opened.append(brace.end())
+        elif token == "{":
+            opened.append(None)
+        elif token == "}" and opened:
+            start = opened.pop()
+            if start is not None and (boxed is None or start > boxed[0]):
+                boxed = (start, brace.start())
+    return None if boxed is None else text[boxed[0] : boxed[1]]
+
+
+def _last_tagged(text: str) -> str | None:
+    start, answer = None, None
+    tags = list(_ANSWER_TAG.finditer(text))
+    for tag in tags:
+        if not tag[1]:
+            start = tag.end()
+        elif start is not None:
+            answer, start = text[start : tag.start()], None
+    if answer is None and tags:
+        first, last = tags[0], tags[-1]
+        return text[: first.start()] if first[1] else text[last.end() :]
+    return answer
+
+
+def after_lead_in(answer: str) -> str | None:
+    """What follows the last "answer is" or "answer:", or ``None`` where neither is said.
+
+    >>> after_lead_in("So the final answer is: a red cube.")
+    'a red cube.'
+    """
+    lead_ins = list(_LEAD_IN.finditer(answer))
+    return answer[lead_ins[-1].end() :].strip() if lead_ins else None
+
+
+def without_markup(answer: str) -> str:
+    r"""The answer without the marks of bold type, formulas and ``\text{}`` around its words.
+
+    >>> without_markup(r"**$\text{blue}$**")
+    'blue'
+    """
+    return _MARKS.sub("", _FORMULA.sub(r"\1", _WRAPPED.sub(r"\1", answer))).strip()
+
+
+def without_thousands_commas(text: str) -> str:
+    """``1,234,567`` as ``1234567``; other commas stay."""
+    return _THOUSANDS.sub("", text.replace("{,}", ","))
+
+
+def normalize_text(text: str) -> str:
+    """The form in which two short answers that mean the same are equal, as the VQA evaluation has it.
+
+    Lower case, without articles and punctuation, number words as digits, contractions without their apostrophe. Unlike
+    the VQA code a leading minus and a colon or slash between digits stay, so that -5 is not 5 and 10:35 is a time.
+    An answer that consists of nothing else keeps its articles and punctuation.
+
+    >>> normalize_text("  The T-shirt isn't Red. ")
+    't shirt isnt red'
+    >>> normalize_text("Two, 1,000 or -5.5?")
+    '2 1000 or -5.5'
+    """
+    lowered = " ".join(text.translate(_QUOTES).lower().split())
+    plain = _PERIOD.sub("", without_thousands_commas(lowered).replace("'", ""))
+    words = _PUNCTUATION.sub(" ", plain).split()
+    kept = [_NUMBER_WORDS.get(word, word) for word in words if word not in _ARTICLES]
+    return " ".join(kept or words) or lowered
+
+
+def number_of_word(word: str) -> str | None:
+    """The digits of a number word up to twenty, or ``None``."""
+    return _NUMBER_WORDS.get(word.lower())

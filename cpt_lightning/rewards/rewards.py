@@ -1,0 +1,157 @@
+"""A completion -> the named parts of its reward; the accuracy among them is also the metric."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from cpt_lightning.rewards.answers import last_boxed
+from cpt_lightning.rewards.grading import KINDS, Kind, grade, permutation_hits
+from cpt_lightning.types import Example, Gold
+
+__all__ = ["KINDS", "Reward", "RewardPart", "grade", "has_format", "permutation_hits", "score"]
+
+FormatStyle = Literal["none", "think_answer", "think_boxed"]
+FORMAT_STYLES: tuple[str, ...] = get_args(FormatStyle)
+
+_TAG = re.compile(r"</?(?:think|answer)>")
+
+
+def has_format(completion: str, style: str) -> bool:
+    r"""Whether the completion keeps to the style: exactly, with nothing repeated.
+
+    ``think_answer``: ``<think>..</think><answer>..</answer>`` with only white space around and between (arXiv
+    2506.23508). ``think_boxed``: a think block, then a reply that holds a ``\boxed{}`` (arXiv 2507.05386). The answer
+    must not be blank. ``none``: every completion does.
+
+    Raises:
+        ValueError: Unknown style.
+
+    >>> has_format("<think>round</think><answer>circle</answer>", "think_answer")
+    True
+    """
+    if style not in FORMAT_STYLES:
+        raise ValueError(f"format {style!r} is unknown; there are {', '.join(FORMAT_STYLES)}")
+    if style == "none":
+        return True
+    text = completion.strip()
+    tags = _TAG.findall(text)
+    if not text.startswith("<think>"):
+        return False
+    if style == "think_boxed":
+        return tags == ["<think>", "</think>"] and bool((last_boxed(text.split("</think>")[1]) or "").strip())
+    if tags != ["<think>", "</think>", "<answer>", "</answer>"] or not text.endswith("</answer>"):
+        return False
+    between, _, rest = text.split("</think>")[1].partition("<answer>")
+    return not between.strip() and bool(rest.removesuffix("</answer>").strip())
+
+
+@dataclass
+class RewardPart:
+    """A further part of a reward.
+
+    Args:
+        function: ``(completion, gold) -> float``, importable so that it can be named in YAML and sent to workers.
+        weight: Factor of the part in the total.
+    """
+
+    function: Callable[[str, Gold], float]
+    weight: float = 1.0
+
+
+@dataclass
+class Reward:
+    """Grades a completion; calling it gives the parts ``total``, ``accuracy`` and, with a format, ``format``.
+
+    The total is the weighted sum of accuracy, format and the extra parts; without a format accuracy counts in full
+    (arXiv 2507.05386: 0.9 and 0.1, and accuracy alone for the arm without reasoning). Accuracy asks only whether the
+    answer is right, in any style.
+
+    Args:
+        kind: How answers are compared: ``text``, ``exact``, ``letter``, ``number``, ``math``, ``yes_no``, ``vqa``,
+            ``permutation`` or ``permutation_hits``.
+        format: Style that is rewarded: ``none``, ``think_answer`` or ``think_boxed``.
+        accuracy_weight: Weight of the accuracy, where there is a format.
+        format_weight: Weight of the format, where there is one.
+        accuracy_needs_format: A right answer in the wrong style adds nothing to the total; the accuracy still shows it.
+        extra: Further parts by name.
+
+    Raises:
+        ValueError: Unknown kind or format, a weight that is negative or not a number, ``accuracy_needs_format`` without
+            a format, or an extra part with a name that is taken.
+    """
+
+    kind: Kind = "text"
+    format: FormatStyle = "none"
+    accuracy_weight: float = 0.9
+    format_weight: float = 0.1
+    accuracy_needs_format: bool = False
+    extra: dict[str, RewardPart] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"reward kind {self.kind!r} is unknown; there are {', '.join(KINDS)}")
+        if self.format not in FORMAT_STYLES:
+            raise ValueError(f"reward format {self.format!r} is unknown; there are {', '.join(FORMAT_STYLES)}")
+        if self.format == "none" and self.accuracy_needs_format:
+            raise ValueError("accuracy_needs_format needs a format; set it to think_answer or think_boxed")
+        taken = {"total", "accuracy", "format"} & set(self.extra)
+        if taken:
+            raise ValueError(f"extra reward part {min(taken)!r} has the name of a part of its own; rename it")
+        weights = {"accuracy_weight": self.accuracy_weight, "format_weight": self.format_weight}
+        for name, weight in weights.items():
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ValueError(f"{name} is {weight}; give a number of at least 0")
+        for name, part in self.extra.items():
+            if not math.isfinite(part.weight):
+                raise ValueError(f"the weight of the extra part {name!r} is {part.weight}; give a finite number")
+
+    def __call__(self, completion: str, gold: Gold) -> dict[str, float]:
+        """The parts that the completion earns; ``total`` is what RFT maximises, ``accuracy`` the metric in [0, 1].
+
+        Raises:
+            ValueError: The reference answer does not suit the kind, or an extra part is not a finite number.
+        """
+        accuracy = grade(completion, gold, self.kind)
+        parts = {"total": accuracy, "accuracy": accuracy}
+        if self.format != "none":
+            parts["format"] = float(has_format(completion, self.format))
+            counted = accuracy * parts["format"] if self.accuracy_needs_format else accuracy
+            parts["total"] = self.accuracy_weight * counted + self.format_weight * parts["format"]
+        for name, part in self.extra.items():
+            parts[name] = float(part.function(completion, gold))
+            if not math.isfinite(parts[name]):
+                raise ValueError(f"the extra reward part {name!r} is {parts[name]}")
+            parts["total"] += part.weight * parts[name]
+        return parts
+
+
+def score(completions: Sequence[str], examples: Sequence[Example]) -> list[dict[str, float]]:
+    """What each completion earns from its example's reward.
+
+    Args:
+        completions: N texts; with N = B * G those of one example stand together.
+        examples: The B rows they answer.
+
+    Raises:
+        RuntimeError: A reward raised, or gave no finite ``total``; the message names the task and the row.
+        ValueError: N is not a multiple of B.
+    """
+    if bool(completions) != bool(examples) or (examples and len(completions) % len(examples)):
+        raise ValueError(f"{len(completions)} completions cannot be shared out among {len(examples)} examples")
+    group_size = len(completions) // max(1, len(examples))
+    return [_score(text, examples[index // group_size]) for index, text in enumerate(completions)]
+
+
+def _score(completion: str, example: Example) -> dict[str, float]:
+    where = f"task '{example.task}', {example.row_id}"
+    try:
+        parts = example.reward(completion, example.gold)
+    except Exception as error:  # a user's reward may raise anything; the row is what helps to find out why
+        raise RuntimeError(f"{where}: the reward raised {type(error).__name__}: {error}") from error
+    if not isinstance(parts, dict) or not math.isfinite(parts.get("total", math.nan)):
+        raise RuntimeError(f"{where}: the reward gave {parts!r}; it must give a dict with a finite 'total'")
+    return parts

@@ -1,0 +1,107 @@
+"""Whatever a data set calls an image -> an upright RGB picture."""
+
+from __future__ import annotations
+
+import os
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+ImageInput = str | os.PathLike[str] | bytes | dict | Image.Image
+"""A path, an encoded file's bytes, the hub's ``{"bytes": ..., "path": ...}``, or a decoded picture."""
+
+MIN_SIDE = 28
+"""Pixels; one visual token of Qwen2.5-VL covers 2 x 2 patches of 14 pixels."""
+MAX_PIXELS = 100_000_000
+MAX_ASPECT_RATIO = 200
+"""Qwen2.5-VL's own limit on the longer side over the shorter."""
+
+
+class ImageError(ValueError):
+    """A picture that is missing, cannot be read, or cannot be shown to the model."""
+
+
+def load_image(image: ImageInput, min_side: int = MIN_SIDE) -> Image.Image:
+    """The picture upright in RGB: EXIF orientation applied, transparency on white, 16 bits scaled to 8.
+
+    Args:
+        image: A path, an encoded file's bytes, ``{"bytes": ..., "path": ...}`` or a decoded picture.
+        min_side: Fewest pixels a side may have.
+
+    Raises:
+        ImageError: Missing, truncated or unreadable, or of a size the model cannot take; the message names the file.
+    """
+    file, name = _file_of(image)
+    if isinstance(file, Image.Image):
+        return _decode(file, name, min_side)
+    try:
+        opened = Image.open(file)
+    except FileNotFoundError as error:
+        raise ImageError(f"image {name} does not exist; correct the path or the images' folder") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"image {name}: {error}") from error
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ImageError(f"image {name} cannot be read: {error}") from error
+    with opened:
+        return _decode(opened, name, min_side)
+
+
+def _file_of(image: ImageInput) -> tuple[Path | BytesIO | Image.Image, str]:
+    """What Pillow can open, and what to call it in errors."""
+    if isinstance(image, dict):
+        content, path = image.get("bytes"), image.get("path")
+        if content:
+            return BytesIO(content), f"'{path}'" if path else "(bytes)"
+        if not path:
+            raise ImageError(f"image has neither 'bytes' nor 'path', only {', '.join(map(str, image)) or 'nothing'}")
+        image = path
+    if isinstance(image, Image.Image):
+        filename = getattr(image, "filename", "")  # only pictures that Pillow itself opened have one
+        return image, f"'{filename}'" if filename else "(picture)"
+    if isinstance(image, bytes):
+        return BytesIO(image), "(bytes)"
+    if not isinstance(image, (str, os.PathLike)):
+        raise ImageError(f"image is a {type(image).__name__}; give a path, bytes, a picture or {{'bytes', 'path'}}")
+    if "://" in str(image)[:10]:
+        raise ImageError(f"image '{image}' is a web address; download it and give its path")
+    path = Path(image).expanduser()
+    return path, f"'{path}'"
+
+
+def _decode(image: Image.Image, name: str, min_side: int) -> Image.Image:
+    width, height = image.size
+    size = f"image {name} is {width} x {height} pixels"
+    if min(width, height) < min_side:
+        raise ImageError(f"{size}; the model needs {min_side} a side: enlarge it or take the row out")
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ImageError(f"{size}; the model takes at most {MAX_ASPECT_RATIO}:1: crop it or take the row out")
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"{size}; {MAX_PIXELS:,} in all are allowed: scale it down or take the row out")
+    try:
+        return _to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # Pillow's decoders raise whatever a damaged file makes them stumble over
+        raise ImageError(f"image {name} cannot be decoded: {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _to_8_bit(image)
+    if image.has_transparency_data:
+        picture = image.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(white, picture).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits, 32 bits or floats as 8 bits; where the mode leaves the range open the largest value tells it."""
+    values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all() or values.min() < 0:
+        raise ValueError("its pixels are negative or not numbers")
+    ranges = {"F": [1.0, 255.0, 65535.0], "I": [255.0, 65535.0]}.get(image.mode, [65535.0])
+    full = next((full for full in ranges if values.max() <= full), None)
+    if full is None:
+        raise ValueError(f"its pixels reach {values.max():g}, over 16 bits")
+    return Image.fromarray((values * (255.0 / full)).round().astype(np.uint8))

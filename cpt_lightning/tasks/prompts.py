@@ -1,0 +1,108 @@
+"""How a question is asked: the chat turns around it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+IMAGE_MARKER = "<image>"
+
+Style = Literal["none", "direct", "letter", "think_answer", "think_boxed"]
+
+INSTRUCTIONS: dict[str, str] = {
+    "none": "",
+    "direct": "\nAnswer the question using a single word or phrase.",
+    "letter": "\nAnswer with the option's letter from the given choices directly.",
+    "think_answer": (
+        "\nFirst think about the question inside <think> </think> tags, then give only the final answer inside "
+        "<answer> </answer> tags."
+    ),
+    "think_boxed": (
+        "\nFirst think about the question inside <think> </think> tags, then put only the final answer in \\boxed{}."
+    ),
+}
+"""Instruction that each style puts after the question. ``direct`` and ``letter`` are the tails of paper A's SFT rows
+(arXiv 2507.05386); the think styles ask for what the rewards' formats of the same names check."""
+
+_SPECIAL_TOKEN = re.compile(r"<\|\w+\|>")
+_LEADING_MARKERS = re.compile(r"(?:\s*<image>)*\s*")
+
+
+@dataclass
+class Prompt:
+    r"""How a row's question is asked.
+
+    Args:
+        system: System turn; ``None`` takes the row's own, else the chat template's default.
+        prefix: Text before the question, after images that lead it.
+        suffix: Text after the question.
+        style: Instruction after the suffix: ``none``, ``direct`` (a word or phrase), ``letter`` (an option's letter),
+            ``think_answer`` (think, then ``<answer>`` tags) or ``think_boxed`` (think, then ``\boxed{}``).
+
+    Raises:
+        ValueError: Unknown style, or an ``<image>`` marker or chat token in one of the texts.
+    """
+
+    system: str | None = None
+    prefix: str = ""
+    suffix: str = ""
+    style: Style = "none"
+
+    def __post_init__(self) -> None:
+        if self.style not in INSTRUCTIONS:
+            raise ValueError(f"prompt style {self.style!r} is unknown; there are {', '.join(INSTRUCTIONS)}")
+        for name, text in (("system", self.system or ""), ("prefix", self.prefix), ("suffix", self.suffix)):
+            refuse_special_tokens(text, f"the prompt's {name}")
+            if IMAGE_MARKER in text:
+                raise ValueError(f"the prompt's {name} holds {IMAGE_MARKER}; images belong to the rows' questions")
+
+    def messages(self, question: str, num_images: int, system: str | None = None) -> list[dict]:
+        """The chat turns before the answer; each image stands as ``{"type": "image"}`` where its marker was.
+
+        Images come first if the question has no marker; the prefix follows the images that lead the question.
+
+        Args:
+            question: The row's question, with one ``<image>`` marker per image or none at all.
+            num_images: Images of the row.
+            system: The row's own system turn.
+
+        Raises:
+            ValueError: As many markers as images were expected, or the text holds a chat token.
+
+        >>> Prompt(prefix="Look: ").messages("<image>What is it?", 1)[0]["content"]
+        [{'type': 'image'}, {'type': 'text', 'text': 'Look: What is it?'}]
+        """
+        system = self.system if self.system is not None else system
+        for name, text in (("question", question), ("system turn", system or "")):
+            refuse_special_tokens(text, f"the {name}")
+        num_markers = question.count(IMAGE_MARKER)
+        if num_markers not in (0, num_images):
+            raise ValueError(f"the question has {num_markers} {IMAGE_MARKER} markers for {num_images} images")
+        if num_markers == 0:
+            question = IMAGE_MARKER * num_images + question
+        lead = _LEADING_MARKERS.match(question).end()  # type: ignore[union-attr]  # matches the empty string
+        text = question[:lead] + self.prefix + question[lead:] + self.suffix + INSTRUCTIONS[self.style]
+        turns = [] if system is None else [{"role": "system", "content": [{"type": "text", "text": system}]}]
+        return [*turns, {"role": "user", "content": _content(text)}]
+
+
+def _content(text: str) -> list[dict]:
+    parts: list[dict] = []
+    for index, piece in enumerate(text.split(IMAGE_MARKER)):
+        if index > 0:
+            parts.append({"type": "image"})
+        if piece:
+            parts.append({"type": "text", "text": piece})
+    return parts
+
+
+def refuse_special_tokens(text: str, what: str) -> None:
+    """Refuses text that would be tokenized as a chat or vision token and so change the turns or the image count.
+
+    Raises:
+        ValueError: ``text`` holds something like ``<|image_pad|>`` or ``<|im_end|>``.
+    """
+    found = _SPECIAL_TOKEN.search(text)
+    if found:
+        raise ValueError(f"{what} holds {found[0]!r}, a special token of the tokenizer; respell or remove it")

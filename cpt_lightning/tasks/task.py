@@ -1,0 +1,259 @@
+"""What a task is: rows from a source, a way to ask them, and a reward that grades the answers."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from string import Formatter
+from typing import Generic, Literal, TypeVar, overload
+
+import numpy as np
+
+from cpt_lightning.rewards import Reward
+from cpt_lightning.tasks.images import ImageInput, load_image
+from cpt_lightning.tasks.prompts import Prompt, refuse_special_tokens
+from cpt_lightning.types import Example, Gold
+
+T = TypeVar("T")
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+
+def check_split(split: str) -> None:
+    """Refuses a split that is none.
+
+    Raises:
+        ValueError: ``split`` is not one of :data:`SPLITS`.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
+
+
+@dataclass
+class Row:
+    """One question of a source with its answer, before a task decides how it is asked.
+
+    Args:
+        row_id: Names the row in errors and result files: ``"<source>/<split>/<index>"`` or ``"<file>:<row>"``.
+        question: Text asked; an ``<image>`` marker says where an image goes, images without a marker come first.
+        answer: Reference answer, or several that are all right.
+        images: In the order of their markers; whatever :func:`~cpt_lightning.tasks.images.load_image` reads.
+        target: Completion that SFT learns; ``None`` leaves it to the task.
+        fields: Further slots for the task's target template, such as ``{"thought": "three bars, the left one"}``.
+        system: System turn that the data itself brings; a prompt's own ``system`` replaces it.
+
+    Raises:
+        ValueError: The answer is empty, or a field would hide the slot ``answer``.
+    """
+
+    row_id: str
+    question: str
+    answer: Gold
+    images: Sequence[ImageInput] = field(default_factory=list)
+    target: str | None = None
+    fields: dict[str, str] = field(default_factory=dict)
+    system: str | None = None
+
+    def __post_init__(self) -> None:
+        answers = [self.answer] if isinstance(self.answer, str) else self.answer
+        if not answers or not all(answer.strip() for answer in answers):
+            raise ValueError(f"{self.row_id}: empty answer {self.answer!r}; fill it in or take the row out")
+        if "answer" in self.fields:
+            raise ValueError(f"{self.row_id}: the field 'answer' would hide the row's answer; give it another name")
+
+
+class LazySequence(Sequence[T], Generic[T]):
+    """``num_items`` items, each made by ``get(index)`` when it is asked for and not kept.
+
+    Args:
+        num_items: Length of the sequence.
+        get: Makes the item of an index in ``[0, num_items)``.
+    """
+
+    def __init__(self, num_items: int, get: Callable[[int], T]) -> None:
+        self.num_items = num_items
+        self.get = get
+
+    def __len__(self) -> int:
+        return self.num_items
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        if isinstance(index, slice):
+            return [self.get(i) for i in range(self.num_items)[index]]
+        return self.get(range(self.num_items)[index])  # range resolves negative indices and raises IndexError
+
+    def __iter__(self) -> Iterator[T]:
+        return map(self.get, range(self.num_items))  # Sequence's own would end silently at an IndexError inside `get`
+
+
+class Source(ABC):
+    """Where a task's rows come from."""
+
+    @abstractmethod
+    def split(self, split: Split) -> Sequence[Row]:
+        """The rows of ``"train"``, ``"val"`` or ``"test"``: map-style, each read when it is asked for.
+
+        Raises:
+            ValueError: The source has no such split.
+        """
+
+
+@dataclass
+class Task:
+    r"""What is learned, how it is asked and how it is graded; the same object serves SFT, RFT and evaluation.
+
+    Args:
+        source: Where the rows come from.
+        prompt: How a row is asked.
+        reward: How a completion is graded; its accuracy is also the metric.
+        target: Template of the completion that SFT learns, such as ``"{answer}"`` or
+            ``"<think>{thought}</think><answer>{answer}</answer>"``; its slots are ``answer`` and the source's fields
+            (of several reference answers the most frequent one). A literal brace is written twice:
+            ``"\boxed{{{answer}}}"``. ``None`` takes the row's own target, else its answer.
+        num_train: Train on so many rows, drawn once by ``seed``; a larger number includes every smaller one's rows.
+        num_val: Likewise for the validation split.
+        num_test: Likewise for the test split.
+        seed: Draws the subsets.
+
+    Raises:
+        ValueError: A count below 1, a negative seed, or a malformed template.
+    """
+
+    source: Source
+    prompt: Prompt = field(default_factory=Prompt)
+    reward: Reward = field(default_factory=Reward)
+    target: str | None = None
+    num_train: int | None = None
+    num_val: int | None = None
+    num_test: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for split in SPLITS:
+            count = self._num_rows(split)
+            if count is not None and count < 1:
+                raise ValueError(f"num_{split} is {count}; give at least 1, or leave it out to take every row")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; give 0 or more")
+        if self.target is not None:
+            check_template(self.target)
+
+    def examples(self, split: Split, name: str) -> Sequence[Example]:
+        """The split's examples, lazily: text is filled in and images are decoded when an item is fetched.
+
+        Args:
+            split: ``"train"``, ``"val"`` or ``"test"``.
+            name: The task's name in the stream; errors and results carry it.
+
+        Raises:
+            ValueError: Unknown split, a split without rows, or fewer rows than ``num_<split>`` asks for. Fetching an
+                item raises it for whatever is wrong with that row, naming task and row.
+        """
+        try:
+            check_split(split)
+            rows = self.source.split(split)
+            indices = self._subset(len(rows), split)
+        except ValueError as error:
+            raise ValueError(f"task '{name}': {error}") from error
+        return LazySequence(len(indices), partial(self._example, rows, indices, name))
+
+    def _num_rows(self, split: Split) -> int | None:
+        return {"train": self.num_train, "val": self.num_val, "test": self.num_test}[split]
+
+    def _subset(self, num_rows: int, split: Split) -> np.ndarray:
+        count = self._num_rows(split)
+        if num_rows == 0:
+            raise ValueError(f"the {split} split has no rows")
+        if count is None:
+            return np.arange(num_rows)
+        if count > num_rows:
+            raise ValueError(f"num_{split} is {count}, but the {split} split has {num_rows} rows; ask for at most that")
+        generator = np.random.default_rng([self.seed, SPLITS.index(split)])
+        return np.sort(generator.permutation(num_rows)[:count])
+
+    def _example(self, rows: Sequence[Row], indices: np.ndarray, name: str, index: int) -> Example:
+        try:
+            row = rows[int(indices[index])]
+        except ValueError as error:  # the source has named the row
+            raise ValueError(f"task '{name}', {error}") from error
+        try:
+            return Example(
+                task=name,
+                row_id=row.row_id,
+                messages=self.prompt.messages(row.question, len(row.images), system=row.system),
+                images=[load_image(image) for image in row.images],
+                gold=row.answer,
+                target=self._target(row),
+                reward=self.reward,
+            )
+        except ValueError as error:
+            raise ValueError(f"task '{name}', {row.row_id}: {error}") from error
+
+    def _target(self, row: Row) -> str:
+        template = "{answer}" if self.target is None else self.target
+        if self.target is None and row.target is not None:
+            text = row.target
+        else:
+            text = fill_template(template, {"answer": most_frequent(row.answer), **row.fields})
+        refuse_special_tokens(text, "the target")
+        return text
+
+
+def most_frequent(gold: Gold) -> str:
+    """The answer given most often, the first of equals: what SFT learns where people disagree.
+
+    >>> most_frequent(["cat", "dog", "dog"])
+    'dog'
+    """
+    return gold if isinstance(gold, str) else Counter(gold).most_common(1)[0][0]
+
+
+def template_slots(template: str) -> list[str]:
+    """Names of a template's slots, in order.
+
+    Raises:
+        ValueError: The braces do not pair, or a slot is not a plain name.
+
+    >>> template_slots("<think>{thought}</think><answer>{answer}</answer>")
+    ['thought', 'answer']
+    """
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"template {template!r}: {error}; a literal brace is written twice") from error
+    slots = [(name, spec, conversion) for _, name, spec, conversion in parts if name is not None]
+    for name, spec, conversion in slots:
+        if not re.fullmatch(r"[A-Za-z_]\w*", name) or spec or conversion:
+            raise ValueError(f"template {template!r}: {{{name}}} is not a plain slot name; write a literal brace twice")
+    return [name for name, _, _ in slots]
+
+
+def check_template(template: str) -> None:
+    """Refuses a target template that is malformed or has no slot, so that every row would get the same text.
+
+    Raises:
+        ValueError: As said.
+    """
+    if not template_slots(template):
+        raise ValueError(f"target {template!r} has no slot, so every row would learn the same text; write {{answer}}")
+
+
+def fill_template(template: str, values: dict[str, str]) -> str:
+    """The template with its slots filled.
+
+    Raises:
+        ValueError: A slot that ``values`` lacks; the message names it and those there are.
+    """
+    missing = [slot for slot in template_slots(template) if slot not in values]
+    if missing:
+        raise ValueError(f"target {template!r} has the slot {{{missing[0]}}}, the row offers: {', '.join(values)}")
+    return template.format(**values)

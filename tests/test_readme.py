@@ -1,0 +1,115 @@
+"""The README is right: its commands exist and parse, its code runs, its tree is the tree."""
+
+import importlib.util
+import re
+import shlex
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced code blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    """Every command in a ``bash`` block, and each in running text, without comments."""
+    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    inline = re.findall(r"`((?:make|cpt) [^`]+)`", README)
+    found = [shlex.join(shlex.split(line, comments=True)) for line in [*lines, *inline]]
+    return sorted({command for command in found if command and "|" not in command and "..." not in command})
+
+
+def test_every_form_of_command_is_checked_below():
+    """A new kind of command in the README needs a test here first."""
+    unknown = [command for command in commands() if not command.startswith(("make ", "cpt "))]
+    assert unknown == []
+    assert any(command.startswith("cpt fit") for command in commands())
+
+
+@pytest.mark.parametrize("command", [command for command in commands() if command.startswith("make ")])
+def test_make_targets_exist(command):
+    """``make --dry-run`` fails on a target without a rule."""
+    subprocess.run([*shlex.split(command), "--dry-run"], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_the_two_commands_come_first_and_ci_runs_the_test_command():
+    assert re.findall(r"^make \w+", blocks("bash")[0], flags=re.MULTILINE) == ["make demo", "make test"]
+    assert re.search(r"^make test", (ROOT / ".ci" / "run").read_text(), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", [command for command in commands() if command.startswith("cpt ")])
+def test_cli_commands_parse(command, monkeypatch, capsys):
+    """``--print_config`` parses everything, prints and stops; ``--help`` stops by itself."""
+    from cpt_lightning.cli import main
+
+    monkeypatch.chdir(ROOT)
+    args = shlex.split(command)[1:]
+    if not any(arg.startswith("--") and arg.endswith("help") for arg in args) and "--print_config" not in args:
+        args.append("--print_config")
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert stop.value.code in (0, None), capsys.readouterr().err
+    assert capsys.readouterr().out
+
+
+def test_extras_that_are_installed_exist():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = re.findall(r"pip install [^\n`]*\[(.*?)\]", README + (ROOT / "Makefile").read_text())
+    assert extras
+    assert {extra for each in extras for extra in each.split(",")} <= set(project["optional-dependencies"])
+
+
+@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.split("\n", 1)[0].lstrip("# ")[:40])
+def test_python_examples_run(code):
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_yaml_examples_are_overlays_that_parse(tmp_path, monkeypatch, capsys):
+    """Each starts with the command that uses it: it is written where that command looks, then the command is parsed."""
+    from cpt_lightning.cli import main
+
+    examples = blocks("yaml")
+    assert examples
+    for text in examples:
+        command = re.match(r"# (cpt .*-c (\S+))\n", text)
+        assert command, f"the first line of a YAML example is its command: {text[:80]!r}"
+        overlay = tmp_path / Path(command[2]).name
+        overlay.write_text(text, encoding="utf-8")
+        monkeypatch.chdir(ROOT)
+        with pytest.raises(SystemExit) as stop:
+            main([*shlex.split(command[1].replace(command[2], str(overlay)))[1:], "--print_config"])
+        assert stop.value.code in (0, None), capsys.readouterr().err
+
+
+def test_the_tree_names_what_exists_and_every_folder_of_the_package():
+    (tree,) = [block for block in blocks("text") if block.startswith("cpt_lightning/\n")]
+    folders, named, missing = [ROOT / "cpt_lightning"], set(), []
+    for line in tree.splitlines()[1:]:
+        indent, entries = re.match(r"( *)(.*?)(?:  +.*)?$", line).groups()
+        depth = len(indent) // 2
+        for entry in entries.split(" "):
+            path = folders[depth - 1] / entry if depth else ROOT / entry
+            missing += [] if path.exists() else [str(path.relative_to(ROOT))]
+            if entry.endswith("/"):
+                folders[depth:] = [path]
+                named.add(path)
+    assert missing == []
+    packages = {path.parent for path in (ROOT / "cpt_lightning").glob("*/__init__.py")}
+    assert packages <= named
+
+
+def test_links_to_files_lead_somewhere():
+    targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", README)
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_modules_named_in_the_text_exist():
+    names = set(re.findall(r"`(cpt_lightning(?:\.[a-z_]+)+)`", README))
+    assert [name for name in sorted(names) if importlib.util.find_spec(name) is None] == []
