@@ -49,9 +49,9 @@ class _TokenLogprobs(torch.autograd.Function):
             for chunk in _chunks(len(hidden), rows):
                 logits = _logits(hidden[chunk], matrix, temperature)
                 normalizers[chunk] = logits.logsumexp(dim=-1)
-                logps[chunk] = logits.gather(1, targets[chunk, None]).squeeze(1) - normalizers[chunk]
-                probabilities = torch.exp(logits - normalizers[chunk, None])
-                entropies[chunk] = normalizers[chunk] - (probabilities * logits).sum(dim=-1)
+                logits -= normalizers[chunk, None]  # log-probabilities from here on
+                logps[chunk] = logits.gather(1, targets[chunk, None]).squeeze(1)
+                entropies[chunk] = -(logits.exp() * logits).sum(dim=-1)
         ctx.save_for_backward(hidden, weight, targets, normalizers)
         ctx.temperature, ctx.dtype, ctx.rows = temperature, dtype, rows
         ctx.mark_non_differentiable(entropies)

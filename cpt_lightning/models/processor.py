@@ -56,14 +56,12 @@ class PromptProcessor(Qwen2_5_VLProcessor):
         """
         folder = resolve_path(path)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-        size = {**image_processor.size}
-        for edge, pixels in (("shortest_edge", min_pixels), ("longest_edge", max_pixels)):
-            if pixels is not None:
-                size[edge] = pixels
-        if size["shortest_edge"] > size["longest_edge"]:
-            raise ValueError(f"min_pixels={size['shortest_edge']} is more than max_pixels={size['longest_edge']}")
-        image_processor.size = size
+        bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        given = {name: pixels for name, pixels in bounds.items() if pixels is not None}
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder, **given)
+        smallest, largest = image_processor.size["shortest_edge"], image_processor.size["longest_edge"]
+        if smallest > largest:
+            raise ValueError(f"min_pixels={smallest} is more than max_pixels={largest} of {path!r}; set both")
         return cls(image_processor, tokenizer)
 
     @property

@@ -50,10 +50,17 @@ class Sampling:
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k} must not be negative (0 is off)")
 
-    def pick(self, logits: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Draws from ``[N, V]`` logits: ``[N]`` tokens and their log-probabilities before top-k and top-p."""
+    def pick(
+        self, logits: Tensor, banned: list[int], generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draws from ``[N, V]`` logits, never a banned token.
+
+        Returns:
+            ``[N]`` tokens and their log-probabilities before bans, top-k and top-p, as an update computes them.
+        """
         logps = (logits / self.temperature if self.temperature else logits).log_softmax(dim=-1)
-        token = self._draw(logps, generator)
+        allowed = logps.index_fill(1, torch.tensor(banned, device=logits.device), -torch.inf) if banned else logps
+        token = self._draw(allowed, generator)
         return token, logps.gather(1, token[:, None]).squeeze(1)
 
     def _draw(self, logps: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -196,13 +203,12 @@ def _decode(
     position = (positions.amax(dim=(0, 2)) + 1).repeat_interleave(group_size)  # [N] of the next token
     prompt_mask = prompt_mask.repeat_interleave(group_size, dim=0)
     allowed = torch.cat([prompt_mask, prompt_mask.new_ones(len(hidden), sampling.max_new_tokens)], dim=1)[:, None, None]
-    stops = prompts.input_ids.new_tensor(processor.stop_token_ids)
+    stops, banned = prompts.input_ids.new_tensor(processor.stop_token_ids), processor.banned_token_ids
     finished = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
     ids, logps = [], []
     while True:
         logits = (hidden @ output_weight(model).T).float()
-        logits[:, processor.banned_token_ids] = -torch.inf
-        token, logp = sampling.pick(logits, generator)
+        token, logp = sampling.pick(logits, banned, generator)
         ids.append(token)
         logps.append(logp)
         finished |= torch.isin(token, stops)

@@ -1,0 +1,210 @@
+"""Which rows stand in which batch: a function of (seed, stage, step) alone, so that a run can go on anywhere.
+
+Training draws from an endless sequence of passes over a stage's rows. A pass is a shuffle keyed by (seed, stage, pass);
+batches run on across the end of a pass, so that no row is lost and every batch is full. Evaluation goes through all rows
+in order. Both hand every rank an equal share of every batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from torch.utils.data import Sampler
+
+Mixing = Literal["size", "uniform"] | float
+"""How often the tasks of a mixed stage are drawn: by their number of rows, all alike, or between: rows^(1/temperature)."""
+
+
+class RowRef(NamedTuple):
+    """A row of the stream; an invalid one only fills up a rank's share of an evaluation batch."""
+
+    task: str
+    index: int
+    valid: bool = True
+
+
+class Share(NamedTuple):
+    """Which part of every batch is ours."""
+
+    rank: int = 0
+    world_size: int = 1
+
+
+class StageSampler(Sampler[list[RowRef]]):
+    """The training batches of one stage, this rank's share of each.
+
+    Every iteration starts at the first step; the iterator keeps its step as its state (``state_dict``), which is the same
+    on all ranks.
+
+    Args:
+        sizes: Number of training rows of each task of the stage.
+        batch_size: Rows of a batch, over all ranks.
+        num_steps: Batches of the stage.
+        key: What the shuffles depend on, such as (seed, stage).
+        mixing: How often each task is drawn, if there are several.
+        share: Which part of every batch is ours.
+
+    Raises:
+        ValueError: The batch cannot be split evenly over the ranks.
+    """
+
+    def __init__(
+        self,
+        sizes: dict[str, int],
+        batch_size: int,
+        num_steps: int,
+        key: Sequence[int],
+        mixing: Mixing = "size",
+        share: Share = Share(),  # noqa: B008 a tuple
+    ) -> None:
+        if batch_size % share.world_size:
+            raise ValueError(
+                f"prompts_per_step={batch_size} cannot be split evenly over {share.world_size} ranks; "
+                f"make it a multiple of {share.world_size}"
+            )
+        self.sizes = sizes
+        self.batch_size = batch_size
+        self.num_steps = num_steps
+        self.key = list(key)
+        self.share = share
+        self.counts = rows_per_pass(list(sizes.values()), mixing)
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __iter__(self) -> StageIterator:
+        return StageIterator(self)
+
+    def pass_rows(self, number: int) -> list[RowRef]:
+        """The rows of one pass, shuffled.
+
+        Each task's rows come in an order of their own that runs on from pass to pass: a task that is drawn less than once
+        per pass still shows all its rows before it repeats one.
+        """
+        rows = [
+            RowRef(task, index)
+            for task_number, (task, count) in enumerate(zip(self.sizes, self.counts, strict=True))
+            for index in self._task_rows(task_number, self.sizes[task], number * count, (number + 1) * count)
+        ]
+        order = self._generator(len(self.sizes), number).permutation(len(rows))
+        return [rows[position] for position in order]
+
+    def _task_rows(self, task_number: int, size: int, start: int, stop: int) -> Iterator[int]:
+        for round_number in range(start // size, math.ceil(stop / size)):
+            order = self._generator(task_number, round_number).permutation(size)
+            offset = round_number * size
+            yield from order[max(start - offset, 0) : stop - offset].tolist()
+
+    def _generator(self, *key: int) -> np.random.Generator:
+        return np.random.default_rng([*self.key, *key])
+
+
+class StageIterator(Iterator[list[RowRef]]):
+    """Goes through a stage's batches and can say, and be told, where it stands."""
+
+    def __init__(self, sampler: StageSampler) -> None:
+        self.sampler = sampler
+        self.step = 0
+        self._pass_number = -1
+        self._pass_rows: list[RowRef] = []
+
+    def __next__(self) -> list[RowRef]:
+        sampler = self.sampler
+        if self.step >= sampler.num_steps:
+            raise StopIteration
+        part = sampler.batch_size // sampler.share.world_size
+        start = self.step * sampler.batch_size + sampler.share.rank * part
+        self.step += 1
+        return [self._row(position) for position in range(start, start + part)]
+
+    def _row(self, position: int) -> RowRef:
+        number, index = divmod(position, sum(self.sampler.counts))
+        if number != self._pass_number:
+            self._pass_number, self._pass_rows = number, self.sampler.pass_rows(number)
+        return self._pass_rows[index]
+
+    def state_dict(self) -> dict:
+        """Where we are, and what that means: the step counts batches of this size over this many rows."""
+        return {"step": self.step, **self._data()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes to the step of an earlier iterator over the same data.
+
+        Raises:
+            ValueError: The stage had other data.
+        """
+        for name, value in self._data().items():
+            if state[name] != value:
+                raise ValueError(
+                    f"the checkpoint was written in the middle of a stage with {name}={state[name]}, now it is {value}; "
+                    "resume with the same data, or from a checkpoint at the end of a task"
+                )
+        self.step = state["step"]
+
+    def _data(self) -> dict:
+        sampler = self.sampler
+        return {"sizes": dict(sampler.sizes), "prompts_per_step": sampler.batch_size, "key": sampler.key}
+
+
+class EvaluationSampler(Sampler[list[RowRef]]):
+    """Evaluation batches: all rows of every task in order, one task per batch, every rank an equal share of each.
+
+    Where a batch does not divide by the ranks, its last row is repeated as invalid filler, so that all ranks make the same
+    number of steps on the same tasks and no row counts twice.
+
+    Args:
+        sizes: Number of rows of each task.
+        batch_size: Rows of a batch, over all ranks; rounded up to a multiple of the ranks.
+        share: Which part of every batch is ours.
+    """
+
+    def __init__(self, sizes: dict[str, int], batch_size: int, share: Share = Share()) -> None:  # noqa: B008 a tuple
+        self.sizes = sizes
+        self.batch_size = math.ceil(batch_size / share.world_size) * share.world_size
+        self.share = share
+
+    def __len__(self) -> int:
+        return sum(math.ceil(size / self.batch_size) for size in self.sizes.values())
+
+    def __iter__(self) -> Iterator[list[RowRef]]:
+        for task, size in self.sizes.items():
+            for start in range(0, size, self.batch_size):
+                yield self._batch(task, range(start, min(start + self.batch_size, size)))
+
+    def _batch(self, task: str, rows: range) -> list[RowRef]:
+        rank, world_size = self.share
+        part = math.ceil(len(rows) / world_size)
+        positions = range(rank * part, (rank + 1) * part)
+        return [RowRef(task, rows[min(p, len(rows) - 1)], valid=p < len(rows)) for p in positions]
+
+
+def num_steps(num_rows: int, batch_size: int, passes: float) -> int:
+    """Batches until every row was seen ``passes`` times; the last one is filled up from the next pass.
+
+    >>> num_steps(100, 16, passes=1), num_steps(100, 16, passes=0.5)
+    (7, 4)
+    """
+    return max(1, math.ceil(round(passes * num_rows, 6) / batch_size))
+
+
+def rows_per_pass(sizes: Sequence[int], mixing: Mixing) -> list[int]:
+    """How many rows each task contributes to a pass of as many rows as all tasks have together.
+
+    Args:
+        sizes: Rows of each task.
+        mixing: ``size``, ``uniform``, or a temperature: shares are proportional to ``size ** (1 / temperature)``, so 1 is
+            ``size`` and a large one nearly ``uniform`` (as in mT5, arXiv 2010.11934, whose alpha is its inverse).
+
+    >>> rows_per_pass([90, 10], "size"), rows_per_pass([90, 10], "uniform"), rows_per_pass([90, 10], 2.0)
+    ([90, 10], [50, 50], [75, 25])
+    """
+    exponent = {"size": 1.0, "uniform": 0.0}[mixing] if isinstance(mixing, str) else 1 / mixing
+    weights = np.asarray(sizes, dtype=float) ** exponent
+    shares = weights / weights.sum() * sum(sizes)
+    counts = np.floor(shares + 1e-9).astype(int)
+    largest_remainders = np.argsort(-(shares - counts), kind="stable")[: sum(sizes) - counts.sum()]
+    counts[largest_remainders] += 1
+    return counts.tolist()

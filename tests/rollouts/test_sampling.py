@@ -1,0 +1,165 @@
+"""Sampling agrees with transformers' generate, ends in time, and draws from the distribution it says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cpt_lightning.models.processor import PromptProcessor
+from cpt_lightning.models.qwen_vl import QwenVL
+from cpt_lightning.rollouts import Sampling, completion_logprobs, sample_groups
+from cpt_lightning.rollouts.sampling import keyed_generator
+from cpt_lightning.types import Prompts
+
+
+def generate(model: QwenVL, processor: PromptProcessor, prompts: Prompts, max_new_tokens: int) -> list[list[int]]:
+    """transformers' greedy answer to each prompt, up to and including the token that ends it."""
+    output = model.generate(
+        input_ids=prompts.input_ids,
+        attention_mask=prompts.attention_mask,
+        pixel_values=prompts.pixel_values,
+        image_grid_thw=prompts.image_grid_thw,
+        mm_token_type_ids=(prompts.input_ids == model.config.image_token_id).int(),
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        suppress_tokens=processor.banned_token_ids,
+        eos_token_id=processor.stop_token_ids,
+        pad_token_id=processor.pad_token_id,
+    )
+    rows = []
+    for ids in output[:, prompts.input_ids.shape[1] :].tolist():
+        ends = [place for place, token in enumerate(ids) if token in processor.stop_token_ids]
+        rows.append(ids[: ends[0] + 1] if ends else ids)
+    return rows
+
+
+def greedy(model: QwenVL, processor: PromptProcessor, prompts: Prompts, group_size: int, length: int) -> list[list[int]]:
+    completions = sample_groups(model, processor, prompts, group_size, Sampling(length, temperature=0))
+    return [ids[mask].tolist() for ids, mask in zip(completions.ids, completions.mask, strict=True)]
+
+
+def test_greedy_equals_transformers_generate_token_for_token(
+    small_model: QwenVL, processor: PromptProcessor, mixed_prompts: Prompts
+):
+    """Left-padded prompts with one image, none and several; every member of a group gives the same."""
+    expected = generate(small_model, processor, mixed_prompts, 12)
+    assert len({tuple(row) for row in expected}) == len(expected), "prompts must give different answers to tell them apart"
+    assert greedy(small_model, processor, mixed_prompts, 1, 12) == expected
+    assert greedy(small_model, processor, mixed_prompts, 2, 12) == [row for row in expected for _ in range(2)]
+
+
+def test_greedy_equals_generate_on_the_embedded_base(processor: PromptProcessor, mixed_prompts: Prompts):
+    """The trained base ends its turns, so this also compares where completions stop."""
+    from cpt_lightning.models import load_backbone
+
+    model, _ = load_backbone("tiny")
+    expected = generate(model.eval(), processor, mixed_prompts, 24)
+    assert any(row[-1] == processor.eos_token_id for row in expected)
+    assert greedy(model.train(), processor, mixed_prompts, 1, 24) == expected
+    assert model.training, "sampling must leave the model in the mode it found it in"
+
+
+def test_logps_of_sampled_tokens_are_those_of_the_packed_forward(
+    small_model: QwenVL, processor: PromptProcessor, mixed_prompts: Prompts
+):
+    """Temperature included, top-k, top-p and bans not: what is drawn from is narrower than what is scored."""
+    sampling = Sampling(8, temperature=0.7, top_p=0.9, top_k=20)
+    completions = sample_groups(small_model, processor, mixed_prompts, 3, sampling, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        scored = completion_logprobs(small_model, mixed_prompts, completions, temperature=0.7)
+    torch.testing.assert_close(completions.logps, scored.logps, atol=1e-5, rtol=0)
+
+
+def test_the_same_key_samples_the_same_and_another_key_something_else(
+    small_model: QwenVL, processor: PromptProcessor, mixed_prompts: Prompts
+):
+    def draw(*key: int) -> list:
+        return sample_groups(
+            small_model, processor, mixed_prompts, 2, Sampling(6), keyed_generator("cpu", *key)
+        ).ids.tolist()
+
+    assert draw(0, 1, 2) == draw(0, 1, 2)
+    assert draw(0, 1, 2) != draw(0, 2, 1)
+
+
+def test_vision_tokens_are_never_sampled(processor: PromptProcessor):
+    """Even where one has all the probability: logits of 100 on <|image_pad|> and 0 elsewhere."""
+    logits = torch.zeros(50, len(processor.tokenizer))
+    logits[:, processor.image_token_id] = 100.0
+    for sampling in (Sampling(1), Sampling(1, temperature=0), Sampling(1, top_p=0.5, top_k=3)):
+        tokens, _ = sampling.pick(logits, processor.banned_token_ids, torch.Generator().manual_seed(0))
+        assert not set(tokens.tolist()) & set(processor.banned_token_ids)
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_it():
+    """Probabilities .5, .3, .15, .05: at top_p .6 the first two reach it, at .5 the first alone does."""
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(2000, -1)
+    generator = torch.Generator().manual_seed(0)
+    drawn = Sampling(1, top_p=0.6).pick(logits, [], generator)[0]
+    assert set(drawn.tolist()) == {0, 1}
+    assert (drawn == 0).float().mean() == pytest.approx(0.5 / 0.8, abs=0.04)
+    assert set(Sampling(1, top_p=0.5).pick(logits, [], generator)[0].tolist()) == {0}
+
+
+def test_top_k_keeps_the_k_most_probable():
+    logits = torch.tensor([[0.0, 3.0, 1.0, 2.0]]).expand(500, -1)
+    drawn = Sampling(1, top_k=2).pick(logits, [], torch.Generator().manual_seed(0))[0]
+    assert set(drawn.tolist()) == {1, 3}
+
+
+def test_decoding_stops_when_all_completions_have_ended(
+    small_model: QwenVL, processor: PromptProcessor, mixed_prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+):
+    """A model that ends its turn at once needs one forward over the prompts and no further one."""
+    from cpt_lightning.rollouts import sampling as module
+
+    calls = []
+    real = module.hidden_states
+    monkeypatch.setattr(module, "hidden_states", lambda *args: calls.append(1) or real(*args))
+    ends = [processor.eos_token_id] * 4
+    monkeypatch.setattr(Sampling, "_draw", lambda self, logps, generator: torch.tensor(ends))
+    completions = sample_groups(small_model, processor, mixed_prompts, 1, Sampling(100))
+    assert completions.lengths.tolist() == [1, 1, 1, 1]
+    assert len(calls) == 1
+
+
+def test_the_image_is_encoded_once_per_prompt_whatever_the_group_size(
+    small_model: QwenVL, processor: PromptProcessor, mixed_prompts: Prompts
+):
+    patches = []
+    small_model.model.visual.register_forward_pre_hook(lambda module, args: patches.append(len(args[0])))
+    sample_groups(small_model, processor, mixed_prompts, 5, Sampling(3))
+    assert patches == [len(mixed_prompts.pixel_values)]
+
+
+def test_a_prefix_is_forced_and_part_of_the_completion(
+    small_model: QwenVL, processor: PromptProcessor, mixed_prompts: Prompts
+):
+    """With the prefix in the prompt instead, greedy goes on alike."""
+    prefix = "<think>let me think</think><answer>"
+    completions = sample_groups(small_model, processor, mixed_prompts, 1, Sampling(6, temperature=0, prefix=prefix))
+    ids = torch.tensor(processor.tokenizer.encode(prefix, add_special_tokens=False))
+    assert (completions.ids[:, : len(ids)] == ids).all()
+    started = replace(
+        mixed_prompts,
+        input_ids=torch.cat([mixed_prompts.input_ids, ids.expand(4, -1)], dim=1),
+        attention_mask=torch.cat([mixed_prompts.attention_mask, torch.ones(4, len(ids), dtype=torch.long)], dim=1),
+    )
+    rest = sample_groups(small_model, processor, started, 1, Sampling(6, temperature=0))
+    assert (completions.ids[:, len(ids) :] == rest.ids).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"temperature": -1}, "temperature=-1"),
+        ({"top_p": 0}, "top_p=0"),
+        ({"top_k": -1}, "top_k=-1"),
+    ],
+)
+def test_impossible_settings_are_refused(options: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**options)
