@@ -84,3 +84,13 @@ def mixed_prompts(processor: PromptProcessor) -> Prompts:
         for row, question in zip(images, questions, strict=True)
     ]
     return processor.encode(messages, images)
+
+
+@pytest.fixture
+def small_folder(small_model: QwenVL, processor: PromptProcessor, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The small model with its processor, saved as users' backbones are."""
+    folder = tmp_path_factory.mktemp("backbone")
+    small_model.save_pretrained(folder)
+    processor.tokenizer.save_pretrained(folder)
+    processor.image_processor.save_pretrained(folder)
+    return str(folder)

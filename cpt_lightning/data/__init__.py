@@ -1,0 +1,7 @@
+"""The stream of tasks as data: what is shown when, and to which rank."""
+
+from cpt_lightning.data.collate import Collate
+from cpt_lightning.data.datamodule import TaskStream
+from cpt_lightning.data.sampler import EvaluationSampler, RowRef, Share, StageSampler
+
+__all__ = ["Collate", "EvaluationSampler", "RowRef", "Share", "StageSampler", "TaskStream"]

@@ -68,7 +68,9 @@ class Backbone:
         freeze(model, self.freeze)
         modules = {"vision_tower": model.model.visual, "language_model": model.model.language_model}
         for part in self.gradient_checkpointing:
-            modules[part].gradient_checkpointing_enable({"use_reentrant": False})
+            # Renamed on the way from transformers 5.16 to 5.23, where the old name warns.
+            old_name = modules[part].gradient_checkpointing_enable
+            getattr(modules[part], "activation_checkpointing_enable", old_name)({"use_reentrant": False})
         return model.train()  # from_pretrained leaves it in eval mode
 
     def _check_path(self) -> None:

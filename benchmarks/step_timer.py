@@ -1,0 +1,46 @@
+"""A callback that measures training steps end to end: data loading, hooks and logging included."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from time import perf_counter
+
+from lightning import Callback
+from lightning.pytorch.profilers import SimpleProfiler
+
+INSIDE_THE_STEP = ("run_training_batch", "run_training_epoch", "training_step", "optimizer_step", "backward")
+
+
+class StepTimer(Callback):
+    """Writes what each training step took, from the end of the one before, and the phases that the module logs.
+
+    With ``--trainer.profiler simple`` also what the Trainer did around the step.
+
+    Args:
+        out: JSON file, written when ``fit`` ends.
+    """
+
+    def __init__(self, out: str):
+        self.out = Path(out)
+        self.steps: list[dict[str, float]] = []
+        self.last_end: float | None = None
+
+    def on_train_epoch_start(self, trainer, pl_module) -> None:
+        self.last_end = None  # an evaluation lies before this task's first step, which is therefore not timed
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        now = perf_counter()
+        if self.last_end is not None:
+            logged = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("time/")}
+            phases = {name.removeprefix("time/").removesuffix("_s"): seconds for name, seconds in logged.items()}
+            self.steps.append({"step": now - self.last_end, **phases})
+        self.last_end = now
+
+    def on_fit_end(self, trainer, pl_module) -> None:
+        around = {}
+        if isinstance(trainer.profiler, SimpleProfiler):
+            sums = {name: sum(times) for name, times in trainer.profiler.recorded_durations.items()}
+            num_steps = max(1, trainer.global_step)
+            around = {n: s / num_steps for n, s in sums.items() if not n.endswith(INSIDE_THE_STEP)}
+        self.out.write_text(json.dumps({"steps": self.steps, "around": around}), encoding="utf-8")

@@ -1,0 +1,180 @@
+"""The record of a stream: every task's and probe's accuracy after every stage, as JSON and as a table."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypedDict
+
+from rich.console import Console
+from rich.table import Table
+
+from cpt_lightning.callbacks.files import replace_text
+from cpt_lightning.functional import accuracy_matrix as metrics
+
+VERSION = 1
+"""Of the JSON form."""
+
+
+class Cell(TypedDict):
+    """One measurement."""
+
+    accuracy: float
+    num_samples: int
+
+
+Scores = dict[str, Cell]
+"""Measurements by the name of the task or probe."""
+
+
+@dataclass
+class AccuracyMatrix:
+    """Who scored what, when.
+
+    Args:
+        tasks: Learned tasks in their order.
+        probes: What is evaluated but never learned.
+        stages: Tasks of each stage of the stream.
+        zero_shot: Scores of the untrained base, if it was evaluated.
+        rows: Scores after each stage so far.
+    """
+
+    tasks: list[str]
+    probes: list[str]
+    stages: list[list[str]]
+    zero_shot: Scores | None = None
+    rows: list[Scores] = field(default_factory=list)
+
+    @property
+    def names(self) -> list[str]:
+        """Tasks, then probes: the columns."""
+        return [*self.tasks, *self.probes]
+
+    @property
+    def stage_names(self) -> list[str]:
+        """What each row after the base stands after."""
+        return ["+".join(stage) for stage in self.stages]
+
+    @property
+    def learned_at(self) -> list[int]:
+        """The stage at which each task is learned first."""
+        return [next(i for i, stage in enumerate(self.stages) if task in stage) for task in self.tasks]
+
+    def accuracy(self, names: Sequence[str]) -> list[list[float]]:
+        """``[T, K]`` accuracies of K columns after each of the T stages so far."""
+        return [[row[name]["accuracy"] for name in names] for row in self.rows]
+
+    def metrics(self) -> dict[str, float]:
+        """What was learned and forgotten so far; what is not defined yet (nothing earlier, no base) is left out.
+
+        The definitions are those of :mod:`cpt_lightning.functional.accuracy_matrix`. ``probe/<name>`` is the change of a
+        probe since the base, ``probe_minimum/<name>`` its lowest change on the way.
+        """
+        if not self.rows:
+            return {}
+        table = {"accuracy": self.accuracy(self.tasks), "learned_at": self.learned_at}
+        found = {
+            "average_accuracy": metrics.average_accuracy(**table),
+            "forgetting_measure": metrics.forgetting_measure(**table),
+            "backward_transfer": metrics.backward_transfer(**table),
+            "learning": metrics.learning(**table),
+            "mean_average_accuracy": metrics.mean_average_accuracy(**table),
+            "worst_dip": metrics.worst_dip(**table),
+        }
+        if self.zero_shot is not None:
+            base = [self.zero_shot[name]["accuracy"] for name in self.tasks]
+            found["forward_transfer"] = metrics.forward_transfer(**table, zero_shot=base)
+            found |= self._probe_metrics(self.zero_shot)
+        return {name: value for name, value in found.items() if not math.isnan(value)}
+
+    def _probe_metrics(self, zero_shot: Scores) -> dict[str, float]:
+        probes, base = self.accuracy(self.probes), [zero_shot[name]["accuracy"] for name in self.probes]
+        changes = zip(self.probes, metrics.probe_changes(probes, base), strict=True)
+        minima = zip(self.probes, metrics.probe_minima(probes), base, strict=True)
+        return {
+            **{f"probe/{name}": change for name, change in changes},
+            **{f"probe_minimum/{name}": lowest - before for name, lowest, before in minima},
+        }
+
+    # -- as JSON ---------------------------------------------------------------------------------------------------
+
+    def to_json(self) -> dict:
+        """The matrix as ``accuracy_matrix.json`` has it, version 1."""
+        base = [] if self.zero_shot is None else [{"after": None, "scores": self.zero_shot}]
+        after = [{"after": name, "scores": row} for name, row in zip(self.stage_names, self.rows, strict=False)]
+        return {
+            "version": VERSION,
+            "tasks": self.tasks,
+            "probes": self.probes,
+            "stages": self.stages,
+            "rows": [*base, *after],
+            "metrics": self.metrics(),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping) -> AccuracyMatrix:
+        """The matrix that :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: Another version.
+        """
+        if data.get("version") != VERSION:
+            raise ValueError(f"accuracy matrix of version {data.get('version')!r}; this program reads version {VERSION}")
+        rows = list(data["rows"])
+        zero_shot = rows.pop(0)["scores"] if rows and rows[0]["after"] is None else None
+        scores = [row["scores"] for row in rows]
+        return cls(list(data["tasks"]), list(data["probes"]), [list(s) for s in data["stages"]], zero_shot, scores)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the JSON form; a reader never sees half of it."""
+        replace_text(Path(path), json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> AccuracyMatrix:
+        """Reads a file that :meth:`save` wrote."""
+        return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+
+    # -- as a table ------------------------------------------------------------------------------------------------
+
+    def table(self, confidence: float | None = None) -> Table:
+        """Accuracies in per cent, a column per stage; bold where the task has just been learned.
+
+        Args:
+            confidence: Level of the intervals shown as ±; none by default.
+        """
+        table = Table(title="Accuracy in % of each task and probe, at the start and after each stage", title_justify="left")
+        table.add_column("", no_wrap=True)
+        columns: list[tuple[str, Scores, Sequence[str]]] = []
+        if self.zero_shot is not None:
+            columns.append(("base", self.zero_shot, ()))
+        columns += zip(self.stage_names, self.rows, self.stages, strict=False)
+        for name, _, _ in columns:
+            table.add_column(name.replace("+", "\n+"), justify="right", no_wrap=True)
+        for name in self.names:
+            cells = [_cell(scores[name], confidence, bold=name in learned) for _, scores, learned in columns]
+            label = name if name in self.tasks else f"[dim]probe[/] {name}"
+            table.add_row(label, *cells, end_section=name == self.tasks[-1])
+        return table
+
+    def print(self, confidence: float | None = None) -> None:
+        """Prints the table, and below it the metrics."""
+        console = Console()
+        table = self.table(confidence)
+        # Where output goes to a file it must not be squeezed into 80 columns.
+        console.width = max(console.width, console.measure(table).maximum + 2)
+        console.print()  # off the line of a progress bar
+        console.print(table)
+        for name, value in self.metrics().items():
+            if not name.startswith("probe"):
+                console.print(f"  {name.replace('_', ' '):24}{100 * value:6.1f}", highlight=False)
+
+
+def _cell(cell: Cell, confidence: float | None, bold: bool) -> str:
+    text = f"{100 * cell['accuracy']:.1f}"
+    if confidence is not None:
+        low, high = metrics.wilson_interval(cell["accuracy"], cell["num_samples"], confidence)
+        text += f" ±{50 * (high - low):.1f}"
+    return f"[bold]{text}[/]" if bold else text

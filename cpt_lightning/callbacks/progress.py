@@ -1,0 +1,59 @@
+"""What a person watching the run sees."""
+
+from __future__ import annotations
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.utilities import rank_zero_info
+
+from cpt_lightning.types import Batch
+
+
+class TaskProgressBar(TQDMProgressBar):
+    """A progress bar that names the task that is learned or evaluated."""
+
+    def on_train_epoch_start(self, trainer: Trainer, *args) -> None:
+        """Names the task that begins."""
+        super().on_train_epoch_start(trainer, *args)
+        stage, names = trainer.current_epoch, trainer.datamodule.stage_names
+        self.train_progress_bar.set_description(f"task {stage + 1}/{len(names)} {names[stage]}")
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, *args
+    ) -> None:
+        """Names the task that is evaluated."""
+        super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, *args)
+        self.val_progress_bar.set_description(f"evaluating {batch.prompts.examples[0].task}")
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, *args
+    ) -> None:
+        """Names the task that is tested."""
+        super().on_test_batch_start(trainer, pl_module, batch, batch_idx, *args)
+        self.test_progress_bar.set_description(f"testing {batch.prompts.examples[0].task}")
+
+
+class SkippedRows(Callback):
+    """Counts the rows that training left out because their prompt was too long: ``train/skipped_rows`` and a line."""
+
+    def __init__(self) -> None:
+        self._num_skipped = 0
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts counting for a task."""
+        self._num_skipped = 0
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch: Batch, *_) -> None:
+        """Counts."""
+        self._num_skipped += batch.num_skipped
+        if trainer.datamodule.max_prompt_tokens is not None:
+            self.log("train/skipped_rows", float(batch.num_skipped), batch_size=1)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Says what was left out."""
+        if self._num_skipped:
+            stream = trainer.datamodule
+            rank_zero_info(
+                f"{stream.stage_names[trainer.current_epoch]}: {self._num_skipped} rows were left out on this rank, because "
+                f"their prompts are longer than data.max_prompt_tokens={stream.max_prompt_tokens}"
+            )

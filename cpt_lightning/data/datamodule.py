@@ -1,0 +1,266 @@
+"""The stream of tasks as a LightningDataModule: an epoch is a task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from difflib import get_close_matches
+from functools import cached_property
+from typing import Literal
+
+import lightning as L
+from torch.utils.data import DataLoader, Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from cpt_lightning.data.collate import Collate, Processor
+from cpt_lightning.data.sampler import EvaluationSampler, Mixing, RowRef, Share, StageSampler, num_steps
+from cpt_lightning.tasks import Split, Task
+from cpt_lightning.types import Batch, Example
+
+
+class TaskStream(L.LightningDataModule):
+    """Tasks that are learned one after another, each for an epoch of the Trainer, and evaluated all together.
+
+    A stage of the stream is one task, or several that are mixed; sequential, single-task and joint multi-task training
+    differ in ``stages`` only. The Trainer needs ``max_epochs`` = number of stages, ``reload_dataloaders_every_n_epochs=1``
+    and ``use_distributed_sampler=False``, which ``cpt`` sets.
+
+    Args:
+        tasks: What is learned, by name.
+        probes: What is never learned but always evaluated, by name; as are tasks that stand in no stage.
+        stages: Task names in the order of learning; a list of names is a stage that mixes them. Every task in turn by
+            default; ``[[a, b, c]]`` is joint training.
+        prompts_per_step: Prompts of a training batch, over all ranks.
+        passes: How often a stage goes through its rows, or that by stage name (1 where it is not named). May be a
+            fraction; the last batch is filled up from the next pass. A mixed stage is called ``a+b``.
+        steps: Batches of a stage instead of passes, or that by stage name (``passes`` where it is not named).
+        eval_prompts_per_step: Prompts of an evaluation batch, over all ranks.
+        evaluate_on: Split for evaluation during ``fit``, ``validate`` and ``predict``: ``val`` to choose settings,
+            ``test`` to report. ``cpt test`` always takes ``test``.
+        max_prompt_tokens: Training rows with a longer prompt are left out, counted and logged; nothing is cut.
+            Evaluation asks every row, so that accuracies stay comparable.
+        target: Replaces the ``target`` of every task: what SFT learns.
+        mixing: How often the tasks of a mixed stage are drawn: by ``size``, ``uniform``, or a temperature between (shares
+            proportional to size to the power 1/temperature).
+        num_workers: Processes that load rows; 0 loads them in the training process.
+        seed: Draws the order of rows.
+
+    Raises:
+        ValueError: No task, an unknown or doubled name, or a count out of range.
+    """
+
+    def __init__(
+        self,
+        tasks: dict[str, Task],
+        probes: dict[str, Task] | None = None,
+        stages: list[str | list[str]] | None = None,
+        prompts_per_step: int = 16,
+        passes: float | dict[str, float] = 1,
+        steps: int | dict[str, int] | None = None,
+        eval_prompts_per_step: int = 64,
+        evaluate_on: Literal["val", "test"] = "test",
+        max_prompt_tokens: int | None = None,
+        target: str | None = None,
+        mixing: Mixing = "size",
+        num_workers: int = 0,
+        seed: int = 0,
+    ):
+        super().__init__()
+        probes = probes or {}
+        if not tasks:
+            raise ValueError("data.tasks is empty: a stream needs at least one task")
+        if both := sorted(set(tasks) & set(probes)):
+            raise ValueError(f"{both[0]!r} is both a task and a probe; give the probe another name")
+        if odd := [name for name in [*tasks, *probes] if not name or set(name) & set("/+")]:
+            raise ValueError(f"{odd[0]!r} cannot be the name of a task or probe: '/' and '+' have a meaning in results")
+        self.everything = {**tasks, **probes}
+        if target is not None:
+            self.everything = {name: replace(task, target=target) for name, task in self.everything.items()}
+        self.stages = [[stage] if isinstance(stage, str) else list(stage) for stage in (stages or tasks)]
+        self._check_stages(list(tasks), given=stages)
+        self.prompts_per_step = prompts_per_step
+        self.passes = passes
+        self.steps = steps
+        self.eval_prompts_per_step = eval_prompts_per_step
+        self.evaluate_on: Split = evaluate_on
+        self.max_prompt_tokens = max_prompt_tokens
+        self.mixing = mixing
+        self.num_workers = num_workers
+        self.seed = seed
+        self._check_numbers()
+        self._processor: Processor | None = None
+        self._examples: dict[tuple[str, Split], Sequence[Example]] = {}
+
+    # -- what the stream consists of -------------------------------------------------------------------------------
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of the stream, each an epoch of the Trainer."""
+        return len(self.stages)
+
+    @property
+    def stage_names(self) -> list[str]:
+        """Name of each stage: its task's, or ``a+b`` for a mixed one."""
+        return ["+".join(stage) for stage in self.stages]
+
+    @cached_property
+    def task_names(self) -> list[str]:
+        """Tasks in the order in which they are learned first."""
+        return list(dict.fromkeys(task for stage in self.stages for task in stage))
+
+    @cached_property
+    def probe_names(self) -> list[str]:
+        """What is evaluated but never learned."""
+        return [name for name in self.everything if name not in self.task_names]
+
+    def examples(self, name: str, split: Split) -> Sequence[Example]:
+        """The rows of a task or probe, made when they are fetched."""
+        if (name, split) not in self._examples:
+            self._examples[name, split] = self.everything[name].examples(split, name)
+        return self._examples[name, split]
+
+    def num_steps(self, stage: int) -> int:
+        """Batches of a stage."""
+        name = self.stage_names[stage]
+        steps = self.steps.get(name) if isinstance(self.steps, Mapping) else self.steps
+        if steps is not None:
+            return steps
+        passes = self.passes.get(name, 1) if isinstance(self.passes, Mapping) else self.passes
+        return num_steps(sum(self._sizes(self.stages[stage], "train").values()), self.prompts_per_step, passes)
+
+    # -- what Lightning asks for -----------------------------------------------------------------------------------
+
+    @property
+    def processor(self) -> Processor:
+        """Encodes prompts: the module's, unless another was set (as a notebook does)."""
+        if self._processor is not None:
+            return self._processor
+        if self.trainer is None:
+            raise RuntimeError("without a Trainer the stream has no processor: set stream.processor = ... first")
+        return self.trainer.lightning_module.processor
+
+    @processor.setter
+    def processor(self, processor: Processor) -> None:
+        self._processor = processor
+
+    def setup(self, stage: str) -> None:
+        """Opens the sources that ``fit``, ``validate``, ``test`` or ``predict`` needs; empty ones are refused here."""
+        if stage == "fit":
+            self._check_trainer()
+            for name in self.task_names:
+                self.examples(name, "train")
+        for name in [*self.task_names, *self.probe_names]:
+            self.examples(name, "test" if stage == "test" else self.evaluate_on)
+
+    def train_dataloader(self) -> StatefulDataLoader:
+        """The training batches of the current epoch's stage; the loader's state is its step."""
+        # Asked for before on_train_epoch_start, and after a resume with the finished epoch first: derive, keep nothing.
+        epoch = 0 if self.trainer is None else self.trainer.current_epoch
+        stage = min(epoch, self.num_stages - 1)
+        sampler = StageSampler(
+            self._sizes(self.stages[stage], "train"),
+            self.prompts_per_step,
+            self.num_steps(stage),
+            key=(self.seed, stage),
+            mixing=self.mixing,
+            share=self._share,
+        )
+        batches = StreamBatches(self._split("train", self.stages[stage]), Collate(self.processor, self.max_prompt_tokens))
+        # Items of the sampler are whole batches: Lightning re-makes batch samplers, and only knows its own kind.
+        return StatefulDataLoader(batches, sampler=sampler, batch_size=None, num_workers=self.num_workers)
+
+    def val_dataloader(self) -> DataLoader:
+        """All tasks and probes, one task per batch."""
+        return self._evaluation_loader(self.evaluate_on)
+
+    def test_dataloader(self) -> DataLoader:
+        """All tasks and probes on their test split."""
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        """The rows of the validation loader."""
+        return self._evaluation_loader(self.evaluate_on)
+
+    # -- parts -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _share(self) -> Share:
+        return Share() if self.trainer is None else Share(self.trainer.global_rank, self.trainer.world_size)
+
+    def _split(self, split: Split, names: Sequence[str]) -> dict[str, Sequence[Example]]:
+        return {name: self.examples(name, split) for name in names}
+
+    def _sizes(self, names: Sequence[str], split: Split) -> dict[str, int]:
+        return {name: len(rows) for name, rows in self._split(split, names).items()}
+
+    def _evaluation_loader(self, split: Split) -> DataLoader:
+        names = [*self.task_names, *self.probe_names]
+        sampler = EvaluationSampler(self._sizes(names, split), self.eval_prompts_per_step, self._share)
+        batches = StreamBatches(self._split(split, names), Collate(self.processor, with_targets=False))
+        return DataLoader(batches, sampler=sampler, batch_size=None, num_workers=self.num_workers)
+
+    def _check_stages(self, tasks: list[str], given: Sequence[str | list[str]] | None) -> None:
+        if given is not None and (not given or not all(self.stages)):
+            raise ValueError(f"data.stages={given} has nothing to learn; leave it out to learn every task in turn")
+        for stage in self.stages:
+            for name in stage:
+                _check_known(name, tasks, "data.stages")
+            if len(set(stage)) < len(stage):
+                raise ValueError(f"data.stages: the mixed stage {stage} names a task twice; use `mixing` to weigh tasks")
+
+    def _check_numbers(self) -> None:
+        for option in ("passes", "steps"):
+            value = getattr(self, option)
+            by_stage = value if isinstance(value, Mapping) else {"every stage": value}
+            for name, number in by_stage.items():
+                if isinstance(value, Mapping):
+                    _check_known(name, self.stage_names, f"data.{option}")
+                if number is not None and not number > 0:
+                    raise ValueError(f"data.{option} of {name} is {number}; it must be positive")
+        for option in ("prompts_per_step", "eval_prompts_per_step", "max_prompt_tokens"):
+            number = getattr(self, option)
+            if number is not None and number < 1:
+                raise ValueError(f"data.{option}={number} must be at least 1")
+        if not isinstance(self.mixing, str) and not self.mixing > 0:
+            raise ValueError(f"data.mixing={self.mixing}: a temperature must be positive")
+        if self.seed < 0:
+            raise ValueError(f"data.seed={self.seed} must be 0 or more")
+
+    def _check_trainer(self) -> None:
+        """Settings of a Trainer with which the stream would silently be another one."""
+        trainer = self.trainer
+        if trainer is None or trainer.fast_dev_run:
+            return
+        stages = f"the stream has {self.num_stages} stages, and an epoch is a stage"
+        if trainer.max_epochs is None or not 0 <= trainer.max_epochs <= self.num_stages:
+            raise ValueError(f"trainer.max_epochs={trainer.max_epochs}: {stages}; set it to {self.num_stages}")
+        if self.num_stages > 1 and trainer.reload_dataloaders_every_n_epochs != 1:
+            raise ValueError(f"trainer.reload_dataloaders_every_n_epochs must be 1: {stages}")
+        if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+            raise ValueError("trainer.use_distributed_sampler must be false: the stream splits batches over ranks itself")
+
+
+class StreamBatches(Dataset[Batch]):
+    """Map-style over whole batches: a list of row references gives the batch of these rows.
+
+    Args:
+        rows: Examples of each task, by its name.
+        collate: Makes the batch.
+    """
+
+    def __init__(self, rows: Mapping[str, Sequence[Example]], collate: Collate) -> None:
+        self.rows = rows
+        self.collate = collate
+
+    def __getitem__(self, refs: Sequence[RowRef]) -> Batch:
+        """Raises ``ValueError`` for whatever is wrong with a row, naming task and row."""
+        examples = [self.rows[ref.task][ref.index] for ref in refs]
+        return self.collate(examples, [ref.valid for ref in refs])
+
+
+def _check_known(name: str, known: Sequence[str], where: str) -> None:
+    if name in known:
+        return
+    close = get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+    raise ValueError(f"{where} names {name!r}, which the stream does not have; {hint}")

@@ -1,0 +1,215 @@
+"""One GRPO step is the hand calculation's, however it is cut into micro-batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cpt_lightning.models import Backbone, Lora
+from cpt_lightning.modules import RFT
+from cpt_lightning.rollouts import Sampling
+from cpt_lightning.types import Rollout
+from tests.naive import naive_logprobs
+from tests.training import fit, largest_difference, sgd, weights, with_examples
+
+SAMPLING = Sampling(max_new_tokens=6)
+
+
+def make(folder: str, **options) -> RFT:
+    settings = {"group_size": 4, "sampling": SAMPLING, "optimizer": sgd, "max_grad_norm": None, **options}
+    return RFT(backbone=Backbone(folder), **settings)
+
+
+def catch_rollouts(module: RFT) -> list[Rollout]:
+    rollouts = []
+    collect = module.collect
+    module.collect = lambda *args: rollouts.append(collect(*args)) or rollouts[-1]
+    return rollouts
+
+
+def by_hand(model, rollout: Rollout, reduction: str) -> torch.Tensor:
+    """-mean of A * log pi: on-policy the ratio is 1 and its gradient that of log pi, no clipping, written out naively."""
+    rewards, mask = rollout.rewards, rollout.completions.mask
+    deviation = rewards - rewards.mean(dim=1, keepdim=True)
+    advantages = (deviation / (rewards.std(dim=1, keepdim=True) + 1e-6)).flatten()
+    tokens = -advantages[:, None] * naive_logprobs(model, rollout.prompts, rollout.completions)
+    if reduction == "token_mean":
+        return tokens[mask].mean()
+    per_row = (tokens * mask).sum(dim=1)
+    if reduction == "sequence_mean":
+        return (per_row / mask.sum(dim=1)).mean()
+    return per_row.mean() / SAMPLING.max_new_tokens
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "constant"])
+def test_one_step_moves_the_weights_as_the_hand_calculation_does(small_folder, processor, mixed_prompts, reduction):
+    """Plain SGD, so that the step is the gradient of the hand-written loss of the very same completions."""
+    module = make(small_folder, reduction=reduction)
+    module.configure_model()
+    untouched = make(small_folder)
+    untouched.configure_model()
+    rollouts = catch_rollouts(module)
+    fit(module, [with_examples(mixed_prompts, processor)])
+    assert rollouts[0].rewards.std(dim=1).max() > 0
+
+    loss = by_hand(untouched.model, rollouts[0], reduction)
+    loss.backward()
+    with torch.no_grad():
+        for weight in untouched.model.parameters():
+            weight -= 0.1 * weight.grad
+    assert largest_difference(weights(module), weights(untouched)) < 1e-6
+
+
+@pytest.mark.parametrize("options", [{}, {"kl_coef": 0.1, "updates_per_rollout": 2, "passes_per_rollout": 2}])
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "constant"])
+def test_a_step_gives_the_same_weights_for_any_micro_batch_size(
+    small_folder, processor, mixed_prompts, options, reduction
+):
+    batch = with_examples(mixed_prompts, processor)
+    results = []
+    for size in (None, 1, 3):
+        module = make(small_folder, reduction=reduction, micro_batch_prompts=size, **options)
+        fit(module, [batch])
+        results.append(weights(module))
+    assert largest_difference(results[0], results[1]) < 1e-6
+    assert largest_difference(results[0], results[2]) < 1e-6
+    untouched = make(small_folder)
+    untouched.configure_model()
+    assert largest_difference(results[0], weights(untouched)) > 1e-4
+
+
+def test_groups_of_equal_rewards_cost_no_forward_and_move_nothing(small_folder, processor, mixed_prompts):
+    module = make(small_folder)
+    module.configure_model()
+    before = weights(module)
+    scored = []
+    module._score = lambda *args: scored.append(args)
+    batch = with_examples(mixed_prompts, processor, reward=lambda completion, gold: {"total": 1.0, "accuracy": 1.0})
+    trainer = fit(module, [batch])
+    assert scored == []
+    assert largest_difference(before, weights(module)) == 0
+    assert trainer.callback_metrics["train/zero_signal_groups"] == 1
+    assert trainer.global_step == 1
+
+
+def test_the_first_of_several_updates_is_on_policy_and_the_next_ones_are_not(small_folder, processor, mixed_prompts):
+    """Old log-probabilities are scored once, before the first update: its ratio is exactly 1."""
+    from cpt_lightning.modules import rft as module_file
+
+    ratios = []
+    real = module_file.clipped_policy_loss
+    module = make(small_folder, updates_per_rollout=1, passes_per_rollout=2)
+
+    def watched(*args, **kwargs):
+        loss, stats = real(*args, **kwargs)
+        ratios.append(stats.ratio_mean.item())
+        return loss, stats
+
+    module_file.clipped_policy_loss = watched
+    try:
+        fit(module, [with_examples(mixed_prompts, processor)])
+    finally:
+        module_file.clipped_policy_loss = real
+    assert ratios[0] == 1.0
+    assert abs(ratios[1] - 1.0) > 1e-4
+
+
+@pytest.mark.parametrize("reference", ["task_start", "base"])
+def test_the_kl_term_is_zero_at_the_start_and_holds_the_policy_back(small_folder, processor, mixed_prompts, reference):
+    batch = with_examples(mixed_prompts, processor)
+    drift = {}
+    for kl_coef in (0.0, 1.0):
+        module = make(small_folder, kl_coef=kl_coef, reference=reference)
+        module.configure_model()
+        before = weights(module)
+        trainer = fit(module, [batch] * 4)
+        drift[kl_coef] = sum((before[name] - weight).square().sum() for name, weight in weights(module).items())
+        if kl_coef:
+            assert trainer.callback_metrics["train/kl_k3"] > 0
+    assert drift[1.0] < drift[0.0]
+
+
+def test_the_reference_is_renewed_at_a_tasks_start_or_never(small_folder, processor, mixed_prompts):
+    batch = with_examples(mixed_prompts, processor)
+    for kind, renewed in (("task_start", True), ("base", False)):
+        module = make(small_folder, kl_coef=0.01, reference=kind)
+        module.configure_model()
+        loaded = weights(module)
+        starts = []
+        start_task = module.reference.start_task
+        module.reference.start_task = lambda policy, call=start_task: (starts.append(weights(module)), call(policy))
+        fit(module, [batch] * 2, max_epochs=2)
+        assert len(starts) == 2
+        expected = starts[1] if renewed else loaded
+        kept = dict(module.reference.copy.named_parameters())
+        assert largest_difference(expected, {name: weight.detach() for name, weight in kept.items()}) == 0
+
+
+def test_with_lora_the_base_reference_is_the_policy_without_adapters(small_folder, processor, mixed_prompts):
+    backbone = Backbone(small_folder, tuning="lora", lora=Lora(rank=4))
+    module = RFT(backbone=backbone, group_size=4, sampling=SAMPLING, kl_coef=0.01, reference="base", optimizer=sgd)
+    module.configure_model()
+    before = weights(module)
+    trainer = fit(module, [with_examples(mixed_prompts, processor)] * 3)
+    assert module.reference.copy is None
+    assert trainer.callback_metrics["train/kl_k3"] > 0
+    changed = {name for name, weight in weights(module).items() if not torch.equal(weight, before[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+
+
+def test_a_frozen_vision_tower_runs_once_per_step(small_folder, processor, mixed_prompts):
+    backbone = Backbone(small_folder, freeze=["vision_tower", "projector"])
+    module = RFT(backbone=backbone, group_size=4, sampling=SAMPLING, optimizer=sgd)
+    module.configure_model()
+    calls = []
+    module.model.model.visual.register_forward_pre_hook(lambda *_: calls.append(1))
+    fit(module, [with_examples(mixed_prompts, processor)])
+    assert len(calls) == 1
+
+
+def test_reward_rises_where_a_token_is_rewarded(small_folder, processor, mixed_prompts):
+    """Reward for the letter a: after some steps of plain GRPO there are more of them."""
+
+    def reward(completion, gold):
+        value = completion.count("a") / 6
+        return {"total": value, "accuracy": value}
+
+    module = RFT(
+        backbone=Backbone(small_folder),
+        group_size=8,
+        sampling=SAMPLING,
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-3),
+    )
+    rollouts = catch_rollouts(module)
+    fit(module, [with_examples(mixed_prompts, processor, reward)] * 25)
+    assert rollouts[-1].rewards.mean() > rollouts[0].rewards.mean() + 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"group_size": 1}, "group_size=1"),
+        ({"sampling": Sampling(8, temperature=0)}, "temperature=0"),
+        ({"kl_coef": -1}, "kl_coef=-1"),
+        ({"updates_per_rollout": 0}, "updates_per_rollout=0"),
+        ({"micro_batch_prompts": 0}, "micro_batch_prompts=0"),
+        ({"max_grad_norm": 0}, "max_grad_norm=0"),
+    ],
+)
+def test_impossible_settings_are_refused_in_the_constructor(options, message):
+    with pytest.raises(ValueError, match=message):
+        RFT(**options)
+
+
+def test_more_updates_than_prompts_are_refused(small_folder, processor, mixed_prompts):
+    with pytest.raises(ValueError, match=r"4 prompts cannot be spread over updates_per_rollout=5"):
+        fit(make(small_folder, updates_per_rollout=5), [with_examples(mixed_prompts, processor)])
+
+
+def test_a_reward_that_raises_names_task_and_row(small_folder, processor, mixed_prompts):
+    def reward(completion, gold):
+        raise KeyError("oops")
+
+    with pytest.raises(RuntimeError, match=r"demo.*demo/0"):
+        fit(make(small_folder), [with_examples(mixed_prompts, processor, reward)])
