@@ -32,8 +32,8 @@ class StepTimer(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         now = perf_counter()
         if self.last_end is not None:
-            logged = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("time/")}
-            phases = {name.removeprefix("time/").removesuffix("_s"): seconds for name, seconds in logged.items()}
+            logged = trainer.callback_metrics.items()
+            phases = {n[len("time/") :].removesuffix("_s"): float(v) for n, v in logged if n.startswith("time/")}
             self.steps.append({"step": now - self.last_end, **phases})
         self.last_end = now
 

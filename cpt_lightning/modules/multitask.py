@@ -54,6 +54,8 @@ class MultiTask(RFT):
     def on_fit_start(self) -> None:
         """Refuses objectives and weights of tasks that the stream does not have."""
         super().on_fit_start()
+        if self.trainer.datamodule is None:
+            return
         known = set(self.trainer.datamodule.task_names)
         for option, names in (("objectives", self.objectives), ("weights", self.weights)):
             if unknown := sorted(set(names) - known):

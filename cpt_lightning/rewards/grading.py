@@ -12,6 +12,8 @@ from cpt_lightning.types import Gold
 
 Kind = Literal["exact", "text", "letter", "number", "math", "yes_no", "vqa", "permutation", "permutation_hits"]
 KINDS: tuple[str, ...] = get_args(Kind)
+MAX_FORMULA_LENGTH = 1000
+"""Characters; longer text is no formula, and is compared as it stands."""
 
 _LONE_LETTER = re.compile(r"[(\[]?\s*([A-Za-z])\s*[)\]]?[.:]?")
 _LETTER_FIRST = re.compile(r"(?:[(\[]([A-Za-z])[)\]]|([A-Z])[.):])(?:\s|$)")
@@ -150,6 +152,8 @@ def _right_side(formula: str) -> str:
 
 def _formula(text: str) -> str:
     """A formula's characters without what does not change it: spaces, a full stop, braces around one character."""
+    if len(text) > MAX_FORMULA_LENGTH:
+        return text
     plain = "".join(spelled_plainly(text).rstrip(". ").split())
     return re.sub(r"\{(\w)\}", r"\1", plain)
 

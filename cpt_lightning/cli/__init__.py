@@ -1,0 +1,61 @@
+"""The command line: ``cpt fit|validate|test|predict``."""
+
+from __future__ import annotations
+
+import sys
+
+VERBS = {
+    "fit": "learn a stream of tasks, evaluating everything before, between and after",
+    "validate": "evaluate the base, or a checkpoint, on every task and probe",
+    "test": "the same on the test split",
+    "predict": "write down what the model answers, with verdicts",
+}
+
+USAGE = f"""usage: cpt VERB -c CONFIG.yaml [--ckpt_path CHECKPOINT] [--OPTION VALUE ...]
+
+Continual post-training of multimodal language models: SFT, GRPO and multi-task training of Qwen2.5-VL.
+
+verbs:
+{chr(10).join(f"  {verb:10}{text}" for verb, text in VERBS.items())}
+
+for example:
+  cpt fit -c configs/demo/grpo.yaml                                        a tiny model, on the CPU, in minutes
+  cpt fit -c configs/demo/grpo.yaml --model.group_size 16                  any option of any class, overridden
+  cpt fit -c configs/demo/grpo.yaml --print_config                         the resolved configuration
+  cpt fit -c configs/demo/grpo.yaml --ckpt_path runs/demo_grpo/last.ckpt   go on where a run ended
+  cpt fit --help                                                           all options of a verb
+  cpt fit --model.help RFT                                                 those of a model, or other class
+"""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs a command.
+
+    Args:
+        args: What follows ``cpt`` on the command line; taken from there by default.
+
+    Raises:
+        SystemExit: Help was asked for, or the arguments are wrong.
+
+    Example:
+        >>> main(["--version"])
+        Traceback (most recent call last):
+        SystemExit: 0
+    """
+    args = sys.argv[1:] if args is None else args
+    # Answered before torch and Lightning are imported, which takes seconds.
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE)
+        raise SystemExit(0 if args else 2)
+    if args[0] == "--version":
+        from cpt_lightning import __version__
+
+        print(__version__)
+        raise SystemExit(0)
+    if args[0] not in VERBS:
+        print(f"cpt: unknown verb {args[0]!r}; there are {', '.join(VERBS)}\n\n{USAGE}", file=sys.stderr)
+        raise SystemExit(2)
+
+    from cpt_lightning.cli.lightning_cli import CPTCLI
+
+    CPTCLI(args)

@@ -1,0 +1,125 @@
+"""Lightning's command line with this project's stream, modules, callbacks and defaults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning import Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
+
+from cpt_lightning.callbacks import ContinualLearning, SampleLog, SkippedRows, TaskCheckpoint, TaskProgressBar
+from cpt_lightning.cli import VERBS
+from cpt_lightning.cli.run_directory import last_checkpoint, run_directory
+from cpt_lightning.data import TaskStream
+from cpt_lightning.modules import PostTraining
+
+TRAINER_DEFAULTS = {
+    "reload_dataloaders_every_n_epochs": 1,  # an epoch is a task
+    "use_distributed_sampler": False,  # the stream splits batches over ranks
+    "inference_mode": False,  # a validation must not leave inference tensors in what trains on
+    "num_sanity_val_steps": 0,  # the zero-shot evaluation comes first anyway
+    "log_every_n_steps": 1,
+}
+
+
+class CPTCLI(LightningCLI):
+    """Parses the arguments, makes trainer, module and stream, and runs the verb.
+
+    Args:
+        args: What follows ``cpt`` on the command line.
+    """
+
+    def __init__(self, args: list[str]):
+        self.args = args
+        super().__init__(
+            model_class=PostTraining,
+            subclass_mode_model=True,
+            datamodule_class=TaskStream,
+            trainer_defaults=dict(TRAINER_DEFAULTS),
+            save_config_kwargs={"overwrite": True},  # a resumed run goes on in its folder
+            seed_everything_default=0,
+            parser_kwargs={"prog": "cpt", "description": "Continual post-training of multimodal language models."},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=args,
+        )
+
+    # -- arguments -------------------------------------------------------------------------------------------------
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """What is not an argument of trainer, model or data."""
+        parser.add_argument(
+            "--run_dir",
+            type=str,
+            default="runs/run",
+            help=(
+                "Folder of all that the run leaves behind. If it holds a run already, the next free name is taken; "
+                "with --ckpt_path of a run, that run goes on in its own folder."
+            ),
+        )
+        parser.add_lightning_class_args(ContinualLearning, "continual")
+        parser.add_lightning_class_args(TaskCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(SampleLog, "samples")
+        # One number for all that is random, so that another seed is another run in every respect.
+        for target in ("data.seed", "model.init_args.seed"):
+            parser.link_arguments("seed_everything", target, compute_fn=int)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The verbs, and which arguments of the Trainer's methods are not options."""
+        return {verb: skipped for verb, skipped in LightningCLI.subcommands().items() if verb in VERBS}
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        # The parsers of the other verbs would be as large and are not asked anything.
+        if subcommand == self.args[0]:
+            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        self._subcommand_method_arguments[subcommand] = []
+        return self.init_parser(**kwargs)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args) -> None:
+        """Parses; Lightning's own warns whenever arguments are given as a list."""
+        self.config = parser.parse_args(args)
+
+    # -- trainer ---------------------------------------------------------------------------------------------------
+
+    def before_instantiate_classes(self) -> None:
+        """Settles checkpoint and folder, so that the configuration that is saved is the one that is run."""
+        config = self.config[self.subcommand]
+        if config.ckpt_path == "last":
+            config.ckpt_path = last_checkpoint(config.run_dir)
+        elif config.ckpt_path and not Path(config.ckpt_path).exists():
+            self.parser.error(f"--ckpt_path {config.ckpt_path}: there is no such checkpoint")
+        named = any(arg.split("=")[0] == "--run_dir" for arg in self.args)
+        config.run_dir = str(run_directory(config.run_dir, config.ckpt_path, named))
+        if self.subcommand != "fit":
+            self.save_config_callback = None  # config.yaml is the one that trained
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A Trainer that writes into the run directory, and whose epochs are the stages of the stream."""
+        config = self.config_init[self.subcommand]
+        options = config.trainer
+        if options.default_root_dir is None:
+            kwargs["default_root_dir"] = config.run_dir
+        if options.logger is None and not options.fast_dev_run:
+            kwargs["logger"] = TensorBoardLogger(config.run_dir, name="", version="")
+        if options.max_epochs is None:
+            kwargs["max_epochs"] = self.datamodule.num_stages
+        own = options.callbacks or []
+        own = list(own) if isinstance(own, list) else [own]
+        own.append(SkippedRows())
+        if options.enable_progress_bar is not False and not any(isinstance(callback, ProgressBar) for callback in own):
+            own.append(TaskProgressBar())
+        rank_zero_info(f"run directory: {config.run_dir}")
+        return super().instantiate_trainer(callbacks=own, **kwargs)
+
+    # -- verbs -----------------------------------------------------------------------------------------------------
+
+    def before_fit(self) -> None:
+        """Evaluates the untrained base; a resumed run has that row in its checkpoint."""
+        config = self.config_init["fit"]
+        if config.ckpt_path is None and not self.trainer.fast_dev_run and self.trainer.limit_val_batches:
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)

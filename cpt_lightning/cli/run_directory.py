@@ -1,0 +1,38 @@
+"""Where a run writes: one folder per run, and no run into another's."""
+
+from __future__ import annotations
+
+from itertools import count
+from pathlib import Path
+
+MARKS = ("config.yaml", "accuracy_matrix.json")
+"""What tells a run's folder from another."""
+
+
+def run_directory(wanted: str, ckpt_path: str | None, named: bool) -> Path:
+    """The folder to write to.
+
+    Args:
+        wanted: Folder asked for.
+        ckpt_path: Checkpoint to start from.
+        named: Whether the folder was named on the command line; then a checkpoint's own folder does not replace it.
+
+    Returns:
+        The folder of the checkpoint's run, so that it goes on there; else ``wanted``, or the first of ``wanted_2``,
+        ``wanted_3``, ... that is free.
+    """
+    if ckpt_path is not None:
+        home = Path(ckpt_path).parent
+        if home.resolve() == Path(wanted).resolve() or (not named and any((home / mark).exists() for mark in MARKS)):
+            return home
+    folder = Path(wanted)
+    names = (folder.with_name(f"{folder.name}_{number}") for number in count(2))
+    while folder.is_dir() and any(folder.iterdir()):
+        folder = next(names)
+    return folder
+
+
+def last_checkpoint(run_dir: str) -> str | None:
+    """The last checkpoint of a run, if it has one yet: ``--ckpt_path last`` starts, or goes on, whichever is due."""
+    path = Path(run_dir) / "last.ckpt"
+    return str(path) if path.exists() else None
