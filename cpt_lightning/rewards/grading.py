@@ -12,8 +12,8 @@ from cpt_lightning.types import Gold
 
 Kind = Literal["exact", "text", "letter", "number", "math", "yes_no", "vqa", "permutation", "permutation_hits"]
 KINDS: tuple[str, ...] = get_args(Kind)
-MAX_FORMULA_LENGTH = 1000
-"""Characters; longer text is no formula, and is compared as it stands."""
+MAX_ANSWER_LENGTH = 2000
+"""Characters; of a longer answer (a whole reply without a box or tags) only the end is read, where conclusions stand."""
 
 _LONE_LETTER = re.compile(r"[(\[]?\s*([A-Za-z])\s*[)\]]?[.:]?")
 _LETTER_FIRST = re.compile(r"(?:[(\[]([A-Za-z])[)\]]|([A-Z])[.):])(?:\s|$)")
@@ -59,7 +59,8 @@ def grade(completion: str, gold: Gold, kind: str) -> float:
     answer = extract_answer(completion)
     if kind == "exact":
         return float(answer in [g.strip() for g in golds])
-    return _GRADERS[kind](without_markup(answer), golds)
+    longest = max(MAX_ANSWER_LENGTH, *(2 * len(g) for g in golds))
+    return _GRADERS[kind](without_markup(answer[-longest:]), golds)
 
 
 def permutation_hits(completion: str, gold: Gold) -> float:
@@ -152,8 +153,6 @@ def _right_side(formula: str) -> str:
 
 def _formula(text: str) -> str:
     """A formula's characters without what does not change it: spaces, a full stop, braces around one character."""
-    if len(text) > MAX_FORMULA_LENGTH:
-        return text
     plain = "".join(spelled_plainly(text).rstrip(". ").split())
     return re.sub(r"\{(\w)\}", r"\1", plain)
 
