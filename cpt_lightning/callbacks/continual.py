@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
-from cpt_lightning.callbacks.matrix import AccuracyMatrix, Scores
+from cpt_lightning.callbacks.matrix import AccuracyMatrix, Cell, Scores
 
 FILENAME = "accuracy_matrix.json"
 
@@ -107,13 +109,7 @@ class ContinualLearning(Callback):
                 f"val/{missing[0]}/accuracy was not logged: every task and probe must be evaluated. To evaluate less, set "
                 f"num_{stream.evaluate_on} of the tasks rather than trainer.limit_val_batches"
             )
-        return {
-            name: {
-                "accuracy": float(logged[f"val/{name}/accuracy"]),
-                "num_samples": int(logged[f"val/{name}/num_samples"]),
-            }
-            for name in names
-        }
+        return {name: _scores_of(name, logged) for name in names}
 
     def _save(self, trainer: Trainer, matrix: AccuracyMatrix) -> None:
         folder = trainer.log_dir  # a broadcast: all ranks must ask
@@ -148,3 +144,14 @@ class ContinualLearning(Callback):
             before, now = self._resumed[part], getattr(matrix, part)
             if before != now:
                 raise ValueError(f"the checkpoint belongs to another stream: its {part} are {before}, now they are {now}")
+
+
+def _scores_of(name: str, logged: Mapping[str, Tensor]) -> Cell:
+    """What a cell of the matrix holds; the accuracy with a forced prefix is there if the module measures it."""
+    scores: Cell = {
+        "accuracy": float(logged[f"val/{name}/accuracy"]),
+        "num_samples": int(logged[f"val/{name}/num_samples"]),
+    }
+    if (forced := logged.get(f"val/{name}/forced_accuracy")) is not None:
+        scores["forced_accuracy"] = float(forced)
+    return scores

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from rich.console import Console
 from rich.table import Table
@@ -20,10 +20,11 @@ VERSION = 1
 
 
 class Cell(TypedDict):
-    """One measurement."""
+    """One measurement; ``forced_accuracy`` where the module also forces a prefix."""
 
     accuracy: float
     num_samples: int
+    forced_accuracy: NotRequired[float]
 
 
 Scores = dict[str, Cell]

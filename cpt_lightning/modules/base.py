@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from cpt_lightning.models import Backbone
 from cpt_lightning.modules.schedules import TaskSchedule
 from cpt_lightning.rewards import score
 from cpt_lightning.rollouts.sampling import Sampling, keyed_generator, sample_groups
-from cpt_lightning.types import Batch, Evaluation
+from cpt_lightning.types import Batch, Evaluation, Prompts
 
 if TYPE_CHECKING:
     from cpt_lightning.models.processor import PromptProcessor
@@ -35,6 +36,9 @@ class PostTraining(L.LightningModule):
         lr_scheduler: Makes the learning-rate schedule, stepped after every optimizer step; constant if not given.
         max_grad_norm: Gradients of a larger norm are scaled down to it. ``null`` switches clipping off.
         evaluation: How answers are drawn when the model is evaluated; greedy by default.
+        forced_prefix: Evaluates every row a second time with the answer made to begin like this, logged as
+            ``val/<task>/forced_accuracy``. With the base's own way to begin it tells knowledge that is lost from a style
+            that is suppressed.
         seed: Keys all sampling of this module.
     """
 
@@ -47,6 +51,7 @@ class PostTraining(L.LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         max_grad_norm: float | None = 1.0,
         evaluation: Sampling = Sampling(max_new_tokens=64, temperature=0.0),  # noqa: B008
+        forced_prefix: str | None = None,
         seed: int = 0,
     ):
         super().__init__()
@@ -57,6 +62,7 @@ class PostTraining(L.LightningModule):
         self.make_schedule = lr_scheduler
         self.max_grad_norm = max_grad_norm
         self.evaluation = evaluation
+        self.forced_prefix = forced_prefix
         self.seed = seed
         self.scores = nn.ModuleDict()
         self._nonfinite_in_a_row = 0
@@ -127,11 +133,18 @@ class PostTraining(L.LightningModule):
             key: Tells this batch from others, so that sampling (not greedy) is the same whenever it is repeated.
         """
         prompts = batch.prompts
-        generator = keyed_generator(self.device, self.seed, key, self.global_rank)
-        completions = sample_groups(self.model, self.processor, prompts, 1, self.evaluation, generator)
-        texts = self.processor.decode(completions)
         valid = [True] * len(prompts) if prompts.valid is None else prompts.valid.tolist()
-        return Evaluation(prompts.examples, texts, score(texts, prompts.examples), valid)
+        texts, scores = self._answer(prompts, self.evaluation, key)
+        if self.forced_prefix is not None:
+            forced = self._answer(prompts, replace(self.evaluation, prefix=self.forced_prefix), key)[1]
+            scores = [{**free, "forced_accuracy": other["accuracy"]} for free, other in zip(scores, forced, strict=True)]
+        return Evaluation(prompts.examples, texts, scores, valid)
+
+    def _answer(self, prompts: Prompts, sampling: Sampling, key: int) -> tuple[list[str], list[dict[str, float]]]:
+        generator = keyed_generator(self.device, self.seed, key, self.global_rank)
+        completions = sample_groups(self.model, self.processor, prompts, 1, sampling, generator)
+        texts = self.processor.decode(completions)
+        return texts, score(texts, prompts.examples)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Evaluation:
         """Answers and grades one batch of one task."""

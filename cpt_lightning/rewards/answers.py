@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 
 _BRACES = re.compile(r"\\boxed\s*\{|\\[{}\\]|[{}]")
-_THINK_END = re.compile(r"</think>", re.IGNORECASE)
+_THINK_TAG = re.compile(r"<(/?)think>", re.IGNORECASE)
 _ANSWER_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 _LEAD_IN = re.compile(r"\banswer\s*(?:is|:|=)(?:\s*:)?\s*", re.IGNORECASE)
 
@@ -32,28 +32,36 @@ def extract_answer(completion: str) -> str:
 
     The first of these that is there: the last ``\boxed{}`` (braces may nest), the last ``<answer>`` (whose end, or
     after a forced prefix whose start, may be missing), the text after the last ``</think>``, the whole text. What
-    follows the thought goes before what stands in it.
+    follows the thought goes before what stands in it; a thought that never ends is no answer.
 
     >>> print(extract_answer(r"<think>so 3/4</think> It is \boxed{\frac{3}{4}}."))
     \frac{3}{4}
     >>> extract_answer("<think>a red one</think><answer> red </answer>")
     'red'
     """
-    thoughts = list(_THINK_END.finditer(completion))
-    reply = completion[thoughts[-1].end() :] if thoughts else completion
+    reply = _after_thought(completion)
     for text in (reply, completion):
         for find in (last_boxed, _last_tagged):
             answer = find(text)
             if answer is not None:
                 return answer.strip()
-    return (reply.strip() or completion).strip()
+    return reply.strip()
+
+
+def _after_thought(completion: str) -> str:
+    """The text outside the last thought: nothing of a thought that never ends, so that a cut-off one is no answer."""
+    tags = list(_THINK_TAG.finditer(completion))
+    closed = [tag.end() for tag in tags if tag[1]]
+    start = closed[-1] if closed else 0
+    opened = next((tag.start() for tag in tags if not tag[1] and tag.start() >= start), len(completion))
+    return completion[start:opened]
 
 
 def last_boxed(text: str) -> str | None:
     r"""The content of the last closed ``\boxed{}``, or ``None``."""
     opened: list[int | None] = []  # where each open brace's content starts, if a \boxed opened it
     boxed: tuple[int, int] | None = None
-    for brace in _BRACES.finditer(text):
+    for brace in _BRACES.finditer(text, max(0, text.find("\\boxed"))) if "\\boxed" in text else ():
         token = brace[0]
         if token.startswith("\\boxed"):
             opened.append(brace.end())

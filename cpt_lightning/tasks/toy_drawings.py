@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.random import Generator
+from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont
 
 from cpt_lightning.tasks.toy_scenes import COLOURS, SHAPES, SIZE, add_noise, draw_shape, pick, polygon_points
@@ -37,6 +38,7 @@ SINGLE_COLOURS = {
     "brown": (165, 42, 42),
 }
 SINGLE_SHAPES = ("circle", "rectangle", "triangle")
+SIDES = ("how many sides does the polygon have?", "count the sides of the polygon.")
 DIGIT_ROWS = {"pretrain": (0, 1200), "train": (0, 1200), "val": (1200, 1450), "test": (1450, 1797)}
 """Rows of scikit-learn's digits for each split: unbroken stretches, because neighbours in that file share a writer."""
 
@@ -130,7 +132,7 @@ def draw_polygon(rng: Generator, split: str) -> Drawing:
     image, draw = _ground(rng)
     radius = rng.uniform(28, 36)
     draw.polygon(_corners(rng, sides, radius, [1.0] * sides), fill=_colour(rng))
-    return add_noise(image, rng, 8), pick(rng, *_SIDES), str(sides)
+    return add_noise(image, rng, 8), pick(rng, *SIDES), str(sides)
 
 
 def draw_polygon2(rng: Generator, split: str) -> Drawing:
@@ -143,15 +145,12 @@ def draw_polygon2(rng: Generator, split: str) -> Drawing:
         draw.polygon(corners, fill=_colour(rng))
     else:
         draw.polygon(corners, outline=_colour(rng), width=3)
-    return add_noise(image, rng, 14), pick(rng, *_SIDES), str(sides)
+    return add_noise(image, rng, 14), pick(rng, *SIDES), str(sides)
 
 
-_SIDES = ("how many sides does the polygon have?", "count the sides of the polygon.")
-
-
-def _corners(rng: Generator, sides: int, radius: float, radii) -> list[tuple[float, float]]:
+def _corners(rng: Generator, sides: int, radius: float, shares: ArrayLike) -> list[tuple[float, float]]:
     x, y = rng.uniform(radius + 2, SIZE - radius - 2, size=2)
-    return polygon_points(x, y, radius * np.asarray(radii), turn=rng.uniform(0, 2 * np.pi))
+    return polygon_points(x, y, radius * np.asarray(shares), turn=rng.uniform(0, 2 * np.pi))
 
 
 def draw_single(rng: Generator, split: str) -> Drawing:

@@ -7,10 +7,10 @@ the pre-training of the embedded base asks several of the same picture.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import count as count_from
 
 import numpy as np
 from numpy.random import Generator
+from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw
 
 SIZE = 84
@@ -66,29 +66,6 @@ def draw_scene(scene: Scene, rng: Generator) -> Image.Image:
     return add_noise(image, rng, 8)
 
 
-def draw_scattered(scene: Scene, rng: Generator) -> Image.Image:
-    """The scene's objects anywhere, without touching each other, on a noisier ground."""
-    image = Image.new("RGB", (SIZE, SIZE), tuple(rng.integers(8, 32, size=3).tolist()))
-    draw = ImageDraw.Draw(image)
-    for (colour, shape), (x, y) in zip(scene.objects.values(), _scatter(len(scene.objects), rng), strict=True):
-        draw_shape(draw, shape, x, y, int(rng.integers(8, 11)), COLOURS[colour])
-    return add_noise(image, rng, 14)
-
-
-def _scatter(count: int, rng: Generator) -> list[list[float]]:
-    """Random places, 21 pixels or more apart; begins anew when there is no room left."""
-    places: list[list[float]] = []
-    for tries in count_from(1):
-        if len(places) == count:
-            break
-        place = rng.uniform(11, SIZE - 11, size=2)
-        if all(np.hypot(*(place - other)) >= 21 for other in places):
-            places.append(place.tolist())
-        elif tries % 100 == 0:
-            places = []
-    return places
-
-
 def draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, fill: tuple) -> None:
     """Draws one filled shape within ``radius`` of ``(x, y)``."""
     if shape == "circle":
@@ -111,8 +88,9 @@ def draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius
         raise ValueError(f"unknown shape {shape!r}; known: {', '.join((*SHAPES, 'rectangle'))}")
 
 
-def polygon_points(x: float, y: float, radii: list[float], turn: float = 0.0) -> list[tuple[float, float]]:
+def polygon_points(x: float, y: float, distances: ArrayLike, turn: float = 0.0) -> list[tuple[float, float]]:
     """Corners at equal angles and the given distances from ``(x, y)``, the first on top, turned by ``turn`` radians."""
+    radii = np.asarray(distances, dtype=float)
     angles = turn + 2 * np.pi * np.arange(len(radii)) / len(radii)
     return list(zip((x + radii * np.sin(angles)).tolist(), (y - radii * np.cos(angles)).tolist(), strict=True))
 

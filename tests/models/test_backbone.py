@@ -33,7 +33,9 @@ def test_the_attention_implementation_reaches_text_and_vision(small_folder, impl
 
 
 def test_the_parts_cover_every_weight_once(small_model):
-    counted = [id(weight) for modules in parts_of(small_model).values() for each in modules for weight in each.parameters()]
+    counted = [
+        id(weight) for modules in parts_of(small_model).values() for each in modules for weight in each.parameters()
+    ]
     tied = {id(small_model.lm_head.weight)}
     assert set(counted) == {id(weight) for weight in small_model.parameters()}
     assert len(counted) == len(set(counted)) + len(tied)

@@ -13,6 +13,7 @@ import argparse
 import json
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from cpt_lightning.models.tiny.config import tiny_config
 from cpt_lightning.models.tiny.packing import MEAN, MERGE, PATCH, STD, TEMPORAL
 from cpt_lightning.models.tiny.pretraining import FIRST_PHASE, SHIFTED, Phase, pretrain
 from cpt_lightning.models.tiny.tokenizer import train_tokenizer
-from cpt_lightning.tasks import Prompt, Row
+from cpt_lightning.tasks import Prompt, Row, Split, load_image
 from cpt_lightning.tasks.toy import FAMILIES, ToyWorld
 from cpt_lightning.tasks.toy_scenes import SIZE
 from cpt_lightning.types import Prompts
@@ -105,14 +106,14 @@ def score(folder: Path, num_rows: int, about: dict) -> dict:
     torch.manual_seed(0)
     model = QwenVL.from_pretrained(folder, dtype=torch.float32).eval()
     processor = PromptProcessor.load(str(folder))
-    accuracy: dict[str, dict[str, float]] = {"val": {}, "test": {}}
-    mixed = {}
+    accuracy: dict[Split, dict[str, float]] = {"val": {}, "test": {}}
+    mixed: dict[str, float] = {}
     for family in FAMILIES:
-        for split, scores in accuracy.items():
-            rows = list(ToyWorld(family, num_val=num_rows, num_test=num_rows).split(split))
-            scores[family] = round(float(np.mean(verdicts(model, processor, rows))), 4)
-        rows = list(ToyWorld(family, num_val=max(1, num_rows // 3)).split("val"))
-        right = verdicts(model, processor, rows, group_size=8).mean(axis=1)
+        world = ToyWorld(family, num_val=num_rows, num_test=num_rows)
+        for split, by_family in accuracy.items():
+            by_family[family] = round(float(verdicts(model, processor, list(world.split(split))).mean()), 4)
+        some = world.split("val")[: max(1, num_rows // 3)]
+        right = verdicts(model, processor, some, group_size=8).mean(axis=1)
         mixed[family] = round(float(((right > 0) & (right < 1)).mean()), 4)
     scores = {"num_rows": num_rows, "seed": 0, "built_with": about, "accuracy": accuracy, "mixed_groups": mixed}
     (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
@@ -120,7 +121,7 @@ def score(folder: Path, num_rows: int, about: dict) -> dict:
 
 
 @torch.inference_mode()
-def verdicts(model: QwenVL, processor: PromptProcessor, rows: list[Row], group_size: int = 1) -> np.ndarray:
+def verdicts(model: QwenVL, processor: PromptProcessor, rows: Sequence[Row], group_size: int = 1) -> np.ndarray:
     """``[num_rows, group_size]`` bool: whether each answer, by transformers' own generation, is right to the letter.
 
     A group of one is greedy; larger ones are sampled at temperature 1.
@@ -130,7 +131,7 @@ def verdicts(model: QwenVL, processor: PromptProcessor, rows: list[Row], group_s
     for start in range(0, len(rows), 50):
         batch = rows[start : start + 50]
         chats = [Prompt().messages(row.question, len(row.images)) for row in batch]
-        prompts = processor.encode(chats, [row.images for row in batch])
+        prompts = processor.encode(chats, [[load_image(image) for image in row.images] for row in batch])
         ids = model.generate(**_inputs(model, prompts), max_new_tokens=32, **{"do_sample": False, **sampled})
         texts = processor.tokenizer.batch_decode(ids[:, prompts.input_ids.shape[1] :], skip_special_tokens=True)
         answers = [re.search(r"<answer>(.*?)</answer>", text) for text in texts]

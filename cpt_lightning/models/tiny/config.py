@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PreTrainedTokenizerBase, Qwen2_5_VLConfig
 
-TEXT = {
+TEXT: dict[str, Any] = {
     "hidden_size": 192,
     "num_hidden_layers": 4,
     "num_attention_heads": 6,
@@ -15,7 +17,7 @@ TEXT = {
     # Qwen2.5-VL divides half a head into time, height and width like 16:24:24 of 64; here 6:5:5 of 16.
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5]},
 }
-VISION = {
+VISION: dict[str, Any] = {
     "depth": 3,
     "hidden_size": 128,
     "num_heads": 4,

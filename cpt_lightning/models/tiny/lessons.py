@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from numpy.random import Generator
 from PIL import Image
 
+from cpt_lightning.tasks import load_image
 from cpt_lightning.tasks.toy import draw_row, keyed_generator
 from cpt_lightning.tasks.toy_drawings import ask_chart, draw_chart
 from cpt_lightning.tasks.toy_scenes import ASKERS, draw_scene, make_scene
@@ -58,7 +59,7 @@ def single_lesson(rng: Generator, family: str) -> Lesson:
     """One row of a family, as any task would ask it."""
     row = draw_row(family, rng, "pretrain")
     exchange = Exchange(row.question, row.fields["thought"], str(row.answer))
-    return Lesson(row.images[0] if row.images else None, [exchange])
+    return Lesson(load_image(row.images[0]) if row.images else None, [exchange])
 
 
 def make_lessons(seed: int, step: int, recipe: dict[str, int]) -> list[Lesson]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +79,8 @@ def pretrain(
 
 def make_optimizers(model: QwenVL, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices within the blocks, AdamW for embeddings, norms, biases and the patch projection."""
-    matrices, others = [], []
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (matrices if parameter.ndim == 2 and "embed" not in name else others).append(parameter)
     muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
@@ -110,7 +112,7 @@ def encode_toy_pictures(model: QwenVL, pixel_values: Tensor) -> Tensor:
     The same as ``model.visual``, which attends picture by picture in a loop. A toy picture is one attention window, so
     windowed and full blocks are alike and a batched attention serves both.
     """
-    visual = model.model.visual
+    visual: Any = model.model.visual
     grid = torch.tensor([[1, GRID, GRID]])
     hidden = visual.patch_embed(pixel_values)
     num_pictures = len(hidden) // GRID**2
@@ -122,7 +124,7 @@ def encode_toy_pictures(model: QwenVL, pixel_values: Tensor) -> Tensor:
     return visual.merger(hidden)
 
 
-def _attend(attention: torch.nn.Module, hidden: Tensor, num_pictures: int, cos: Tensor, sin: Tensor) -> Tensor:
+def _attend(attention: Any, hidden: Tensor, num_pictures: int, cos: Tensor, sin: Tensor) -> Tensor:
     query, key, value = attention.qkv(hidden).view(len(hidden), 3, attention.num_heads, -1).unbind(dim=1)
     query, key = apply_rotary_pos_emb_vision(query, key, cos, sin)
     by_picture = (num_pictures, GRID**2, attention.num_heads, -1)

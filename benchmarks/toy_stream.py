@@ -1,0 +1,184 @@
+"""SFT against GRPO on the toy stream: what is learned, what is forgotten, and whether it is lost or only suppressed.
+
+    python benchmarks/toy_stream.py --jobs 2
+
+First every method's learning rate is chosen by its average accuracy on the validation split (seed 0), then each method
+is run with three seeds and reported on the test split. A finished run is not run again. Results: a table in Markdown and
+JSON under ``benchmarks/results/toy_stream``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from record import circumstances
+
+from cpt_lightning.callbacks.matrix import AccuracyMatrix
+
+ROOT = Path(__file__).resolve().parent.parent
+HOUSE_STYLE = "<think>{thought}</think><answer>{answer}</answer>"
+FORCED_PREFIX = "<think>let me think</think><answer>"
+ARMS = {
+    "grpo": ["-c", "configs/demo/grpo.yaml"],
+    "sft_bare": ["-c", "configs/demo/sft.yaml", "--data.target", "{answer}"],
+    "sft_house": ["-c", "configs/demo/sft.yaml", "--data.target", HOUSE_STYLE],
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the study; its folder tells whether it has been done."""
+
+    arm: str
+    learning_rate: float
+    seed: int
+    split: str
+    out: Path
+    steps: int
+
+    @property
+    def folder(self) -> Path:
+        """Where it writes."""
+        return self.out / f"{self.split}_{self.arm}_lr{self.learning_rate:g}_steps{self.steps}_seed{self.seed}"
+
+    @property
+    def matrix(self) -> AccuracyMatrix:
+        """What it measured."""
+        return AccuracyMatrix.load(self.folder / "accuracy_matrix.json")
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the last task has been learned."""
+        return (self.folder / "seconds.txt").exists()
+
+    def __call__(self) -> None:
+        if self.is_done:
+            return
+        command = [sys.executable, "-m", "cpt_lightning", "fit", *ARMS[self.arm], "--run_dir", str(self.folder)]
+        command += ["--model.init_args.optimizer.init_args.lr", str(self.learning_rate)]
+        command += ["--model.init_args.forced_prefix", FORCED_PREFIX, "--data.evaluate_on", self.split]
+        command += ["--seed_everything", str(self.seed), "--data.steps", str(self.steps)]
+        command += ["--data.prompts_per_step", "24", "--trainer.enable_progress_bar", "false"]
+        start = time.perf_counter()
+        with (self.out / f"{self.folder.name}.log").open("w") as log:
+            one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+            subprocess.run(command, cwd=ROOT, env=one_thread, check=True, stdout=log, stderr=subprocess.STDOUT)
+        (self.folder / "seconds.txt").write_text(f"{time.perf_counter() - start:.0f}\n")
+        print(f"{self.folder.name}: {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def main() -> None:
+    """Runs what is missing, and writes the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--learning_rates", nargs="+", type=float, default=[3e-5, 1e-4, 3e-4])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=100, help="per task")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "toy_stream")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "toy_stream")
+    options = parser.parse_args()
+    options.runs.mkdir(parents=True, exist_ok=True)
+
+    def runs(split: str, seeds: list[int], rates: dict[str, list[float]]) -> list[Run]:
+        planned = [(arm, rate, seed) for arm in options.arms for rate in rates[arm] for seed in seeds]
+        found = [Run(arm, rate, seed, split, options.runs, options.steps) for arm, rate, seed in planned]
+        with ThreadPoolExecutor(options.jobs) as pool:
+            list(pool.map(lambda run: run(), found))
+        return found
+
+    choosing = runs("val", [0], dict.fromkeys(options.arms, options.learning_rates))
+    chosen = {
+        arm: max((run for run in choosing if run.arm == arm), key=lambda run: run.matrix.metrics()["average_accuracy"])
+        for arm in options.arms
+    }
+    final = runs("test", options.seeds, {arm: [run.learning_rate] for arm, run in chosen.items()})
+    report(choosing, final, options.results)
+
+
+def report(choosing: list[Run], final: list[Run], results: Path) -> None:
+    """Writes the tables of both halves."""
+    results.mkdir(parents=True, exist_ok=True)
+    validation = [{**name(run), **figures(run.matrix)} for run in choosing]
+    test = [{**name(run), **figures(run.matrix), "seconds": float((run.folder / "seconds.txt").read_text())} for run in final]
+    matrices = {run.folder.name: run.matrix.to_json() for run in [*choosing, *final]}
+    record = {"environment": circumstances(), "validation": validation, "test": test, "matrices": matrices}
+    (results / "toy_stream.json").write_text(json.dumps(record, indent=1) + "\n")
+    text = "\n\n".join(
+        [
+            "# SFT and GRPO on the toy stream",
+            f"`python benchmarks/toy_stream.py`, {json.dumps(circumstances())}",
+            "All figures in per cent. Learning: accuracy on a task right after it. Forgetting: mean over the earlier tasks of "
+            "best earlier minus final (positive = lost). Worst dip: the largest such loss of a task at any time. Probes: "
+            "mean over the probes at the end, and the lowest mean on the way; forced: with the answer made to begin with "
+            f"`{FORCED_PREFIX}`. Test split, mean ± standard deviation over the seeds.",
+            table(final),
+            "## Learning rates, chosen by average accuracy on the validation split (seed 0)",
+            table(choosing, by_rate=True),
+        ]
+    )
+    (results / "README.md").write_text(text + "\n")
+    print(text)
+
+
+def name(run: Run) -> dict[str, str | float]:
+    """What tells a run from others."""
+    return {"arm": run.arm, "learning_rate": run.learning_rate, "seed": run.seed}
+
+
+def figures(matrix: AccuracyMatrix) -> dict[str, float]:
+    """The columns of the table, as fractions."""
+    metrics = matrix.metrics()
+
+    def probes(key: str) -> list[float]:
+        rows = [matrix.zero_shot, *matrix.rows]
+        return [statistics.mean(row[probe][key] for probe in matrix.probes) for row in rows]
+
+    def learned(key: str) -> float:
+        return statistics.mean(row[task][key] for task, row in zip(matrix.tasks, matrix.rows, strict=True))
+
+    free, forced = probes("accuracy"), probes("forced_accuracy")
+    return {
+        "zero-shot": statistics.mean(matrix.zero_shot[task]["accuracy"] for task in matrix.tasks),
+        "learning": metrics["learning"],
+        "learning, forced": learned("forced_accuracy"),
+        "AvgAcc": metrics["average_accuracy"],
+        "forgetting": -metrics["forgetting_measure"],
+        "worst dip": metrics["worst_dip"],
+        "probes, base": free[0],
+        "probes, end": free[-1],
+        "probes, minimum": min(free),
+        "forced, end": forced[-1],
+        "forced, minimum": min(forced),
+    }
+
+
+def table(runs: list[Run], by_rate: bool = False) -> str:
+    """A Markdown table, a line for each arm (and learning rate)."""
+    groups: dict[tuple, list[dict[str, float]]] = {}
+    for run in runs:
+        groups.setdefault((run.arm, run.learning_rate), []).append(figures(run.matrix))
+    columns = list(figures(runs[0].matrix))
+    lines = ["| arm | lr | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 3) + "|"]
+    for (arm, rate), rows in groups.items():
+        cells = [_spread([100 * row[column] for row in rows], with_deviation=not by_rate) for column in columns]
+        lines.append(f"| {arm} | {rate:g} | {len(rows)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _spread(values: list[float], with_deviation: bool) -> str:
+    mean = f"{statistics.mean(values):.1f}"
+    return f"{mean} ± {statistics.stdev(values):.1f}" if with_deviation and len(values) > 1 else mean
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Every shipped YAML parses with the command in its first comment, and the demos learn."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cpt_lightning.cli import main
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+RUNS = [path for path in CONFIGS if path.parent.name not in ("streams", "strategy")]
+DEMOS = sorted((ROOT / "configs" / "demo").glob("*.yaml"))
+
+
+def command_of(path: Path) -> list[str]:
+    """The command in a config's first comment, without ``cpt``."""
+    found = re.match(r"# cpt (fit [^\n,:]*)", path.read_text(encoding="utf-8"))
+    return shlex.split(found[1]) if found else []
+
+
+def resolved(args: list[str], capsys) -> dict:
+    """What ``--print_config`` prints."""
+    with pytest.raises(SystemExit) as stop:
+        main([*args, "--print_config"])
+    output = capsys.readouterr()
+    assert stop.value.code in (0, None), output.err
+    return yaml.safe_load(output.out)
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
+def test_a_config_parses_with_its_command(path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    command = command_of(path)
+    assert str(path.relative_to(ROOT)) in command, "the first comment is the command"
+    config = resolved(command, capsys)
+    assert config["run_dir"] == f"runs/{path.parent.name}_{path.stem}"
+    assert config["data"]["tasks"] and config["data"]["probes"]
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path not in RUNS], ids=lambda path: path.stem)
+def test_a_part_is_used_and_says_by_whom(path):
+    """Streams are named by configs or by other streams; overlays stand in the commands of configs."""
+    first, *_ = text = path.read_text(encoding="utf-8").splitlines()
+    assert first.startswith("# ") and len(text) < 60
+    users = [other for other in CONFIGS if other != path and path.name in other.read_text(encoding="utf-8")]
+    assert users
+
+
+def test_no_config_is_left_out():
+    """A config that no parametrised test above sees would never be parsed."""
+    used = {name for path in CONFIGS for name in re.findall(r"[\w.]+\.yaml", path.read_text(encoding="utf-8"))}
+    assert len(RUNS) >= 8 and {path.name for path in CONFIGS if path not in RUNS} <= used
+
+
+def test_paper_settings_reach_the_module(capsys, monkeypatch):
+    """Paper A (arXiv 2507.05386): 512 prompts x 8 per rollout, 128 prompts per update, lr 1e-6, clip .2/.3, KL .01."""
+    monkeypatch.chdir(ROOT)
+    config = resolved(command_of(ROOT / "configs/qwen2_5_vl_7b/grpo.yaml"), capsys)
+    model = config["model"]["init_args"]
+    assert config["data"]["prompts_per_step"] // model["updates_per_rollout"] == 128
+    assert model["group_size"] == 8 and model["optimizer"]["init_args"]["lr"] == 1e-6
+    assert (model["clip_low"], model["clip_high"], model["dual_clip"], model["kl_coef"]) == (0.2, 0.3, 3.0, 0.01)
+    assert list(config["data"]["tasks"]) == [
+        "scienceqa", "textvqa", "vizwiz", "gqa", "geometry3k", "pathvqa", "super_clevr",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", DEMOS, ids=lambda path: path.stem)
+def test_a_demo_learns_a_few_steps(path, tmp_path, monkeypatch):
+    """The command of its comment with two steps per stage and two rows per evaluation."""
+    monkeypatch.chdir(ROOT)
+    config = yaml.safe_load((path.parent / yaml.safe_load(path.read_text())["data"]).read_text())
+    args = ["--data.steps=2", "--data.prompts_per_step=5", f"--run_dir={tmp_path / 'run'}"]
+    for group in ("tasks", "probes"):
+        names = yaml.safe_load((path.parents[1] / "streams" / config[group]).read_text())
+        args += [f"--data.{group}.{name}.num_test=2" for name in names]
+    main([*command_of(path), *args, "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"])
+    matrix = json.loads((tmp_path / "run" / "accuracy_matrix.json").read_text())
+    num_stages = len(config.get("stages", [1] * 5))
+    assert [row["after"] is None for row in matrix["rows"]] == [True] + [False] * num_stages
+    assert all(cell["num_samples"] == 2 for row in matrix["rows"] for cell in row["scores"].values())
