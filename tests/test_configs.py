@@ -45,9 +45,17 @@ def test_a_config_parses_with_its_command(path, capsys, monkeypatch):
 def test_a_part_is_used_and_says_by_whom(path):
     """Streams are named by configs or by other streams; overlays stand in the commands of configs."""
     first, *_ = text = path.read_text(encoding="utf-8").splitlines()
-    assert first.startswith("# ") and len(text) < 60
+    assert first.startswith("# ") and len(text) < 80
     users = [other for other in CONFIGS if other != path and path.name in other.read_text(encoding="utf-8")]
     assert users
+
+
+def test_sequential_and_joint_demo_learn_the_same():
+    sequential, joint = (yaml.safe_load((ROOT / f"configs/streams/toy_{name}.yaml").read_text()) for name in ("five", "joint"))
+    for part in ("tasks", "probes", "prompts_per_step"):
+        assert sequential[part] == joint[part]
+    assert joint["stages"] == [list(sequential["tasks"])]
+    assert joint["steps"] == sequential["steps"] * len(sequential["tasks"])
 
 
 def test_no_config_is_left_out():
@@ -73,13 +81,11 @@ def test_paper_settings_reach_the_module(capsys, monkeypatch):
 def test_a_demo_learns_a_few_steps(path, tmp_path, monkeypatch):
     """The command of its comment with two steps per stage and two rows per evaluation."""
     monkeypatch.chdir(ROOT)
-    config = yaml.safe_load((path.parent / yaml.safe_load(path.read_text())["data"]).read_text())
+    stream = yaml.safe_load((path.parent / yaml.safe_load(path.read_text())["data"]).read_text())
     args = ["--data.steps=2", "--data.prompts_per_step=5", f"--run_dir={tmp_path / 'run'}"]
-    for group in ("tasks", "probes"):
-        names = yaml.safe_load((path.parents[1] / "streams" / config[group]).read_text())
-        args += [f"--data.{group}.{name}.num_test=2" for name in names]
+    args += [f"--data.{group}.{name}.num_test=2" for group in ("tasks", "probes") for name in stream[group]]
     main([*command_of(path), *args, "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"])
     matrix = json.loads((tmp_path / "run" / "accuracy_matrix.json").read_text())
-    num_stages = len(config.get("stages", [1] * 5))
+    num_stages = len(stream.get("stages", stream["tasks"]))
     assert [row["after"] is None for row in matrix["rows"]] == [True] + [False] * num_stages
     assert all(cell["num_samples"] == 2 for row in matrix["rows"] for cell in row["scores"].values())

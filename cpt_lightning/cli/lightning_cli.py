@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,14 @@ TRAINER_DEFAULTS = {
     "log_every_n_steps": 1,
 }
 
+LIBRARY_NOISE = (
+    "(?s).*JsonargparseDeprecationWarning",  # lightning 2.6 calls jsonargparse by old names
+    "(?s).*instantiate_classes",
+    "`isinstance.treespec, LeafSpec.` is deprecated",  # lightning 2.6 and torch
+    ".*set_vital.* is deprecated",  # torchdata 0.11 and torch
+)
+"""Warnings of libraries about libraries, of which a person at the console can make nothing."""
+
 
 class CPTCLI(LightningCLI):
     """Parses the arguments, makes trainer, module and stream, and runs the verb.
@@ -35,6 +44,8 @@ class CPTCLI(LightningCLI):
 
     def __init__(self, args: list[str]):
         self.args = args
+        for message in LIBRARY_NOISE:
+            warnings.filterwarnings("ignore", message)
         super().__init__(
             model_class=PostTraining,
             subclass_mode_model=True,

@@ -61,7 +61,8 @@ def last_boxed(text: str) -> str | None:
     r"""The content of the last closed ``\boxed{}``, or ``None``."""
     opened: list[int | None] = []  # where each open brace's content starts, if a \boxed opened it
     boxed: tuple[int, int] | None = None
-    for brace in _BRACES.finditer(text, max(0, text.find("\\boxed"))) if "\\boxed" in text else ():
+    first = text.find("\\boxed")
+    for brace in _BRACES.finditer(text, first if first >= 0 else len(text)):
         token = brace[0]
         if token.startswith("\\boxed"):
             opened.append(brace.end())

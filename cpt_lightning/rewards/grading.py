@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 from typing import Literal, get_args
 
 from cpt_lightning.rewards.answers import after_lead_in, extract_answer, normalize_text, without_markup
-from cpt_lightning.rewards.numbers import find_number, parse_number, spelled_plainly
+from cpt_lightning.rewards.numbers import Number, find_number, parse_number, spelled_plainly
 from cpt_lightning.types import Gold
 
 Kind = Literal["exact", "text", "letter", "number", "math", "yes_no", "vqa", "permutation", "permutation_hits"]
 KINDS: tuple[str, ...] = get_args(Kind)
 MAX_ANSWER_LENGTH = 2000
-"""Characters; of a longer answer (a whole reply without a box or tags) only the end is read, where conclusions stand."""
+"""Characters; of a longer answer (a whole reply without box or tags) only the end is read, where conclusions stand."""
 
 _LONE_LETTER = re.compile(r"[(\[]?\s*([A-Za-z])\s*[)\]]?[.:]?")
 _LETTER_FIRST = re.compile(r"(?:[(\[]([A-Za-z])[)\]]|([A-Z])[.):])(?:\s|$)")
@@ -102,15 +102,22 @@ def find_letter(answer: str) -> str | None:
     ['B', 'C', 'D', None, None, None]
     """
     for reading in reversed(list(_readings(answer))):
-        letter = _lone_letter(reading)
-        first = _LETTER_FIRST.match(reading)
-        if letter or first:
-            return letter or (first[1] or first[2]).upper()  # type: ignore[index]  # one of the two matched
-    for pattern in (_NAMED_LETTER, _BRACKETED_LETTER, _STANDING_LETTER):
-        letters = {letter.upper() for letter in pattern.findall(answer)}
+        letters = _letters(reading)
         if letters:
             return letters.pop() if len(letters) == 1 else None
     return None
+
+
+def _letters(text: str) -> set[str]:
+    """The option letters that a text gives, by the plainest sign of one that there is."""
+    lone, first = _lone_letter(text), _LETTER_FIRST.match(text)
+    if lone or first:
+        return {lone or (first[1] or first[2]).upper()}  # type: ignore[index]  # one of the two matched
+    for pattern in (_NAMED_LETTER, _BRACKETED_LETTER, _STANDING_LETTER):
+        letters = {letter.upper() for letter in pattern.findall(text)}
+        if letters:
+            return letters
+    return set()
 
 
 def _number(answer: str, golds: list[str]) -> float:
@@ -122,7 +129,7 @@ def _number(answer: str, golds: list[str]) -> float:
     return _text(answer, texts) if texts else 0.0
 
 
-def _first_number(answer: str):
+def _first_number(answer: str) -> Number | None:
     for reading in reversed(list(_readings(answer))):
         number = parse_number(reading) or find_number(reading)
         if number is not None:

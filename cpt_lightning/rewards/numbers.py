@@ -19,6 +19,10 @@ RELATIVE_TOLERANCE = 1e-4
 _TOKEN = re.compile(r"\d+(?:\.\d*)?(?:[eE][+-]?\d+)?|\.\d+|\\frac|\\sqrt|\\pi|[-+*/^(){}\[\]]")
 _NUMBER_IN_TEXT = re.compile(r"(?<![\w^.{/:])-?(?:\d+(?:\.\d+)?|\.\d+)(?:[/:]\d+)?(?:\s*%)?(?![\w{/:])")
 _WORD = re.compile(r"[A-Za-z]+")
+_LARGER_WORD = re.compile(
+    r"\b(?:thirty|forty|fifty|sixty|seventy|eighty|ninety|dozens?|hundreds?|thousands?|[mb]illions?|half|quarters?)\b",
+    re.IGNORECASE,
+)
 _EQUALS = re.compile(r"=|\u2248|\\approx|\bis\b")
 _SPELLINGS = [
     (re.compile(r"\\left|\\right|\\[!,;: ]|~"), " "),
@@ -108,7 +112,9 @@ def find_number(text: str) -> Number | None:
     if stated is not None:
         return stated
     text = without_thousands_commas(text)
-    written = set(_NUMBER_IN_TEXT.findall(text)) or {w for w in _WORD.findall(text) if number_of_word(w) is not None}
+    written = set(_NUMBER_IN_TEXT.findall(text))
+    if not written and not _LARGER_WORD.search(text):
+        written = {word for word in _WORD.findall(text) if number_of_word(word) is not None}
     numbers = {parse_number(number) for number in written} if len(written) < 10 else set()
     return numbers.pop() if len(numbers) == 1 else None
 
