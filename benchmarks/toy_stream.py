@@ -3,8 +3,8 @@
     python benchmarks/toy_stream.py --jobs 2
 
 First every method's learning rate is chosen by its average accuracy on the validation split (seed 0), then each method
-is run with three seeds and reported on the test split. A finished run is not run again. Results: a table in Markdown and
-JSON under ``benchmarks/results/toy_stream``.
+is run with three seeds and reported on the test split. A finished run is not run again. Results: a table in Markdown
+and JSON under ``benchmarks/results/toy_stream``.
 """
 
 from __future__ import annotations
@@ -109,7 +109,10 @@ def report(choosing: list[Run], final: list[Run], results: Path) -> None:
     """Writes the tables of both halves."""
     results.mkdir(parents=True, exist_ok=True)
     validation = [{**name(run), **figures(run.matrix)} for run in choosing]
-    test = [{**name(run), **figures(run.matrix), "seconds": float((run.folder / "seconds.txt").read_text())} for run in final]
+    test = [
+        {**name(run), **figures(run.matrix), "seconds": float((run.folder / "seconds.txt").read_text())}
+        for run in final
+    ]
     matrices = {run.folder.name: run.matrix.to_json() for run in [*choosing, *final]}
     record = {"environment": circumstances(), "validation": validation, "test": test, "matrices": matrices}
     (results / "toy_stream.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -117,10 +120,10 @@ def report(choosing: list[Run], final: list[Run], results: Path) -> None:
         [
             "# SFT and GRPO on the toy stream",
             f"`python benchmarks/toy_stream.py`, {json.dumps(circumstances())}",
-            "All figures in per cent. Learning: accuracy on a task right after it. Forgetting: mean over the earlier tasks of "
-            "best earlier minus final (positive = lost). Worst dip: the largest such loss of a task at any time. Probes: "
-            "mean over the probes at the end, and the lowest mean on the way; forced: with the answer made to begin with "
-            f"`{FORCED_PREFIX}`. Test split, mean ± standard deviation over the seeds.",
+            "All figures in per cent. Learning: accuracy on a task right after it. Forgetting: mean over the earlier "
+            "tasks of best earlier minus final (positive = lost). Worst dip: the largest such loss of a task at any time. "
+            "Probes: mean over the probes at the end, and the lowest mean on the way; forced: with the answer made to "
+            f"begin with `{FORCED_PREFIX}`. Test split, mean ± standard deviation over the seeds.",
             table(final),
             "## Learning rates, chosen by average accuracy on the validation split (seed 0)",
             table(choosing, by_rate=True),

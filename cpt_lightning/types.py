@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -151,6 +152,21 @@ class Completions:
         length = max(1, int(mask.sum(dim=1).max())) if len(index) else 0
         logps = None if self.logps is None else self.logps[index, :length]
         return Completions(self.ids[index, :length], mask[:, :length], logps)
+
+    @staticmethod
+    def cat(parts: Sequence[Completions], pad_id: int) -> Completions:
+        """The completions of all parts in order, padded to the longest; log-probabilities if all parts have them."""
+        length = max(part.ids.shape[1] for part in parts)
+
+        def padded(tensors: Sequence[Tensor], value: float) -> Tensor:
+            return torch.cat([pad(tensor, (0, length - tensor.shape[1]), value=value) for tensor in tensors])
+
+        logps = [part.logps for part in parts if part.logps is not None]
+        return Completions(
+            padded([part.ids for part in parts], pad_id),
+            padded([part.mask for part in parts], False),
+            padded(logps, 0.0) if len(logps) == len(parts) else None,
+        )
 
 
 @dataclass

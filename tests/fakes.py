@@ -1,4 +1,5 @@
-"""A tiny stream and a module of one linear layer that meet as the real ones do, so that a Trainer runs in milliseconds."""
+"""A tiny stream and a module of one linear layer that meet as the real ones do, so that a Trainer runs in
+milliseconds."""
 
 from __future__ import annotations
 

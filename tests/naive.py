@@ -10,7 +10,8 @@ from cpt_lightning.types import Completions, Prompts
 
 
 def naive_logprobs(model: QwenVL, prompts: Prompts, completions: Completions) -> Tensor:
-    """``[N, T]`` log-probabilities, prompt and image computed anew for every completion, with transformers' own forward."""
+    """``[N, T]`` log-probabilities, prompt and image computed anew for every completion, with transformers' own
+    forward."""
     group_size = len(completions) // len(prompts)
     rows = []
     for number, length in enumerate(completions.lengths.tolist()):

@@ -51,7 +51,9 @@ def test_a_part_is_used_and_says_by_whom(path):
 
 
 def test_sequential_and_joint_demo_learn_the_same():
-    sequential, joint = (yaml.safe_load((ROOT / f"configs/streams/toy_{name}.yaml").read_text()) for name in ("five", "joint"))
+    sequential, joint = (
+        yaml.safe_load((ROOT / f"configs/streams/toy_{name}.yaml").read_text()) for name in ("five", "joint")
+    )
     for part in ("tasks", "probes", "prompts_per_step"):
         assert sequential[part] == joint[part]
     assert joint["stages"] == [list(sequential["tasks"])]

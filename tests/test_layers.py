@@ -25,6 +25,7 @@ LAYERS = [
     ["callbacks"],
     ["modules"],
     ["cli", "report", "export"],
+    ["__main__"],
 ]
 # They meet through the batch, logged metric names and the Trainer.
 STRANGERS = {"modules": {"data", "callbacks"}, "data": {"modules", "callbacks"}, "callbacks": {"modules", "data"}}

@@ -102,7 +102,7 @@ def test_the_tree_names_what_exists_and_every_folder_of_the_package():
                 named.add(path)
     assert missing == []
     packages = {path.parent for path in (ROOT / "cpt_lightning").glob("*/__init__.py")}
-    assert packages <= named
+    assert packages <= named, "folders that the tree leaves out"
 
 
 def test_links_to_files_lead_somewhere():

@@ -19,7 +19,9 @@ def length_reward(completion: str, gold: str | list[str]) -> dict[str, float]:
     return {"total": score, "accuracy": score}
 
 
-def with_examples(prompts: Prompts, processor: PromptProcessor, reward: Any = length_reward, task: str = "demo") -> Batch:
+def with_examples(
+    prompts: Prompts, processor: PromptProcessor, reward: Any = length_reward, task: str = "demo"
+) -> Batch:
     """The prompts as a training batch whose targets are the digits of the row."""
     targets = [str(row) * (row + 1) for row in range(len(prompts))]
     examples = [
@@ -33,7 +35,13 @@ def with_examples(prompts: Prompts, processor: PromptProcessor, reward: Any = le
 
 def fit(module: L.LightningModule, batches: list[Batch], **trainer_options: Any) -> L.Trainer:
     """Fits the module to the batches, one epoch."""
-    options = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "limit_val_batches": 0}
+    options = {
+        "max_epochs": 1,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "limit_val_batches": 0,
+    }
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "inference_mode": False}
     trainer = L.Trainer(**{**options, **quiet, **trainer_options})
     loader = DataLoader(batches, batch_size=None)
@@ -54,6 +62,3 @@ def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> floa
 def sgd(parameters: Any) -> torch.optim.Optimizer:
     """An optimizer whose step is the gradient, so that equal weights mean equal gradients."""
     return torch.optim.SGD(parameters, lr=0.1)
-
-
-

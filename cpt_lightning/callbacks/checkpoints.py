@@ -29,7 +29,9 @@ class TaskCheckpoint(ModelCheckpoint):
         save_weights_only: bool = False,
     ):
         if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"checkpoint.every_n_steps={every_n_steps} must be at least 1; null saves at task ends only")
+            raise ValueError(
+                f"checkpoint.every_n_steps={every_n_steps} must be at least 1; null saves at task ends only"
+            )
         super().__init__(
             dirpath=dirpath,
             save_last=True,
@@ -53,7 +55,8 @@ class TaskCheckpoint(ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int, *_
     ) -> None:
         """Renews the last checkpoint within a task."""
-        # At a task's last batch its own checkpoint follows, after the validation that a resume from here would leave out.
+        # At a task's last batch its own checkpoint follows, after the validation that a resume from here would leave
+        # out.
         due = self.every_n_steps is not None and (batch_idx + 1) % self.every_n_steps == 0
         accumulating = (batch_idx + 1) % trainer.accumulate_grad_batches != 0
         if due and not accumulating and not trainer.is_last_batch and not trainer.fast_dev_run:

@@ -18,15 +18,16 @@ FILENAME = "accuracy_matrix.json"
 class ContinualLearning(Callback):
     """Records the accuracy matrix, logs and prints what was learned and forgotten, and lets every task start afresh.
 
-    An epoch is a task: the validation at its end, over all tasks and probes, is a row of the matrix. The first row is the
-    untrained base; it comes from a ``trainer.validate`` before ``trainer.fit``, which ``cpt fit`` runs. Without one there
-    is no such row and no metric that needs it. After every task ``accuracy_matrix.json`` in the log directory is written
-    anew; the record is also part of the checkpoint, so that a resumed run goes on with it and measures nothing twice.
+    An epoch is a task: the validation at its end, over all tasks and probes, is a row of the matrix. The first row is
+    the untrained base; it comes from a ``trainer.validate`` before ``trainer.fit``, which ``cpt fit`` runs. Without one
+    there is no such row and no metric that needs it. After every task ``accuracy_matrix.json`` in the log directory is
+    written anew; the record is also part of the checkpoint, so that a resumed run goes on with it and measures nothing
+    twice.
 
     Logs ``continual/average_accuracy``, ``continual/forgetting_measure``, ``continual/backward_transfer``,
     ``continual/forward_transfer``, ``continual/learning``, ``continual/mean_average_accuracy``, ``continual/worst_dip``
-    and, for every probe, ``continual/probe/<name>`` (change since the base) and ``continual/probe_minimum/<name>`` (lowest
-    change on the way).
+    and, for every probe, ``continual/probe/<name>`` (change since the base) and ``continual/probe_minimum/<name>``
+    (lowest change on the way).
 
     Args:
         reset_optimizer: Begin every task with a fresh optimizer and learning-rate schedule.
@@ -71,7 +72,9 @@ class ContinualLearning(Callback):
         if trainer.fast_dev_run:
             return
         if trainer.check_val_every_n_epoch != 1:
-            raise ValueError("trainer.check_val_every_n_epoch must be 1: the validation after a task is a row of the matrix")
+            raise ValueError(
+                "trainer.check_val_every_n_epoch must be 1: the validation after a task is a row of the matrix"
+            )
         matrix = self.matrix(trainer)
         self._check_resumed(matrix)
         if self.zero_shot is None:
@@ -83,8 +86,8 @@ class ContinualLearning(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A task begins: with a fresh optimizer, unless told otherwise."""
-        # The module's own hook runs after this one, so that it sees the new schedule. The first task has a fresh one anyway,
-        # and a task resumed half-way does not come here: it keeps the optimizer of its checkpoint.
+        # The module's own hook runs after this one, so that it sees the new schedule. The first task has a fresh one
+        # anyway, and a task resumed half-way does not come here: it keeps the optimizer of its checkpoint.
         self._last_validation = None
         if self.reset_optimizer and trainer.current_epoch > 0:
             trainer.strategy.setup_optimizers(trainer)
@@ -143,7 +146,9 @@ class ContinualLearning(Callback):
         for part in ("tasks", "probes", "stages"):
             before, now = self._resumed[part], getattr(matrix, part)
             if before != now:
-                raise ValueError(f"the checkpoint belongs to another stream: its {part} are {before}, now they are {now}")
+                raise ValueError(
+                    f"the checkpoint belongs to another stream: its {part} are {before}, now they are {now}"
+                )
 
 
 def _scores_of(name: str, logged: Mapping[str, Tensor]) -> Cell:

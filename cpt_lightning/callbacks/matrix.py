@@ -71,8 +71,8 @@ class AccuracyMatrix:
     def metrics(self) -> dict[str, float]:
         """What was learned and forgotten so far; what is not defined yet (nothing earlier, no base) is left out.
 
-        The definitions are those of :mod:`cpt_lightning.functional.accuracy_matrix`. ``probe/<name>`` is the change of a
-        probe since the base, ``probe_minimum/<name>`` its lowest change on the way.
+        The definitions are those of :mod:`cpt_lightning.functional.accuracy_matrix`. ``probe/<name>`` is the change of
+        a probe since the base, ``probe_minimum/<name>`` its lowest change on the way.
         """
         if not self.rows:
             return {}
@@ -123,7 +123,9 @@ class AccuracyMatrix:
             ValueError: Another version.
         """
         if data.get("version") != VERSION:
-            raise ValueError(f"accuracy matrix of version {data.get('version')!r}; this program reads version {VERSION}")
+            raise ValueError(
+                f"accuracy matrix of version {data.get('version')!r}; this program reads version {VERSION}"
+            )
         rows = list(data["rows"])
         zero_shot = rows.pop(0)["scores"] if rows and rows[0]["after"] is None else None
         scores = [row["scores"] for row in rows]
@@ -146,7 +148,9 @@ class AccuracyMatrix:
         Args:
             confidence: Level of the intervals shown as ±; none by default.
         """
-        table = Table(title="Accuracy in % of each task and probe, at the start and after each stage", title_justify="left")
+        table = Table(
+            title="Accuracy in % of each task and probe, at the start and after each stage", title_justify="left"
+        )
         table.add_column("", no_wrap=True)
         columns: list[tuple[str, Scores, Sequence[str]]] = []
         if self.zero_shot is not None:

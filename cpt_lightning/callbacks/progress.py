@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_info
@@ -10,7 +12,14 @@ from cpt_lightning.types import Batch
 
 
 class TaskProgressBar(TQDMProgressBar):
-    """A progress bar that names the task that is learned or evaluated."""
+    """A progress bar that names the task that is learned or evaluated.
+
+    Args:
+        refresh_rate: Batches between updates; 1 at a terminal and 20 elsewhere by default, so that a log file stays short.
+    """
+
+    def __init__(self, refresh_rate: int | None = None) -> None:
+        super().__init__(refresh_rate or (1 if sys.stdout.isatty() else 20))
 
     def on_train_epoch_start(self, trainer: Trainer, *args) -> None:
         """Names the task that begins."""
@@ -23,14 +32,14 @@ class TaskProgressBar(TQDMProgressBar):
     ) -> None:
         """Names the task that is evaluated."""
         super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, *args)
-        self.val_progress_bar.set_description(f"evaluating {batch.prompts.examples[0].task}")
+        self.val_progress_bar.set_description(f"evaluating {batch.prompts.examples[0].task}", refresh=self._refresh_rate == 1)
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, *args
     ) -> None:
         """Names the task that is tested."""
         super().on_test_batch_start(trainer, pl_module, batch, batch_idx, *args)
-        self.test_progress_bar.set_description(f"testing {batch.prompts.examples[0].task}")
+        self.test_progress_bar.set_description(f"testing {batch.prompts.examples[0].task}", refresh=self._refresh_rate == 1)
 
 
 class SkippedRows(Callback):

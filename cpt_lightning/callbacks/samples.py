@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
@@ -10,14 +11,17 @@ from lightning.pytorch.trainer.states import TrainerFn
 from cpt_lightning.callbacks.files import append_lines, keep_lines, replace_text
 from cpt_lightning.types import Evaluation, Example
 
+BASE_FILENAME = "validate.jsonl"
+"""What ``validate`` writes; a fit that follows takes it over as its zero-shot row."""
+
 
 class SampleLog(Callback):
     """Keeps every answer of every evaluation: ``samples.jsonl`` in the log directory.
 
-    A line has ``row_id``, ``task``, ``stage`` (0 is the untrained base, k follows the k-th stage), ``after`` (name of that
-    stage, ``null`` for the base), ``prompt``, ``gold``, ``completion``, ``accuracy`` and ``parts`` (all parts of the
-    reward). ``cpt validate``, ``test`` and ``predict`` write ``validate.jsonl``, ``test.jsonl`` and ``predictions.jsonl``
-    instead, without ``stage`` and ``after``; an earlier one is replaced.
+    A line has ``row_id``, ``task``, ``stage`` (0 is the untrained base, k follows the k-th stage), ``after`` (name of
+    that stage, ``null`` for the base), ``prompt``, ``gold``, ``completion``, ``accuracy`` and ``parts`` (all parts of
+    the reward). ``cpt validate``, ``test`` and ``predict`` write ``validate.jsonl``, ``test.jsonl`` and
+    ``predictions.jsonl`` instead, without ``stage`` and ``after``; an earlier one is replaced.
 
     A resumed run drops the lines of tasks that it learns again, so that its file ends like an uninterrupted run's.
 
@@ -63,19 +67,25 @@ class SampleLog(Callback):
         """Outside of ``fit``: holds the answers back, as they may be the untrained base's of a fit to come."""
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._base = self._take(trainer)
-            self._replace(trainer, "validate.jsonl", self._base)
+            self._replace(trainer, BASE_FILENAME, self._base)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Goes on after the stages that the run has behind it."""
         path = self._path(trainer, self.filename)
-        done = trainer.current_epoch
         if path is not None and trainer.is_global_zero:
-            resumes = trainer.ckpt_path is not None
-            keep_lines(path, lambda row: resumes and row["stage"] <= done)
-            if not resumes:
+            if trainer.ckpt_path is None:
+                replace_text(path, "")
                 append_lines(path, [_at(row, 0, None) for row in self._base])
-                path.with_name("validate.jsonl").unlink(missing_ok=True)
+                path.with_name(BASE_FILENAME).unlink(missing_ok=True)
+            else:
+                self._resume(path, Path(trainer.ckpt_path).with_name(self.filename), trainer.current_epoch)
         self._base = []
+
+    def _resume(self, path: Path, earlier: Path, num_stages: int) -> None:
+        if not path.exists() and earlier.exists():  # the run branches off into a folder of its own
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(earlier, path)
+        keep_lines(path, lambda row: row["stage"] <= num_stages)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the answers given after the task."""

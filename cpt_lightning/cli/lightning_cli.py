@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,6 @@ TRAINER_DEFAULTS = {
 }
 
 LIBRARY_NOISE = (
-    "(?s).*JsonargparseDeprecationWarning",  # lightning 2.6 calls jsonargparse by old names
-    "(?s).*instantiate_classes",
     "`isinstance.treespec, LeafSpec.` is deprecated",  # lightning 2.6 and torch
     ".*set_vital.* is deprecated",  # torchdata 0.11 and torch
 )
@@ -44,6 +43,7 @@ class CPTCLI(LightningCLI):
 
     def __init__(self, args: list[str]):
         self.args = args
+        os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # lightning 2.6 calls it by old names
         for message in LIBRARY_NOISE:
             warnings.filterwarnings("ignore", message)
         super().__init__(

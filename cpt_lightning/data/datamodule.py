@@ -22,8 +22,8 @@ class TaskStream(L.LightningDataModule):
     """Tasks that are learned one after another, each for an epoch of the Trainer, and evaluated all together.
 
     A stage of the stream is one task, or several that are mixed; sequential, single-task and joint multi-task training
-    differ in ``stages`` only. The Trainer needs ``max_epochs`` = number of stages, ``reload_dataloaders_every_n_epochs=1``
-    and ``use_distributed_sampler=False``, which ``cpt`` sets.
+    differ in ``stages`` only. The Trainer needs ``max_epochs`` = number of stages,
+    ``reload_dataloaders_every_n_epochs=1`` and ``use_distributed_sampler=False``, which ``cpt`` sets.
 
     Args:
         tasks: What is learned, by name.
@@ -40,8 +40,8 @@ class TaskStream(L.LightningDataModule):
         max_prompt_tokens: Training rows with a longer prompt are left out, counted and logged; nothing is cut.
             Evaluation asks every row, so that accuracies stay comparable.
         target: Replaces the ``target`` of every task: what SFT learns.
-        mixing: How often the tasks of a mixed stage are drawn: by ``size``, ``uniform``, or a temperature between (shares
-            proportional to size to the power 1/temperature).
+        mixing: How often the tasks of a mixed stage are drawn: by ``size``, ``uniform``, or a temperature between
+            (shares proportional to size to the power 1/temperature).
         num_workers: Processes that load rows; 0 loads them in the training process.
         seed: Draws the order of rows.
 
@@ -165,7 +165,9 @@ class TaskStream(L.LightningDataModule):
             mixing=self.mixing,
             share=self._share,
         )
-        batches = StreamBatches(self._split("train", self.stages[stage]), Collate(self.processor, self.max_prompt_tokens))
+        batches = StreamBatches(
+            self._split("train", self.stages[stage]), Collate(self.processor, self.max_prompt_tokens)
+        )
         # Items of the sampler are whole batches: Lightning re-makes batch samplers, and only knows its own kind.
         return StatefulDataLoader(batches, sampler=sampler, batch_size=None, num_workers=self.num_workers)
 
@@ -206,7 +208,9 @@ class TaskStream(L.LightningDataModule):
             for name in stage:
                 _check_known(name, tasks, "data.stages")
             if len(set(stage)) < len(stage):
-                raise ValueError(f"data.stages: the mixed stage {stage} names a task twice; use `mixing` to weigh tasks")
+                raise ValueError(
+                    f"data.stages: the mixed stage {stage} names a task twice; use `mixing` to weigh tasks"
+                )
 
     def _check_numbers(self) -> None:
         for option in ("passes", "steps"):
@@ -237,7 +241,9 @@ class TaskStream(L.LightningDataModule):
         if self.num_stages > 1 and trainer.reload_dataloaders_every_n_epochs != 1:
             raise ValueError(f"trainer.reload_dataloaders_every_n_epochs must be 1: {stages}")
         if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
-            raise ValueError("trainer.use_distributed_sampler must be false: the stream splits batches over ranks itself")
+            raise ValueError(
+                "trainer.use_distributed_sampler must be false: the stream splits batches over ranks itself"
+            )
 
 
 class StreamBatches(Dataset[Batch]):

@@ -1,8 +1,8 @@
 """Which rows stand in which batch: a function of (seed, stage, step) alone, so that a run can go on anywhere.
 
 Training draws from an endless sequence of passes over a stage's rows. A pass is a shuffle keyed by (seed, stage, pass);
-batches run on across the end of a pass, so that no row is lost and every batch is full. Evaluation goes through all rows
-in order. Both hand every rank an equal share of every batch.
+batches run on across the end of a pass, so that no row is lost and every batch is full. Evaluation goes through all
+rows in order. Both hand every rank an equal share of every batch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import numpy as np
 from torch.utils.data import Sampler
 
 Mixing = Literal["size", "uniform"] | float
-"""How often the tasks of a mixed stage are drawn: by their number of rows, all alike, or between: rows^(1/temperature)."""
+"""How often the tasks of a mixed stage are drawn: by their number of rows, all alike, or between:
+rows^(1/temperature)."""
 
 
 class RowRef(NamedTuple):
@@ -36,8 +37,8 @@ class Share(NamedTuple):
 class StageSampler(Sampler[list[RowRef]]):
     """The training batches of one stage, this rank's share of each.
 
-    Every iteration starts at the first step; the iterator keeps its step as its state (``state_dict``), which is the same
-    on all ranks.
+    Every iteration starts at the first step; the iterator keeps its step as its state (``state_dict``), which is the
+    same on all ranks.
 
     Args:
         sizes: Number of training rows of each task of the stage.
@@ -81,8 +82,8 @@ class StageSampler(Sampler[list[RowRef]]):
     def pass_rows(self, number: int) -> list[RowRef]:
         """The rows of one pass, shuffled.
 
-        Each task's rows come in an order of their own that runs on from pass to pass: a task that is drawn less than once
-        per pass still shows all its rows before it repeats one.
+        Each task's rows come in an order of their own that runs on from pass to pass: a task that is drawn less than
+        once per pass still shows all its rows before it repeats one.
         """
         rows = [
             RowRef(task, index)
@@ -152,8 +153,8 @@ class StageIterator(Iterator[list[RowRef]]):
 class EvaluationSampler(Sampler[list[RowRef]]):
     """Evaluation batches: all rows of every task in order, one task per batch, every rank an equal share of each.
 
-    Where a batch does not divide by the ranks, its last row is repeated as invalid filler, so that all ranks make the same
-    number of steps on the same tasks and no row counts twice.
+    Where a batch does not divide by the ranks, its last row is repeated as invalid filler, so that all ranks make the
+    same number of steps on the same tasks and no row counts twice.
 
     Args:
         sizes: Number of rows of each task.
@@ -195,8 +196,8 @@ def rows_per_pass(sizes: Sequence[int], mixing: Mixing) -> list[int]:
 
     Args:
         sizes: Rows of each task.
-        mixing: ``size``, ``uniform``, or a temperature: shares are proportional to ``size ** (1 / temperature)``, so 1 is
-            ``size`` and a large one nearly ``uniform`` (as in mT5, arXiv 2010.11934, whose alpha is its inverse).
+        mixing: ``size``, ``uniform``, or a temperature: shares are proportional to ``size ** (1 / temperature)``, so 1
+            is ``size`` and a large one nearly ``uniform`` (as in mT5, arXiv 2010.11934, whose alpha is its inverse).
 
     >>> rows_per_pass([90, 10], "size"), rows_per_pass([90, 10], "uniform"), rows_per_pass([90, 10], 2.0)
     ([90, 10], [50, 50], [75, 25])

@@ -1,9 +1,10 @@
 """What was learned and what was forgotten: the metrics of continual learning, each under one definition.
 
 Common libraries disagree about "forgetting" (first minus last, the last row inside the maximum) and one changes its
-caller's lists; here every function states its formula, and none writes into its input. ``accuracy[i][j]`` is the score on
-task j after stage i; the untrained base is no row of it but a vector of its own, ``zero_shot[j]``. Entries that nobody
-measured are ``None`` or ``nan``: a lower triangle, as often published, is enough wherever the formula needs no more.
+caller's lists; here every function states its formula, and none writes into its input. ``accuracy[i][j]`` is the score
+on task j after stage i; the untrained base is no row of it but a vector of its own, ``zero_shot[j]``. Entries that
+nobody measured are ``None`` or ``nan``: a lower triangle, as often published, is enough wherever the formula needs no
+more.
 
 Stage i teaches task i, unless ``learned_at[j]`` says after which stage task j counts as learned: in joint multi-task
 training all tasks are learned at stage 0. With fewer rows than tasks the stream is under way, and the metrics are about
@@ -246,7 +247,9 @@ class _Table:
         """The best score on ``task`` at stages before ``stage``; unknown ones do not count."""
         known = [self._get(row, task) for row in range(stage) if not math.isnan(self._get(row, task))]
         if not known:
-            raise ValueError(f"column {task} of accuracy is empty above row {stage}, and the metric needs its best score")
+            raise ValueError(
+                f"column {task} of accuracy is empty above row {stage}, and the metric needs its best score"
+            )
         return max(known)
 
     def _get(self, stage: int, task: int) -> float:

@@ -117,7 +117,9 @@ class PromptProcessor(Qwen2_5_VLProcessor):
             texts.append(self._expand_placeholders(text, grid, name))
             patches.append(pixels)
             grids.append(grid)
-        encoded = self.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False)
+        encoded = self.tokenizer(
+            texts, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False
+        )
         has_images = any(len(grid) for grid in grids)
         return Prompts(
             input_ids=encoded["input_ids"],
@@ -148,7 +150,8 @@ class PromptProcessor(Qwen2_5_VLProcessor):
         if places != len(grid):
             raise ValueError(
                 f"{name}: {places} places for an image in the prompt, but {len(grid)} images; "
-                f"each image needs one {{'type': 'image'}} part (or <image> marker), and text must not hold {self.image_token}"
+                "each image needs one {'type': 'image'} part (or <image> marker), "
+                f"and text must not hold {self.image_token}"
             )
         counts = iter((grid.prod(dim=1) // self.image_processor.merge_size**2).tolist())
         return re.sub(re.escape(self.image_token), lambda _: self.image_token * next(counts), text)
@@ -156,7 +159,7 @@ class PromptProcessor(Qwen2_5_VLProcessor):
     def encode_targets(self, texts: Sequence[str]) -> Completions:
         """Reference completions with the end-of-turn token, right-padded."""
         # Special tokens in a target are text to learn, not commands: a data set must not be able to end the turn early.
-        ids = [self.tokenizer.encode(text, add_special_tokens=False) + [self.eos_token_id] for text in texts]
+        ids = [[*self.tokenizer.encode(text, add_special_tokens=False), self.eos_token_id] for text in texts]
         length = max(map(len, ids))
         padded = torch.tensor([row + [self.pad_token_id] * (length - len(row)) for row in ids])
         mask = torch.arange(length) < torch.tensor([[len(row)] for row in ids])
@@ -166,7 +169,9 @@ class PromptProcessor(Qwen2_5_VLProcessor):
         """N completions as text, without the tokens that end a turn."""
         ends = {*self.stop_token_ids, self.pad_token_id}
         rows = zip(completions.ids.tolist(), completions.mask.tolist(), strict=True)
-        kept = [[token for token, real in zip(ids, mask, strict=True) if real and token not in ends] for ids, mask in rows]
+        kept = [
+            [token for token, real in zip(ids, mask, strict=True) if real and token not in ends] for ids, mask in rows
+        ]
         return self.tokenizer.batch_decode(kept, clean_up_tokenization_spaces=False)
 
 

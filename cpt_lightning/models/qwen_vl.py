@@ -81,7 +81,8 @@ def hidden_states(model: QwenVL, embeds: Tensor, positions: Tensor, allowed: Ten
     Returns:
         ``[B, Q, H]`` final hidden states.
     """
-    # An additive mask serves both eager and scaled-dot-product attention; a dict keeps transformers from building its own.
+    # An additive mask serves both eager and scaled-dot-product attention; a dict keeps transformers from building its
+    # own.
     lowest = torch.finfo(embeds.dtype).min
     mask = torch.zeros(allowed.shape, dtype=embeds.dtype, device=embeds.device).masked_fill_(~allowed, lowest)
     output = model.model.language_model(

@@ -37,8 +37,8 @@ class PostTraining(L.LightningModule):
         max_grad_norm: Gradients of a larger norm are scaled down to it. ``null`` switches clipping off.
         evaluation: How answers are drawn when the model is evaluated; greedy by default.
         forced_prefix: Evaluates every row a second time with the answer made to begin like this, logged as
-            ``val/<task>/forced_accuracy``. With the base's own way to begin it tells knowledge that is lost from a style
-            that is suppressed.
+            ``val/<task>/forced_accuracy``. With the base's own way to begin it tells knowledge that is lost from a
+            style that is suppressed.
         seed: Keys all sampling of this module.
     """
 
@@ -92,7 +92,9 @@ class PostTraining(L.LightningModule):
     def on_fit_start(self) -> None:
         """Refuses Trainer options that would silently do nothing, or that another option replaces."""
         if self.trainer.gradient_clip_val is not None:
-            raise ValueError("trainer.gradient_clip_val: set model.init_args.max_grad_norm instead, for every objective")
+            raise ValueError(
+                "trainer.gradient_clip_val: set model.init_args.max_grad_norm instead, for every objective"
+            )
 
     def on_train_epoch_start(self) -> None:
         """A task begins: its schedule learns how long it lasts."""
@@ -119,7 +121,8 @@ class PostTraining(L.LightningModule):
         self.log("train/nonfinite_steps", float(self._nonfinite_in_a_row), prog_bar=True)
         if self._nonfinite_in_a_row >= NONFINITE_STEPS_ALLOWED:
             raise FloatingPointError(
-                f"{self._nonfinite_in_a_row} steps in a row had a gradient that is not finite (step {self.global_step}); "
+                f"{self._nonfinite_in_a_row} steps in a row had a gradient that is not finite "
+                f"(step {self.global_step}); "
                 "lower the learning rate, or use bf16-mixed or 32-true precision"
             )
 
@@ -137,7 +140,9 @@ class PostTraining(L.LightningModule):
         texts, scores = self._answer(prompts, self.evaluation, key)
         if self.forced_prefix is not None:
             forced = self._answer(prompts, replace(self.evaluation, prefix=self.forced_prefix), key)[1]
-            scores = [{**free, "forced_accuracy": other["accuracy"]} for free, other in zip(scores, forced, strict=True)]
+            scores = [
+                {**free, "forced_accuracy": other["accuracy"]} for free, other in zip(scores, forced, strict=True)
+            ]
         return Evaluation(prompts.examples, texts, scores, valid)
 
     def _answer(self, prompts: Prompts, sampling: Sampling, key: int) -> tuple[list[str], list[dict[str, float]]]:

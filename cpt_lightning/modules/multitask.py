@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from cpt_lightning.functional import Reduction, token_weights, weighted_sum
-from cpt_lightning.modules.rft import RFT, Loss, UpdateStats
+from cpt_lightning.modules.rft import RFT
 from cpt_lightning.modules.sft import targets_of
+from cpt_lightning.modules.updates import Loss, UpdateStats
 from cpt_lightning.rollouts import completion_logprobs
 from cpt_lightning.types import Batch
 
@@ -21,9 +22,9 @@ Objective = Literal["sft", "rft"]
 class MultiTask(RFT):
     """Joint training of all tasks in a mixed stage: the upper bound that both papers compare sequential training with.
 
-    Every row is learned by the objective of its task; supervised and reinforced rows of a batch share one optimizer step,
-    each weighing what its share of the batch is times its task's weight. How often a task is drawn is the stream's
-    ``mixing``.
+    Every row is learned by the objective of its task; supervised and reinforced rows of a batch share one optimizer
+    step, each weighing what its share of the batch is times its task's weight. How often a task is drawn is the
+    stream's ``mixing``.
 
     Args:
         objective: Objective of the tasks that ``objectives`` does not name.
@@ -85,19 +86,23 @@ class MultiTask(RFT):
                 stats += self.update(losses, batch.prompts)
         if rollout is not None:
             self.log_rollout(rollout)
-        self.log_updates(stats)
+        self.log_updates(stats, self.updates_per_step)
 
     def sft_losses(self, batch: Batch, weights: Tensor, rows: Sequence[int], share: float) -> list[Loss]:
         """The supervised loss of one update on ``rows``, in micro-batches that add up to it."""
         if not rows:
             return []
         mask = targets_of(batch).mask[list(rows)]
-        weigh = partial(token_weights, reduction=self.sft_reduction, num_sequences=len(rows), num_tokens=mask.sum().item())
+        weigh = partial(
+            token_weights, reduction=self.sft_reduction, num_sequences=len(rows), num_tokens=mask.sum().item()
+        )
         size = self.micro_batch_prompts or len(rows)
         micro_batches = [rows[start : start + size] for start in range(0, len(rows), size)]
         return [partial(self.sft_loss, batch, weights, micro, weigh, share) for micro in micro_batches]
 
-    def sft_loss(self, batch: Batch, weights: Tensor, rows: Sequence[int], weigh, share: float) -> tuple[Tensor, UpdateStats]:
+    def sft_loss(
+        self, batch: Batch, weights: Tensor, rows: Sequence[int], weigh, share: float
+    ) -> tuple[Tensor, UpdateStats]:
         """A micro-batch's share of the supervised loss."""
         targets = targets_of(batch).select(rows)
         logps = completion_logprobs(self.model, batch.prompts.select(rows), targets).logps

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from cpt_lightning.functional import (
     AdvantageScale,
-    PolicyStats,
     Reduction,
     clipped_policy_loss,
     group_normalized_advantages,
@@ -26,8 +22,8 @@ from cpt_lightning.functional import (
     zero_signal_fraction,
 )
 from cpt_lightning.models.qwen_vl import encode_images, vision_is_frozen
-from cpt_lightning.modules.base import PostTraining
 from cpt_lightning.modules.reference import Reference, ReferenceKind
+from cpt_lightning.modules.updates import Loss, ManualUpdates, UpdateStats
 from cpt_lightning.rewards import score
 from cpt_lightning.rollouts import Sampling, completion_logprobs, sample_groups
 from cpt_lightning.rollouts.sampling import keyed_generator
@@ -52,21 +48,9 @@ class Policy:
     ref_logps: Tensor | None = None
 
 
-@dataclass
-class UpdateStats:
-    """What one micro-batch showed: its share of the loss, and detached token means."""
-
-    loss: Tensor
-    policy: PolicyStats | None = None
-    kl_k3: Tensor | None = None
-
-
-Loss = Callable[[], tuple[Tensor, UpdateStats]]
-"""Computes a micro-batch's share of the loss of an update, when its turn comes."""
-
-
-class RFT(PostTraining):
-    """Reinforcement fine-tuning with GRPO (DeepSeekMath, arXiv 2402.03300): samples groups and learns from their rewards.
+class RFT(ManualUpdates):
+    """Reinforcement fine-tuning with GRPO (DeepSeekMath, arXiv 2402.03300): samples groups and learns from their
+    rewards.
 
     A training batch is a rollout: of each of its prompts (``data.prompts_per_step``) ``group_size`` completions are
     sampled, and learned from in ``updates_per_rollout`` optimizer steps.
@@ -76,8 +60,9 @@ class RFT(PostTraining):
         sampling: How completions are drawn.
         updates_per_rollout: Optimizer steps over which the prompts of a rollout are spread.
         passes_per_rollout: How often the prompts of a rollout are gone through (mu in GRPO).
-        micro_batch_prompts: Prompts whose groups go through backward at once; all by default. Changes memory, not
-            results.
+        rollout_batch_prompts: Prompts whose groups are sampled at once; all by default. Limits memory.
+        micro_batch_prompts: Prompts whose groups go through backward at once; all by default. Limits memory, and
+            changes no result.
         advantage_scale: ``std`` divides by the group's standard deviation (GRPO), ``none`` does not (Dr. GRPO).
         clip_low: How far below 1 the ratio to the sampling policy may fall and still be learned from.
         clip_high: How far above 1 it may rise and still be learned from.
@@ -95,6 +80,7 @@ class RFT(PostTraining):
         sampling: Sampling = Sampling(max_new_tokens=64),  # noqa: B008 a dataclass that is never changed
         updates_per_rollout: int = 1,
         passes_per_rollout: int = 1,
+        rollout_batch_prompts: int | None = None,
         micro_batch_prompts: int | None = None,
         advantage_scale: AdvantageScale = "std",
         clip_low: float = 0.2,
@@ -107,20 +93,24 @@ class RFT(PostTraining):
     ):
         super().__init__(**kwargs)
         if group_size < 2:
-            raise ValueError(f"group_size={group_size}: a completion is compared with its siblings, so sample 2 or more")
+            raise ValueError(
+                f"group_size={group_size}: a completion is compared with its siblings, so sample 2 or more"
+            )
         if sampling.temperature == 0:
             raise ValueError("sampling.temperature=0 makes all completions of a group the same; use e.g. 1.0")
         if kl_coef < 0:
             raise ValueError(f"kl_coef={kl_coef} must not be negative")
-        counts = {"updates_per_rollout": updates_per_rollout, "passes_per_rollout": passes_per_rollout}
-        for name, value in {**counts, "micro_batch_prompts": micro_batch_prompts}.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        self.automatic_optimization = False
+        _check_positive(
+            updates_per_rollout=updates_per_rollout,
+            passes_per_rollout=passes_per_rollout,
+            rollout_batch_prompts=rollout_batch_prompts,
+            micro_batch_prompts=micro_batch_prompts,
+        )
         self.group_size = group_size
         self.sampling = sampling
         self.updates_per_rollout = updates_per_rollout
         self.passes_per_rollout = passes_per_rollout
+        self.rollout_batch_prompts = rollout_batch_prompts
         self.micro_batch_prompts = micro_batch_prompts
         self.advantage_scale: AdvantageScale = advantage_scale
         self.clip_low, self.clip_high, self.dual_clip = clip_low, clip_high, dual_clip
@@ -142,7 +132,7 @@ class RFT(PostTraining):
                 for part in self.update(self.policy_losses(rollout, policy, rows), batch.prompts)
             ]
         self.log_rollout(rollout)
-        self.log_updates(stats)
+        self.log_updates(stats, self.updates_per_step)
 
     def collect(self, prompts: Prompts, batch_idx: int) -> Rollout:
         """Samples a group of completions of every prompt and has them rewarded."""
@@ -151,7 +141,15 @@ class RFT(PostTraining):
             if vision_is_frozen(self.model):  # then the update may use the same features
                 with torch.no_grad():
                     prompts = replace(prompts, image_features=encode_images(self.model, prompts))
-            completions = sample_groups(self.model, self.processor, prompts, self.group_size, self.sampling, generator)
+            size = self.rollout_batch_prompts or len(prompts)
+            chunks = [prompts.select(rows.tolist()) for rows in torch.arange(len(prompts)).split(size)]
+            completions = Completions.cat(
+                [
+                    sample_groups(self.model, self.processor, chunk, self.group_size, self.sampling, generator)
+                    for chunk in chunks
+                ],
+                pad_id=self.processor.pad_token_id,
+            )
             texts = self.processor.decode(completions)
         with self.timed("reward"):
             examples = [example for example in prompts.examples for _ in range(self.group_size)]
@@ -167,7 +165,7 @@ class RFT(PostTraining):
             advantages=group_normalized_advantages(rollout.rewards, self.advantage_scale),
             row_weights=torch.ones(len(rollout.prompts), device=self.device),
         )
-        if self.updates_per_rollout * self.passes_per_rollout > 1:
+        if self.updates_per_step > 1:
             with torch.no_grad():
                 policy.old_logps = self._logps(self.model, rollout)
         if self.kl_coef:
@@ -220,24 +218,6 @@ class RFT(PostTraining):
             stats = UpdateStats(loss.detach(), policy_stats, masked_mean(kl.detach(), mask))
         return loss, stats
 
-    def update(self, losses: list[Loss], prompts: Prompts) -> list[UpdateStats]:
-        """One optimizer step on the sum of the losses; gradients are exchanged between ranks once."""
-        optimizer = self.optimizers()
-        losses = losses + [partial(self._nothing, prompts)] * (self._max_over_ranks(len(losses)) - len(losses))
-        stats = []
-        for number, compute in enumerate(losses, start=1):
-            with self._gradient_exchange(number == len(losses)):
-                loss, part = compute()
-                self.manual_backward(loss)
-            stats.append(part)
-        if losses:
-            self.configure_gradient_clipping(optimizer)
-        optimizer.step()
-        optimizer.zero_grad()
-        if schedule := self.lr_schedulers():
-            schedule.step()
-        return stats
-
     # -- parts of a step -----------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
@@ -249,15 +229,21 @@ class RFT(PostTraining):
     @property
     def steps_of_task(self) -> int:
         """Optimizer steps of the task that is being learned."""
-        return int(self.trainer.num_training_batches) * self.updates_per_rollout * self.passes_per_rollout
+        return int(self.trainer.num_training_batches) * self.updates_per_step
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps of a training step."""
+        return self.updates_per_rollout * self.passes_per_rollout
 
     def start_step(self, batch: Batch, batch_idx: int) -> None:
-        """Checks that the batch can be split as asked; says once what a step is; renews the reference at a task's start."""
+        """Checks that the batch can be split as asked; says once what a step is; renews the reference at a task's
+        start."""
         num_prompts = len(batch)
         if num_prompts < self.updates_per_rollout:
             raise ValueError(
-                f"a batch of {num_prompts} prompts cannot be spread over updates_per_rollout={self.updates_per_rollout}; "
-                "raise data.prompts_per_step"
+                f"a batch of {num_prompts} prompts cannot be spread over "
+                f"updates_per_rollout={self.updates_per_rollout}; raise data.prompts_per_step"
             )
         if self.global_step == 0:
             rank_zero_info(
@@ -292,31 +278,7 @@ class RFT(PostTraining):
     def _score(self, model, prompts: Prompts, completions: Completions) -> Tensor:
         return completion_logprobs(model, prompts, completions, temperature=self.sampling.temperature).logps
 
-    # -- several ranks -------------------------------------------------------------------------------------------
-
-    def _max_over_ranks(self, count: int) -> int:
-        if self.trainer.world_size == 1:
-            return count
-        return int(self.trainer.strategy.reduce(torch.tensor(count, device=self.device), reduce_op="max"))
-
-    def _gradient_exchange(self, now: bool):
-        strategy = self.trainer.strategy
-        return nullcontext() if now or not isinstance(strategy, ParallelStrategy) else strategy.block_backward_sync()
-
-    def _nothing(self, prompts: Prompts) -> tuple[Tensor, UpdateStats]:
-        """A loss of 0 that touches the model, for a rank that has less to learn from than another and must not lag."""
-        ids = torch.full((1, 1), self.processor.eos_token_id, device=self.device)
-        logps = self._score(self.model, prompts.select([0]), Completions(ids, torch.ones_like(ids, dtype=torch.bool)))
-        return logps.sum() * 0, UpdateStats(logps.new_zeros(()))
-
     # -- what is shown -------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Logs how long a phase of the step takes, as ``time/<phase>_s``."""
-        start = time.perf_counter()
-        yield
-        self.log(f"time/{phase}_s", time.perf_counter() - start)
 
     def log_rollout(self, rollout: Rollout) -> None:
         """Logs rewards and what the completions look like."""
@@ -334,14 +296,8 @@ class RFT(PostTraining):
         self.log_dict(shown, batch_size=num_prompts, sync_dist=True)
         self.log("train/reward", rollout.rewards.mean(), prog_bar=True, batch_size=num_prompts, sync_dist=True)
 
-    def log_updates(self, stats: list[UpdateStats]) -> None:
-        """Logs the mean over the step's updates of loss, clipping and divergence from the reference."""
-        num_updates = self.updates_per_rollout * self.passes_per_rollout
-        loss = sum((part.loss for part in stats), torch.zeros((), device=self.device)) / num_updates
-        shown = {"train/loss": loss}
-        if learned := [part.policy for part in stats if part.policy is not None]:
-            policy = PolicyStats.mean(learned)
-            shown |= {"train/clip_fraction": policy.clip_fraction, "train/ratio": policy.ratio_mean}
-        if divergences := [part.kl_k3 for part in stats if part.kl_k3 is not None]:
-            shown["train/kl_k3"] = torch.stack(divergences).mean()
-        self.log_dict(shown, batch_size=1)
+
+def _check_positive(**counts: int | None) -> None:
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")

@@ -28,7 +28,6 @@ class RowForm:
             ``solution``.
         images_column: Column of the image or images; by default ``images`` or ``image``, and rows may have neither.
         fields: Columns whose text a target template may use.
-        image_folder: What relative image paths are relative to.
     """
 
     messages_column: str | None = None
@@ -36,7 +35,6 @@ class RowForm:
     answer_column: str | None = None
     images_column: str | None = None
     fields: list[str] = field(default_factory=list)
-    image_folder: Path = Path()
 
     def read(self, record: Record, row_id: str, folder: Path) -> Row:
         """The row that a record says.

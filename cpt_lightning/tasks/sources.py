@@ -110,10 +110,10 @@ class JsonRows(Source):
         values = next((column for column in columns if column is not None), None)
         if values is None and self.group_by:
             raise ValueError(f"group_by: there is no column '{self.group_by}' in {', '.join(self._files('train'))}")
-        return [
-            f"row {index}" if value is None or (not self.group_by and not _is_path(value)) else f"={value}"
-            for index, value in enumerate(values or [None] * len(self._train_table))
-        ]
+        if values is None:
+            values = [None] * len(self._train_table)
+        keys = [None if value is None else f"group {value}" if self.group_by else _paths(value) for value in values]
+        return [key or f"row {index}" for index, key in enumerate(keys)]
 
     def _files(self, split: Split) -> list[str]:
         files = {"train": self.train, "val": self.val, "test": self.test}[split]
@@ -131,6 +131,7 @@ class JsonRows(Source):
         return self._form.read(table[row], table.row_id(row), folder)
 
 
-def _is_path(value: object) -> bool:
-    """Whether a row's images are named by their paths alone."""
-    return all(isinstance(image, str) for image in (value if isinstance(value, list) else [value]))
+def _paths(value: object) -> str | None:
+    """A row's images by their paths, ``None`` where there is none or they are not paths."""
+    images = value if isinstance(value, list) else [value]
+    return f"images {images}" if images and all(isinstance(image, str) for image in images) else None

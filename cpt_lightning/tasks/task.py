@@ -14,7 +14,7 @@ from typing import Generic, Literal, TypeVar, overload
 import numpy as np
 
 from cpt_lightning.rewards import Reward
-from cpt_lightning.tasks.images import ImageInput, load_image
+from cpt_lightning.tasks.images import ImageError, ImageInput, load_image
 from cpt_lightning.tasks.prompts import Prompt, refuse_special_tokens
 from cpt_lightning.types import Example, Gold
 
@@ -196,7 +196,8 @@ class Task:
                 reward=self.reward,
             )
         except ValueError as error:
-            raise ValueError(f"task '{name}', {row.row_id}: {error}") from error
+            kind = ImageError if isinstance(error, ImageError) else ValueError
+            raise kind(f"task '{name}', {row.row_id}: {error}") from error
 
     def _target(self, row: Row) -> str:
         template = "{answer}" if self.target is None else self.target

@@ -28,7 +28,8 @@ def catch_rollouts(module: RFT) -> list[Rollout]:
 
 
 def by_hand(model, rollout: Rollout, reduction: str) -> torch.Tensor:
-    """-mean of A * log pi: on-policy the ratio is 1 and its gradient that of log pi, no clipping, written out naively."""
+    """-mean of A * log pi: on-policy the ratio is 1 and its gradient that of log pi, no clipping, written out
+    naively."""
     rewards, mask = rollout.rewards, rollout.completions.mask
     deviation = rewards - rewards.mean(dim=1, keepdim=True)
     advantages = (deviation / (rewards.std(dim=1, keepdim=True) + 1e-6)).flatten()
@@ -132,12 +133,24 @@ def test_the_kl_term_is_zero_at_the_start_and_holds_the_policy_back(small_folder
 def test_the_reference_is_renewed_at_a_tasks_start_or_never(small_folder, processor, mixed_prompts):
     batch = with_examples(mixed_prompts, processor)
     for kind, renewed in (("task_start", True), ("base", False)):
-        module = make(small_folder, kl_coef=0.01, reference=kind)
+        starts = []
+
+        class Watched(RFT):
+            def start_step(self, batch, batch_idx, starts=starts):
+                if batch_idx == 0:
+                    starts.append(weights(self))
+                super().start_step(batch, batch_idx)
+
+        module = Watched(
+            backbone=Backbone(small_folder),
+            group_size=4,
+            sampling=SAMPLING,
+            optimizer=sgd,
+            kl_coef=0.01,
+            reference=kind,
+        )
         module.configure_model()
         loaded = weights(module)
-        starts = []
-        start_task = module.reference.start_task
-        module.reference.start_task = lambda policy, call=start_task: (starts.append(weights(module)), call(policy))
         fit(module, [batch] * 2, max_epochs=2)
         assert len(starts) == 2
         expected = starts[1] if renewed else loaded

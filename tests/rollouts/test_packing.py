@@ -22,7 +22,9 @@ def gradients(model: QwenVL, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("rows", [SINGLE_IMAGE, TEXT_ONLY, MULTI_IMAGE, MIXED], ids=["single", "text", "multi", "mixed"])
+@pytest.mark.parametrize(
+    "rows", [SINGLE_IMAGE, TEXT_ONLY, MULTI_IMAGE, MIXED], ids=["single", "text", "multi", "mixed"]
+)
 def test_packed_groups_equal_a_naive_forward_per_completion(
     small_model: QwenVL, mixed_prompts: Prompts, rows: list[int], implementation: str
 ):

@@ -35,7 +35,9 @@ def generate(model: QwenVL, processor: PromptProcessor, prompts: Prompts, max_ne
     return rows
 
 
-def greedy(model: QwenVL, processor: PromptProcessor, prompts: Prompts, group_size: int, length: int) -> list[list[int]]:
+def greedy(
+    model: QwenVL, processor: PromptProcessor, prompts: Prompts, group_size: int, length: int
+) -> list[list[int]]:
     completions = sample_groups(model, processor, prompts, group_size, Sampling(length, temperature=0))
     return [ids[mask].tolist() for ids, mask in zip(completions.ids, completions.mask, strict=True)]
 
@@ -45,7 +47,9 @@ def test_greedy_equals_transformers_generate_token_for_token(
 ):
     """Left-padded prompts with one image, none and several; every member of a group gives the same."""
     expected = generate(small_model, processor, mixed_prompts, 12)
-    assert len({tuple(row) for row in expected}) == len(expected), "prompts must give different answers to tell them apart"
+    assert len({tuple(row) for row in expected}) == len(expected), (
+        "prompts must give different answers to tell them apart"
+    )
     assert greedy(small_model, processor, mixed_prompts, 1, 12) == expected
     assert greedy(small_model, processor, mixed_prompts, 2, 12) == [row for row in expected for _ in range(2)]
 

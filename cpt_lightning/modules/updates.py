@@ -1,0 +1,115 @@
+"""Manual optimization: one optimizer step on losses that come in micro-batches, on one rank or many."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import Tensor
+
+from cpt_lightning.functional import PolicyStats
+from cpt_lightning.modules.base import PostTraining
+from cpt_lightning.rollouts import completion_logprobs
+from cpt_lightning.types import Completions, Prompts
+
+
+@dataclass
+class UpdateStats:
+    """What one micro-batch showed.
+
+    Args:
+        loss: Its share of the loss of the update.
+        policy: Ratios and clipping, if it had a policy loss.
+        kl_k3: Token mean of the divergence from the reference, if there is one.
+    """
+
+    loss: Tensor
+    policy: PolicyStats | None = None
+    kl_k3: Tensor | None = None
+
+
+Loss = Callable[[], tuple[Tensor, UpdateStats]]
+"""Computes a micro-batch's share of the loss of an update, when its turn comes."""
+
+
+class ManualUpdates(PostTraining):
+    """For objectives that take several optimizer steps, or micro-batches of several kinds, per training batch.
+
+    Args:
+        **kwargs: Options of :class:`PostTraining`.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.automatic_optimization = False
+
+    def on_fit_start(self) -> None:
+        """Refuses a precision whose loss scaling would reach the clipping of gradients."""
+        super().on_fit_start()
+        if self.trainer.precision == "16-mixed":
+            raise ValueError(
+                "trainer.precision=16-mixed scales the loss, which manual updates do not undo; use bf16-mixed"
+            )
+
+    def update(self, losses: list[Loss], prompts: Prompts) -> list[UpdateStats]:
+        """One optimizer step on the sum of the losses; gradients are exchanged between ranks once.
+
+        Args:
+            losses: Micro-batches; none if nothing is to be learned, which leaves all weights as they are.
+            prompts: Any prompts, for a rank that has fewer micro-batches than another and must not lag behind.
+        """
+        optimizer = self.optimizers()
+        losses = losses + [partial(self._nothing, prompts)] * (self._max_over_ranks(len(losses)) - len(losses))
+        stats = []
+        for number, compute in enumerate(losses, start=1):
+            with self._gradient_exchange(now=number == len(losses)):
+                loss, part = compute()
+                self.manual_backward(loss)
+            stats.append(part)
+        if losses:
+            self.configure_gradient_clipping(optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+        if schedule := self.lr_schedulers():
+            schedule.step()
+        return stats
+
+    def _nothing(self, prompts: Prompts) -> tuple[Tensor, UpdateStats]:
+        """A loss of 0 that has a graph: gradients of the other ranks have something to be added to."""
+        ids = torch.full((1, 1), self.processor.eos_token_id, device=self.device)
+        scored = completion_logprobs(self.model, prompts.select([0]), Completions(ids, torch.ones_like(ids).bool()))
+        return scored.logps.sum() * 0, UpdateStats(torch.zeros((), device=self.device))
+
+    def _max_over_ranks(self, count: int) -> int:
+        if self.trainer.world_size == 1:
+            return count
+        return int(self.trainer.strategy.reduce(torch.tensor(count, device=self.device), reduce_op="max"))
+
+    def _gradient_exchange(self, now: bool) -> AbstractContextManager:
+        strategy = self.trainer.strategy
+        return nullcontext() if now or not isinstance(strategy, ParallelStrategy) else strategy.block_backward_sync()
+
+    # -- what is shown -------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Logs how long a phase of the step takes, as ``time/<phase>_s``."""
+        start = time.perf_counter()
+        yield
+        self.log(f"time/{phase}_s", time.perf_counter() - start)
+
+    def log_updates(self, stats: list[UpdateStats], num_updates: int) -> None:
+        """Logs the mean over a step's updates of loss, clipping and divergence from the reference."""
+        loss = sum((part.loss for part in stats), torch.zeros((), device=self.device)) / num_updates
+        shown = {"train/loss": loss}
+        if policies := [part.policy for part in stats if part.policy is not None]:
+            policy = PolicyStats.mean(policies)
+            shown |= {"train/clip_fraction": policy.clip_fraction, "train/ratio": policy.ratio_mean}
+        if divergences := [part.kl_k3 for part in stats if part.kl_k3 is not None]:
+            shown["train/kl_k3"] = torch.stack(divergences).mean()
+        self.log_dict(shown, batch_size=1)

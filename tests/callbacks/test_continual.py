@@ -1,0 +1,234 @@
+"""What crosses tasks, with a real Trainer, a module of one linear layer, and a stream of three tasks and a probe."""
+
+import io
+import json
+import warnings
+
+import pytest
+import torch
+from rich.console import Console
+from tests.fakes import LinearModule, make_trainer, number_stream
+
+from cpt_lightning.callbacks import AccuracyMatrix, ContinualLearning, SampleLog
+from cpt_lightning.callbacks.files import keep_lines
+from cpt_lightning.functional.accuracy_matrix import forgetting_measure, forward_transfer
+
+
+def run(folder, *, validate=True, module=None, stream=None, continual=None, **options):
+    """A run as ``cpt fit`` makes it."""
+    module, stream = module or LinearModule(), stream or number_stream()
+    trainer = make_trainer(folder, stream, continual=continual, **options)
+    if validate:
+        trainer.validate(module, stream, verbose=False)
+    trainer.fit(module, stream)
+    return module, trainer
+
+
+def read_matrix(folder) -> dict:
+    return json.loads((folder / "accuracy_matrix.json").read_text())
+
+
+def read_samples(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+
+
+def test_the_matrix_has_a_row_for_the_base_and_one_after_each_task(tmp_path):
+    _, trainer = run(tmp_path)
+    matrix = read_matrix(tmp_path)
+    assert matrix["version"] == 1
+    assert matrix["tasks"] == ["a", "b", "c"] and matrix["probes"] == ["p"]
+    assert [row["after"] for row in matrix["rows"]] == [None, "a", "b", "c"]
+    counts = [{name: cell["num_samples"] for name, cell in row["scores"].items()} for row in matrix["rows"]]
+    assert counts == [{"a": 6, "b": 6, "c": 6, "p": 5}] * 4
+    base, *rows = [[row["scores"][name]["accuracy"] for name in "abc"] for row in matrix["rows"]]
+    assert base == [0.5, 0.5, 0.5]  # a fresh layer says "0" to everything, and every other row is odd
+    assert matrix["metrics"]["forgetting_measure"] == pytest.approx(forgetting_measure(rows))
+    assert matrix["metrics"]["forward_transfer"] == pytest.approx(forward_transfer(rows, base))
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("continual/")}
+    assert logged == pytest.approx({f"continual/{name}": value for name, value in matrix["metrics"].items()}, abs=1e-6)
+    assert {"continual/average_accuracy", "continual/learning", "continual/probe/p"} <= set(logged)
+
+
+def test_accuracies_are_those_of_the_samples(tmp_path):
+    """Counted again from what the model said: every cell of the matrix is the mean over its lines."""
+    run(tmp_path)
+    matrix, samples = read_matrix(tmp_path), read_samples(tmp_path)
+    assert [sample["after"] for sample in samples] == [after for after in (None, "a", "b", "c") for _ in range(23)]
+    for stage, row in enumerate(matrix["rows"]):
+        for name, cell in row["scores"].items():
+            lines = [s for s in samples if s["stage"] == stage and s["task"] == name]
+            assert len(lines) == cell["num_samples"]
+            right = [float(s["completion"] == s["gold"]) for s in lines]
+            assert [s["accuracy"] for s in lines] == right
+            assert cell["accuracy"] == pytest.approx(sum(right) / len(right), abs=1e-6)
+    assert samples[1] == {
+        "row_id": "a/test/1", "task": "a", "stage": 0, "after": None, "prompt": "question 1a", "gold": "1",
+        "completion": "0", "accuracy": 0.0, "parts": {"total": 0.0, "accuracy": 0.0},
+    }  # fmt: skip
+    assert not (tmp_path / "validate.jsonl").exists()  # taken over as the base's lines
+
+
+@pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
+@pytest.mark.parametrize("reset", [True, False])
+def test_every_task_begins_with_a_fresh_optimizer_and_schedule_unless_told_otherwise(tmp_path, manual, reset):
+    """Rates of three steps per task under lr 0.1 * 0.9^step; Adam's step counter shows the optimizer's age."""
+    module = LinearModule(manual=manual)
+    _, trainer = run(tmp_path, module=module, continual=ContinualLearning(reset_optimizer=reset, print_table=False))
+    expected = [0.1 * 0.9 ** (step % 3 if reset else step) for step in range(9)]
+    assert module.rates == pytest.approx(expected)
+    ages = {int(state["step"]) for state in trainer.optimizers[0].state.values()}
+    assert ages == {3 if reset else 9}
+
+
+def test_an_interrupted_validation_and_several_per_task_leave_one_set_of_samples(tmp_path):
+    run(tmp_path, val_check_interval=1)  # after every batch
+    samples = read_samples(tmp_path)
+    assert len(samples) == 4 * 23
+    assert [row["after"] for row in read_matrix(tmp_path)["rows"]] == [None, "a", "b", "c"]
+
+
+def test_without_a_validation_before_fit_there_is_no_base_row_and_a_warning(tmp_path):
+    with pytest.warns(UserWarning, match="untrained base was not evaluated.*trainer.validate"):
+        run(tmp_path, validate=False)
+    matrix = read_matrix(tmp_path)
+    assert [row["after"] for row in matrix["rows"]] == ["a", "b", "c"]
+    assert "forward_transfer" not in matrix["metrics"] and "probe/p" not in matrix["metrics"]
+    assert "average_accuracy" in matrix["metrics"]
+    assert {sample["stage"] for sample in read_samples(tmp_path)} == {1, 2, 3}
+
+
+def test_joint_training_is_one_row_without_forgetting(tmp_path):
+    run(tmp_path, stream=number_stream(stages=[["a", "b", "c"]]))
+    matrix = read_matrix(tmp_path)
+    assert [row["after"] for row in matrix["rows"]] == [None, "a+b+c"]
+    assert "forgetting_measure" not in matrix["metrics"]
+    assert matrix["metrics"]["average_accuracy"] == pytest.approx(matrix["metrics"]["learning"])
+
+
+def test_a_task_that_is_never_learned_counts_as_a_probe(tmp_path):
+    run(tmp_path, stream=number_stream(stages=["c", "a"]))
+    matrix = read_matrix(tmp_path)
+    assert matrix["tasks"] == ["c", "a"] and matrix["probes"] == ["b", "p"]
+    assert [row["after"] for row in matrix["rows"]] == [None, "c", "a"]
+
+
+def test_a_task_learned_twice_has_two_rows(tmp_path):
+    run(tmp_path, stream=number_stream(stages=["a", "b", "a"]))
+    matrix = read_matrix(tmp_path)
+    assert [row["after"] for row in matrix["rows"]] == [None, "a", "b", "a"]
+    assert matrix["tasks"] == ["a", "b"]
+
+
+def test_settings_that_would_leave_holes_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="check_val_every_n_epoch must be 1"):
+        run(tmp_path, check_val_every_n_epoch=2)
+    with pytest.raises(RuntimeError, match="val/b/accuracy was not logged.*num_test"):
+        run(tmp_path, limit_val_batches=2)
+    with pytest.warns(UserWarning, match="not evaluated"), pytest.raises(RuntimeError, match="without validation"):
+        run(tmp_path, validate=False, limit_val_batches=0)
+    with pytest.raises(ValueError, match="confidence=95 "):
+        ContinualLearning(confidence=95)
+
+
+def test_fast_dev_run_writes_nothing(tmp_path):
+    run(tmp_path, validate=False, fast_dev_run=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_test_and_predict_write_their_own_files(tmp_path):
+    module, trainer = run(tmp_path)
+    before = (tmp_path / "samples.jsonl").read_text()
+    trainer.test(module, number_stream(), verbose=False)
+    predictions = trainer.predict(module, number_stream())
+    assert len(predictions) == 8  # 6 rows are two batches of four, 5 as well
+    for filename in ("test.jsonl", "predictions.jsonl"):
+        rows = [json.loads(line) for line in (tmp_path / filename).read_text().splitlines()]
+        assert [row["row_id"] for row in rows[:2]] == ["a/test/0", "a/test/1"]
+        assert len(rows) == 23 and "stage" not in rows[0]
+    assert (tmp_path / "samples.jsonl").read_text() == before
+
+
+def test_checkpoints_are_named_after_tasks_and_load_with_weights_only(tmp_path):
+    run(tmp_path)
+    names = sorted(path.name for path in tmp_path.glob("*.ckpt"))
+    assert names == ["1_a.ckpt", "2_b.ckpt", "3_c.ckpt", "last.ckpt"]
+    state = torch.load(tmp_path / "2_b.ckpt", weights_only=True)
+    record = state["callbacks"]["ContinualLearning"]
+    assert len(record["rows"]) == 2 and record["tasks"] == ["a", "b", "c"]
+
+
+# -- the record itself -------------------------------------------------------------------------------------------------
+
+MATRIX = AccuracyMatrix(
+    tasks=["a", "b"],
+    probes=["p"],
+    stages=[["a"], ["b"]],
+    zero_shot={name: {"accuracy": 0.25, "num_samples": 100} for name in "abp"},
+    rows=[
+        {name: {"accuracy": score, "num_samples": 100} for name, score in zip("abp", scores, strict=True)}
+        for scores in [(0.9, 0.3, 0.1), (0.7, 0.8, 0.2)]
+    ],
+)
+
+
+def test_metrics_by_hand():
+    """AvgAcc (.7 + .8)/2; FM = BWT = .7 - .9; FWT = .3 - .25; probe .2 - .25, at worst .1 - .25."""
+    assert MATRIX.metrics() == pytest.approx(
+        {
+            "average_accuracy": 0.75,
+            "forgetting_measure": -0.2,
+            "backward_transfer": -0.2,
+            "learning": 0.85,
+            "mean_average_accuracy": 0.825,
+            "worst_dip": 0.2,
+            "forward_transfer": 0.05,
+            "probe/p": -0.05,
+            "probe_minimum/p": -0.15,
+        }
+    )
+
+
+def test_json_is_read_back_and_other_versions_are_refused(tmp_path):
+    MATRIX.save(tmp_path / "accuracy_matrix.json")
+    assert AccuracyMatrix.load(tmp_path / "accuracy_matrix.json") == MATRIX
+    with pytest.raises(ValueError, match="version 2.*reads version 1"):
+        AccuracyMatrix.from_json({**MATRIX.to_json(), "version": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["accuracy_matrix.json"]
+
+
+def test_the_table_shows_every_cell_and_intervals_when_asked():
+    """Wilson at .95 of 70 of 100: (.604, .781), so ± 8.8."""
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(MATRIX.table(), MATRIX.table(confidence=0.95))
+    text = console.export_text()
+    for shown in ("base", "90.0", "70.0", "probe p", "70.0 ±8.8"):
+        assert shown in text
+
+
+def test_a_broken_last_line_is_dropped(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    path.write_text('{"stage": 0}\n{"stage": 1}\n{"stage": 2}\n{"sta')
+    keep_lines(path, lambda row: row["stage"] <= 1)
+    assert path.read_text() == '{"stage": 0}\n{"stage": 1}\n'
+
+
+def test_samples_of_several_ranks_come_in_the_order_of_one():
+    """Two ranks hold neighbouring halves of each batch; the merged lines are those of a single process."""
+
+    class Strategy:
+        def broadcast(self, rows, src):
+            return [((batch, src, position), {"row": (batch, src, position)}) for batch in (1, 0) for position in (0, 1)]
+
+    class TwoRanks:
+        world_size, strategy = 2, Strategy()
+
+    merged = [row["row"] for row in SampleLog()._take(TwoRanks())]
+    assert merged == [(batch, rank, position) for batch in (0, 1) for rank in (0, 1) for position in (0, 1)]
+
+
+def test_no_warning_in_a_run(tmp_path):
+    """What a person sees at the console is about their run, not about libraries."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "(?s).*(set_vital|LeafSpec|logging interval|does not have many workers)")
+        run(tmp_path)
