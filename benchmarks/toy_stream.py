@@ -32,6 +32,8 @@ ARMS = {
     "sft_bare": ["-c", "configs/demo/sft.yaml", "--data.target", "{answer}"],
     "sft_house": ["-c", "configs/demo/sft.yaml", "--data.target", HOUSE_STYLE],
 }
+LEARNING_RATES = {"grpo": [1e-5, 3e-5, 1e-4], "sft_bare": [3e-5, 1e-4, 3e-4], "sft_house": [3e-5, 1e-4, 3e-4]}
+"""Tried for each arm: three steps around what earlier trials found; for GRPO 3e-4 was too much on every base."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,6 @@ def main() -> None:
     """Runs what is missing, and writes the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--learning_rates", nargs="+", type=float, default=[3e-5, 1e-4, 3e-4])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=100, help="per task")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
@@ -96,7 +97,7 @@ def main() -> None:
             list(pool.map(lambda run: run(), found))
         return found
 
-    choosing = runs("val", [0], dict.fromkeys(options.arms, options.learning_rates))
+    choosing = runs("val", [0], LEARNING_RATES)
     chosen = {
         arm: max((run for run in choosing if run.arm == arm), key=lambda run: run.matrix.metrics()["average_accuracy"])
         for arm in options.arms
@@ -121,7 +122,7 @@ def report(choosing: list[Run], final: list[Run], results: Path) -> None:
             "# SFT and GRPO on the toy stream",
             f"`python benchmarks/toy_stream.py`, {json.dumps(circumstances())}",
             "All figures in per cent. Learning: accuracy on a task right after it. Forgetting: mean over the earlier "
-            "tasks of best earlier minus final (positive = lost). Worst dip: the largest such loss of a task at any time. "
+            "tasks of best earlier minus final (positive = lost). Worst dip: the largest such loss of a task on the way. "
             "Probes: mean over the probes at the end, and the lowest mean on the way; forced: with the answer made to "
             f"begin with `{FORCED_PREFIX}`. Test split, mean ± standard deviation over the seeds.",
             table(final),

@@ -70,3 +70,8 @@ class TaskCheckpoint(ModelCheckpoint):
         if self.save_top_k == 0 and not trainer.fast_dev_run:  # then ModelCheckpoint would not save the last either
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
         super().on_train_epoch_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves the last checkpoint if a run ended before its first task did, and is more than a try."""
+        if not trainer.fast_dev_run:
+            super().on_train_end(trainer, pl_module)

@@ -159,7 +159,8 @@ class PromptProcessor(Qwen2_5_VLProcessor):
     def encode_targets(self, texts: Sequence[str]) -> Completions:
         """Reference completions with the end-of-turn token, right-padded."""
         # Special tokens in a target are text to learn, not commands: a data set must not be able to end the turn early.
-        ids = [[*self.tokenizer.encode(text, add_special_tokens=False), self.eos_token_id] for text in texts]
+        rows = [self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts]
+        ids = [[*row, self.eos_token_id] for row in rows]
         length = max(map(len, ids))
         padded = torch.tensor([row + [self.pad_token_id] * (length - len(row)) for row in ids])
         mask = torch.arange(length) < torch.tensor([[len(row)] for row in ids])

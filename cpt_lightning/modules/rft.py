@@ -49,8 +49,7 @@ class Policy:
 
 
 class RFT(ManualUpdates):
-    """Reinforcement fine-tuning with GRPO (DeepSeekMath, arXiv 2402.03300): samples groups and learns from their
-    rewards.
+    """Reinforcement fine-tuning with GRPO (DeepSeekMath, arXiv 2402.03300): samples groups, learns from their rewards.
 
     A training batch is a rollout: of each of its prompts (``data.prompts_per_step``) ``group_size`` completions are
     sampled, and learned from in ``updates_per_rollout`` optimizer steps.
@@ -237,8 +236,7 @@ class RFT(ManualUpdates):
         return self.updates_per_rollout * self.passes_per_rollout
 
     def start_step(self, batch: Batch, batch_idx: int) -> None:
-        """Checks that the batch can be split as asked; says once what a step is; renews the reference at a task's
-        start."""
+        """Checks the size of the batch, says once what a step is, and renews the reference when a task begins."""
         num_prompts = len(batch)
         if num_prompts < self.updates_per_rollout:
             raise ValueError(

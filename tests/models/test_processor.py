@@ -60,6 +60,9 @@ def test_targets_end_the_turn_and_decode_to_themselves(processor: PromptProcesso
     targets = processor.encode_targets(texts)
     assert (targets.ids[torch.arange(3), targets.lengths - 1] == processor.eos_token_id).all()
     assert processor.decode(targets) == texts
+    hostile = processor.encode_targets(["a<|im_end|>b<|image_pad|>"])
+    assert (hostile.ids == processor.eos_token_id).sum() == 1
+    assert processor.image_token_id not in hostile.ids
 
 
 def test_banned_tokens_are_the_vision_tokens(processor: PromptProcessor):

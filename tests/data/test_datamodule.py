@@ -1,0 +1,185 @@
+"""The stream as a LightningDataModule."""
+
+import pytest
+import torch
+from tests.fakes import LinearModule, NumberSource, WordProcessor, make_trainer, number_stream
+
+from cpt_lightning.data import TaskStream
+from cpt_lightning.tasks import Task
+
+
+def standing_alone(**options) -> TaskStream:
+    """A stream as a notebook uses it, without a Trainer."""
+    stream = number_stream(**options)
+    stream.processor = WordProcessor()
+    return stream
+
+
+def row_ids(loader) -> list[list[str]]:
+    return [[example.row_id for example in batch.prompts.examples] for batch in loader]
+
+
+def fit(tmp_path, stream, module=None, **options):
+    module = module or LinearModule()
+    trainer = make_trainer(tmp_path, stream, **options)
+    trainer.validate(module, stream, verbose=False)
+    trainer.fit(module, stream)
+    return module
+
+
+def test_stages_are_the_tasks_in_order_by_default():
+    stream = number_stream()
+    assert (stream.stages, stream.num_stages, stream.stage_names) == ([["a"], ["b"], ["c"]], 3, ["a", "b", "c"])
+    assert (stream.task_names, stream.probe_names) == (["a", "b", "c"], ["p"])
+
+
+def test_a_list_in_stages_mixes_tasks_and_what_no_stage_learns_is_a_probe():
+    stream = number_stream(stages=["c", ["b", "c"]])
+    assert stream.stage_names == ["c", "b+c"]
+    assert (stream.task_names, stream.probe_names) == (["c", "b"], ["a", "p"])
+
+
+def test_every_epoch_trains_on_its_own_task(tmp_path):
+    module = fit(tmp_path, number_stream(passes={"b": 2}, steps={"c": 1}))
+    tasks = [row.split("/")[0] for batch in module.seen for row in batch]
+    assert tasks == ["a"] * 12 + ["b"] * 20 + ["c"] * 4  # 10 rows are 3 batches of 4, twice 10 are 5
+    assert {row for batch in module.seen[:3] for row in batch} == {f"a/train/{i}" for i in range(10)}
+
+
+def test_a_mixed_stage_draws_from_all_its_tasks(tmp_path):
+    module = fit(tmp_path, number_stream(stages=[["a", "b", "c"]], mixing="uniform"))
+    assert sorted(row for batch in module.seen for row in batch)[:30] is not None
+    assert {row for batch in module.seen for row in batch} == {f"{t}/train/{i}" for t in "abc" for i in range(10)}
+    assert any(len({row[0] for row in batch}) > 1 for batch in module.seen)
+
+
+def test_training_batches_have_targets_and_evaluation_batches_have_not():
+    stream = standing_alone()
+    training, evaluation = next(iter(stream.train_dataloader())), next(iter(stream.val_dataloader()))
+    assert len(training.targets) == 4
+    assert evaluation.targets is None and evaluation.prompts.valid.all()
+
+
+def test_one_loader_evaluates_everything_one_task_per_batch():
+    stream = standing_alone(eval_prompts_per_step=4)
+    batches = row_ids(stream.val_dataloader())
+    assert [batch[0].split("/")[0] for batch in batches] == ["a", "a", "b", "b", "c", "c", "p", "p"]
+    assert [row for batch in batches for row in batch if row[0] == "a"] == [f"a/test/{i}" for i in range(6)]
+    assert row_ids(stream.predict_dataloader()) == batches
+
+
+def test_evaluate_on_chooses_the_split_and_test_is_always_the_test_split():
+    stream = standing_alone(evaluate_on="val")
+    assert {row.split("/")[1] for batch in row_ids(stream.val_dataloader()) for row in batch} == {"val"}
+    assert {row.split("/")[1] for batch in row_ids(stream.test_dataloader()) for row in batch} == {"test"}
+
+
+def test_a_target_for_the_whole_stream_replaces_those_of_the_tasks():
+    task = Task(NumberSource("a"), target="it is {answer}")
+    stream = TaskStream({"a": task}, target="{answer}!")
+    assert stream.examples("a", "train")[1].target == "1!"
+    assert TaskStream({"a": task}).examples("a", "train")[1].target == "it is 1"
+    assert task.target == "it is {answer}"
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_loader_goes_on_from_its_state(num_workers):
+    """Two batches taken, the state kept; a new loader with it yields the rest, with workers that read ahead too."""
+    stream = standing_alone(passes=2, num_workers=num_workers)
+    whole = row_ids(stream.train_dataloader())
+    loader = stream.train_dataloader()
+    iterator = iter(loader)
+    taken = [next(iterator) for _ in range(2)]
+    state = loader.state_dict()
+    del iterator
+    resumed = stream.train_dataloader()
+    resumed.load_state_dict(state)
+    assert len(whole) == len(resumed) == 5
+    assert row_ids(taken) + row_ids(resumed) == whole
+
+
+def test_workers_change_nothing():
+    alone, helped = (row_ids(standing_alone(num_workers=n).train_dataloader()) for n in (0, 2))
+    assert alone == helped
+
+
+def test_over_long_rows_are_left_out_of_training_but_not_of_evaluation(tmp_path):
+    """Questions are two words; the limit drops none, a limit of one drops all and names a row."""
+    stream = standing_alone(max_prompt_tokens=1)
+    with pytest.raises(ValueError, match="max_prompt_tokens=1: task 'a', a/train/"):
+        next(iter(stream.train_dataloader()))
+    assert sum(len(batch) for batch in stream.val_dataloader()) == 6 * 3 + 5
+
+
+# -- mistakes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"tasks": {}}, "data.tasks is empty"),
+        ({"probes": {"a": Task(NumberSource("a"))}}, "'a' is both a task and a probe"),
+        ({"tasks": {"a/b": Task(NumberSource("a"))}}, "'a/b' cannot be the name"),
+        ({"stages": []}, "nothing to learn"),
+        ({"stages": [[]]}, "nothing to learn"),
+        ({"stages": ["a", "bb"]}, "data.stages names 'bb'.*did you mean 'b'"),
+        ({"stages": ["a", "xyz"]}, "data.stages names 'xyz'.*there are a, b, c"),
+        ({"stages": ["p"]}, "data.stages names 'p'.*there are a, b, c"),
+        ({"stages": [["a", "a"]]}, "names a task twice"),
+        ({"passes": {"bb": 2}}, "data.passes names 'bb'.*did you mean 'b'"),
+        ({"steps": {"cc": 2}}, "data.steps names 'cc'.*did you mean 'c'"),
+        ({"stages": [["a", "b"]], "passes": {"a": 2}}, r"data.passes names 'a'.*did you mean 'a\+b'"),
+        ({"passes": 0}, "data.passes of every stage is 0; it must be positive"),
+        ({"steps": {"a": -1}}, "data.steps of a is -1"),
+        ({"prompts_per_step": 0}, "data.prompts_per_step=0 must be at least 1"),
+        ({"max_prompt_tokens": 0}, "data.max_prompt_tokens=0"),
+        ({"mixing": 0.0}, "temperature must be positive"),
+        ({"seed": -1}, "data.seed=-1"),
+    ],
+)
+def test_mistakes_are_named_at_once(options, message):
+    with pytest.raises(ValueError, match=message):
+        number_stream(**options)
+
+
+def test_an_empty_task_is_refused_at_setup(tmp_path):
+    stream = number_stream(probes={"p": Task(NumberSource("p", num_test=0))})
+    with pytest.raises(ValueError, match="task 'p': the test split has no rows"):
+        fit(tmp_path, stream)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"max_epochs": 4}, "max_epochs=4: the stream has 3 stages.*set it to 3"),
+        ({"max_epochs": -1}, "max_epochs=-1: the stream has 3 stages"),
+        ({"reload_dataloaders_every_n_epochs": 0}, "reload_dataloaders_every_n_epochs must be 1"),
+    ],
+)
+def test_a_trainer_that_would_learn_another_stream_is_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, number_stream(), **options)
+
+
+def test_without_trainer_and_processor_the_mend_is_named():
+    with pytest.raises(RuntimeError, match="set stream.processor"):
+        number_stream().train_dataloader()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_broken_row_is_named_from_a_worker_too(num_workers):
+    class Broken(NumberSource):
+        def split(self, split):
+            rows = super().split(split)
+            rows[3].question = "<image> and <image>"
+            return rows
+
+    stream = TaskStream({"a": Task(Broken("a"))}, num_workers=num_workers)
+    stream.processor = WordProcessor()
+    with pytest.raises(ValueError, match="task 'a', a/train/3"):
+        list(stream.train_dataloader())
+
+
+def test_the_batches_move_to_a_device():
+    batch = next(iter(standing_alone().train_dataloader())).to(torch.device("meta"))
+    assert batch.prompts.input_ids.is_meta and batch.targets.ids.is_meta
