@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import mean
 from time import perf_counter
 
 from lightning import Callback
 from lightning.pytorch.profilers import SimpleProfiler
 
-INSIDE_THE_STEP = ("run_training_batch", "run_training_epoch", "training_step", "optimizer_step", "backward")
+AROUND_THE_STEP = ("train_dataloader_next", ".batch_to_device", "on_train_batch_start", "on_train_batch_end")
 
 
 class StepTimer(Callback):
@@ -40,7 +41,6 @@ class StepTimer(Callback):
     def on_fit_end(self, trainer, pl_module) -> None:
         around = {}
         if isinstance(trainer.profiler, SimpleProfiler):
-            sums = {name: sum(times) for name, times in trainer.profiler.recorded_durations.items()}
-            num_steps = max(1, trainer.global_step)
-            around = {n: s / num_steps for n, s in sums.items() if not n.endswith(INSIDE_THE_STEP)}
+            durations = trainer.profiler.recorded_durations.items()
+            around = {name: mean(times) for name, times in durations if name.endswith(AROUND_THE_STEP)}
         self.out.write_text(json.dumps({"steps": self.steps, "around": around}), encoding="utf-8")

@@ -107,7 +107,8 @@ class Prompts:
         )
 
     def _select_images(self, rows: list[int]) -> dict[str, Tensor | None]:
-        if self.pixel_values is None or not any(self.images_per_prompt[row] for row in rows):
+        has_image = any(self.images_per_prompt[row] for row in rows)
+        if self.pixel_values is None or self.image_grid_thw is None or not has_image:
             return {}
         grids = self.image_grid_thw.split(self.images_per_prompt)
         patches = [int(grid.prod(dim=1).sum()) for grid in grids]

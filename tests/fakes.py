@@ -122,9 +122,10 @@ def _prompt(name: str):
     return Prompt(suffix=name)
 
 
-def make_trainer(folder, stream: TaskStream, callbacks=(), continual: ContinualLearning | None = None, **options):
+def make_trainer(folder, stream: TaskStream, callbacks=(), continual=None, checkpoint=None, **options):
     """A Trainer with the settings that ``cpt`` gives it."""
     continual = continual or ContinualLearning(print_table=False)
+    checkpoint = checkpoint or TaskCheckpoint(every_n_steps=1)
     defaults = {
         "max_epochs": stream.num_stages,
         "reload_dataloaders_every_n_epochs": 1,
@@ -136,6 +137,38 @@ def make_trainer(folder, stream: TaskStream, callbacks=(), continual: ContinualL
         "accelerator": "cpu",
         "enable_progress_bar": False,
         "enable_model_summary": False,
-        "callbacks": [continual, SampleLog(), TaskCheckpoint(every_n_steps=1), *callbacks],
+        "callbacks": [continual, SampleLog(), checkpoint, *callbacks],
     }
     return L.Trainer(**(defaults | options))
+
+
+class Killed(Exception):
+    """What stops a run in the middle."""
+
+
+class KillAt(L.Callback):
+    """Stops a run by raising, at a hook of a stage (and batch).
+
+    Args:
+        stage: Index of the stage.
+        hook: Where in the stage: ``on_train_batch_start``, ``on_validation_batch_start`` or ``on_train_epoch_end``, which
+            comes before the checkpoint is saved.
+        batch: Index of the batch.
+    """
+
+    def __init__(self, stage: int, hook: str = "on_train_batch_start", batch: int = 0) -> None:
+        self.stage, self.hook, self.batch = stage, hook, batch
+
+    def _maybe(self, hook: str, trainer: L.Trainer, batch_idx: int) -> None:
+        if trainer.training or trainer.state.fn == "fit":
+            if (self.stage, self.hook, self.batch) == (trainer.current_epoch, hook, batch_idx):
+                raise Killed(f"{hook} of stage {self.stage}, batch {self.batch}")
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        self._maybe("on_train_batch_start", trainer, batch_idx)
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0) -> None:
+        self._maybe("on_validation_batch_start", trainer, batch_idx)
+
+    def on_train_epoch_end(self, trainer, pl_module) -> None:
+        self._maybe("on_train_epoch_end", trainer, 0)

@@ -169,7 +169,7 @@ class TaskStream(L.LightningDataModule):
             self._split("train", self.stages[stage]), Collate(self.processor, self.max_prompt_tokens)
         )
         # Items of the sampler are whole batches: Lightning re-makes batch samplers, and only knows its own kind.
-        return StatefulDataLoader(batches, sampler=sampler, batch_size=None, num_workers=self.num_workers)
+        return StageLoader(batches, sampler=sampler, batch_size=None, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader:
         """All tasks and probes, one task per batch."""
@@ -218,7 +218,7 @@ class TaskStream(L.LightningDataModule):
             by_stage = value if isinstance(value, Mapping) else {"every stage": value}
             for name, number in by_stage.items():
                 if isinstance(value, Mapping):
-                    _check_known(name, self.stage_names, f"data.{option}")
+                    _check_known(name, [*self.stage_names, *self.probe_names], f"data.{option}")
                 if number is not None and not number > 0:
                     raise ValueError(f"data.{option} of {name} is {number}; it must be positive")
         for option in ("prompts_per_step", "eval_prompts_per_step", "max_prompt_tokens"):
@@ -244,6 +244,27 @@ class TaskStream(L.LightningDataModule):
             raise ValueError(
                 "trainer.use_distributed_sampler must be false: the stream splits batches over ranks itself"
             )
+
+
+class StageLoader(StatefulDataLoader):
+    """A loader that can say, and be told, where it stands; with the same number of workers, as torchdata's state asks."""
+
+    def state_dict(self) -> dict:
+        """Where it stands."""
+        return {"num_workers": self.num_workers, "loader": super().state_dict()}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Goes to where another loader stood.
+
+        Raises:
+            ValueError: That one had another number of workers.
+        """
+        if state_dict["num_workers"] != self.num_workers:
+            raise ValueError(
+                f"the checkpoint was written with data.num_workers={state_dict['num_workers']}, now it is "
+                f"{self.num_workers}; to go on in the middle of a task, resume with the same number"
+            )
+        super().load_state_dict(state_dict["loader"])
 
 
 class StreamBatches(Dataset[Batch]):

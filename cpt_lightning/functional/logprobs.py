@@ -62,7 +62,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx, grad_logps, _):
         hidden, weight, targets, normalizers = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         with torch.autocast(hidden.device.type, enabled=False):
             matrix = weight.to(ctx.dtype)
@@ -73,9 +73,10 @@ class _TokenLogprobs(torch.autograd.Function):
                 grad = (grad * (grad_logps[chunk, None] / ctx.temperature)).to(ctx.dtype)
                 if wants_hidden:
                     grad_hidden[chunk] = (grad @ matrix).to(hidden.dtype)
-                if wants_weight:
+                if grad_weight is not None:
                     grad_weight += grad.T @ hidden[chunk].to(ctx.dtype)
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
+        in_weight_dtype = None if grad_weight is None else grad_weight.to(weight.dtype)
+        return grad_hidden if wants_hidden else None, in_weight_dtype, None, None, None, None
 
 
 def _chunks(length: int, rows: int) -> list[slice]:

@@ -7,7 +7,7 @@ Another vision-language model is another file with these functions.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from cpt_lightning.types import Prompts
 
-QwenVL = Qwen2_5_VLForConditionalGeneration
+QwenVL: TypeAlias = Qwen2_5_VLForConditionalGeneration
 
 
 def vision_is_frozen(model: QwenVL) -> bool:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, SumMetric
+from torchmetrics import SumMetric
 
 from cpt_lightning.models import Backbone
 from cpt_lightning.modules.schedules import TaskSchedule
@@ -64,7 +64,7 @@ class PostTraining(L.LightningModule):
         self.evaluation = evaluation
         self.forced_prefix = forced_prefix
         self.seed = seed
-        self.scores = nn.ModuleDict()
+        self.sums = nn.ModuleDict()
         self._nonfinite_in_a_row = 0
 
     @cached_property
@@ -173,24 +173,29 @@ class PostTraining(L.LightningModule):
 
     def _evaluation_step(self, batch: Batch, batch_idx: int) -> Evaluation:
         evaluation = self.evaluate(batch, batch_idx)
-        rows = zip(evaluation.examples, evaluation.scores, evaluation.valid, strict=True)
-        for example, scores, valid in rows:
-            # A row that only fills up a rank's share still makes its metrics exist there: all ranks reduce the same.
-            for name, value in scores.items():
-                self._metric(example.task, name, MeanMetric).update(value, weight=float(valid))
-            self._metric(example.task, "num_samples", SumMetric).update(float(valid))
+        valid = torch.tensor(evaluation.valid, dtype=torch.float64)
+        for task in dict.fromkeys(example.task for example in evaluation.examples):
+            counts = valid * torch.tensor([example.task == task for example in evaluation.examples])
+            # A row that only fills up a rank's share still makes its sums exist there: all ranks reduce the same.
+            self._sum(f"{task}/num_samples").update(counts.sum())
+            for name in evaluation.scores[0]:
+                values = torch.tensor([scores[name] for scores in evaluation.scores], dtype=torch.float64)
+                self._sum(f"{task}/{name}").update((counts * values).sum())
         return evaluation
 
-    def _metric(self, task: str, name: str, kind: type[MeanMetric] | type[SumMetric]) -> MeanMetric | SumMetric:
-        # A mean of batch means is wrong when batches differ in size; a metric keeps sum and count, over ranks too.
-        key = f"{task}/{name}"
-        if key not in self.scores:
-            self.scores[key] = kind(nan_strategy="disable").to(self.device)
-        return self.scores[key]  # type: ignore[return-value]
+    def _sum(self, key: str) -> SumMetric:
+        # A mean of batch means is wrong when batches differ in size, so sums and counts are kept; over ranks too.
+        if key not in self.sums:
+            self.sums[key] = SumMetric(nan_strategy="disable").set_dtype(torch.float64).to(self.device)
+        return cast(SumMetric, self.sums[key])
 
     def _log_scores(self, stage: str) -> None:
-        self.log_dict({f"{stage}/{key}": metric.compute() for key, metric in sorted(self.scores.items())})
-        self.scores.clear()
+        totals = {key: self._sum(key).compute() for key in sorted(self.sums)}
+        self.sums.clear()
+        for key, total in totals.items():
+            num_samples = totals[f"{key.rpartition('/')[0]}/num_samples"]
+            value = total if key.endswith("/num_samples") else total / num_samples
+            self.log(f"{stage}/{key}", value.float())
 
     # -- shared by objectives ------------------------------------------------------------------------------------
 

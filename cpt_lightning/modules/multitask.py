@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Literal
 
@@ -69,23 +69,21 @@ class MultiTask(RFT):
         weights = torch.tensor([self.weights.get(task, 1.0) for task in tasks], device=self.device)
         supervised = [row for row, task in enumerate(tasks) if self.objectives.get(task, self.objective) == "sft"]
         reinforced = sorted(set(range(len(batch))) - set(supervised))
-        rollout = policy = None
+        policy_losses: Callable[[Sequence[int]], list[Loss]] = lambda rows: []
         if reinforced:
             rollout = self.collect(batch.prompts.select(reinforced), batch_idx)
             policy = self.prepare(rollout)
             policy.row_weights = weights[reinforced]
+            policy_losses = partial(self.policy_losses, rollout, policy)
+            self.log_rollout(rollout)
         stats: list[UpdateStats] = []
         with self.timed("update"):
             parts = zip(self.update_rows(supervised), self.update_rows(range(len(reinforced))), strict=True)
             for sft_rows, rft_rows in parts:
                 num_rows = len(sft_rows) + len(rft_rows)
                 losses = self.sft_losses(batch, weights, sft_rows, share=len(sft_rows) / num_rows)
-                if rft_rows:
-                    share = len(rft_rows) / num_rows
-                    losses += [_scaled(loss, share) for loss in self.policy_losses(rollout, policy, rft_rows)]
+                losses += [_scaled(loss, len(rft_rows) / num_rows) for loss in policy_losses(rft_rows)]
                 stats += self.update(losses, batch.prompts)
-        if rollout is not None:
-            self.log_rollout(rollout)
         self.log_updates(stats, self.updates_per_step)
 
     def sft_losses(self, batch: Batch, weights: Tensor, rows: Sequence[int], share: float) -> list[Loss]:

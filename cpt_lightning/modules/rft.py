@@ -286,10 +286,11 @@ class RFT(ManualUpdates):
             "train/completion_length": completions.lengths.float().mean(),
             "train/truncated_fraction": (~ended).float().mean(),
             "train/zero_signal_groups": zero_signal_fraction(rollout.rewards),
-            # The sampled tokens' mean surprise is an unbiased estimate of the entropy, and costs nothing.
-            "train/entropy": -masked_mean(completions.logps, completions.mask),
             **{f"train/reward/{name}": part.mean() for name, part in rollout.reward_parts.items()},
         }
+        if completions.logps is not None:
+            # The sampled tokens' mean surprise is an unbiased estimate of the entropy, and costs nothing.
+            shown["train/entropy"] = -masked_mean(completions.logps, completions.mask)
         num_prompts = len(rollout.prompts)
         self.log_dict(shown, batch_size=num_prompts, sync_dist=True)
         self.log("train/reward", rollout.rewards.mean(), prog_bar=True, batch_size=num_prompts, sync_dist=True)

@@ -1,0 +1,110 @@
+"""Evaluation counts every row once, and schedules last as long as a task."""
+
+from __future__ import annotations
+
+import math
+
+import lightning as L
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from cpt_lightning.models import Backbone
+from cpt_lightning.modules import SFT, TaskSchedule
+from cpt_lightning.rollouts import Sampling
+from tests.training import fit, with_examples
+
+ANSWERS = Sampling(max_new_tokens=5, temperature=0)
+
+
+def verdict(completion: str, gold: str | list[str]) -> dict[str, float]:
+    """Right for the gold answers of rows 0 and 3 of :func:`with_examples`, whatever was said."""
+    right = float(gold in ("0", "3333"))
+    return {"total": right / 2, "accuracy": right}
+
+
+def validate(module: L.LightningModule, batches: list) -> dict[str, float]:
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, inference_mode=False
+    )
+    trainer.validate(module, DataLoader(batches, batch_size=None), verbose=False)
+    return {name: value.item() for name, value in trainer.callback_metrics.items()}
+
+
+def test_accuracies_are_means_over_rows_not_over_batches_and_fillers_do_not_count(
+    small_folder, processor, mixed_prompts
+):
+    """Rows 0..3 are right, wrong, wrong, right; then rows 0 and 1 again, of which row 1 is a filler.
+
+    Task demo: 3 right of 5 rows (the mean of the two batches' means would be .75). Task other: row 0 alone, right.
+    """
+    whole = with_examples(mixed_prompts, processor, verdict)
+    part = with_examples(mixed_prompts.select([0, 1]), processor, verdict)
+    part.prompts.valid = torch.tensor([True, False])
+    other = with_examples(mixed_prompts.select([0]), processor, verdict, task="other")
+    shown = validate(SFT(backbone=Backbone(small_folder), evaluation=ANSWERS), [whole, part, other])
+    assert shown["val/demo/accuracy"] == pytest.approx(3 / 5)
+    assert shown["val/demo/total"] == pytest.approx(3 / 10)
+    assert shown["val/demo/num_samples"] == 5
+    assert shown["val/other/accuracy"] == 1
+    assert shown["val/other/num_samples"] == 1
+
+
+def test_a_forced_prefix_is_measured_beside_the_free_answer(small_folder, processor, mixed_prompts):
+    """A reward that asks for the prefix: a random model never says it by itself, and always when it is forced."""
+
+    def reward(completion, gold):
+        right = float(completion.startswith("<think>so</think><answer>"))
+        return {"total": right, "accuracy": right}
+
+    module = SFT(backbone=Backbone(small_folder), evaluation=ANSWERS, forced_prefix="<think>so</think><answer>")
+    shown = validate(module, [with_examples(mixed_prompts, processor, reward)])
+    assert shown["val/demo/accuracy"] == 0
+    assert shown["val/demo/forced_accuracy"] == 1
+
+
+def test_a_fresh_optimizer_holds_only_what_is_trained(small_folder):
+    module = SFT(backbone=Backbone(small_folder, freeze=["vision_tower"]))
+    module.configure_model()
+    optimizer = module.configure_optimizers()
+    held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    assert held == {id(weight) for weight in module.parameters() if weight.requires_grad}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        # Warm-up over 4 steps: 1/5, 2/5, 3/5, 4/5, then the full rate.
+        ({"warmup": 4}, [0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1, 1, 1]),
+        # A fifth of 10 steps is 2: 1/3, 2/3, then eight steps down to 1/8.
+        ({"warmup": 0.2, "decay": "linear"}, [1 / 3, 2 / 3, *[1 - step / 8 for step in range(8)]]),
+        ({"decay": "cosine", "floor": 0.5}, [0.75 + 0.25 * math.cos(math.pi * step / 10) for step in range(10)]),
+    ],
+)
+def test_a_schedule_lasts_as_long_as_its_task(small_folder, processor, mixed_prompts, options, expected):
+    """Ten batches, so ten steps; the rate of a step is what its update was made with."""
+    rates = []
+
+    class Watched(SFT):
+        def on_before_zero_grad(self, optimizer):
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    batch = with_examples(mixed_prompts.select([1]), processor)
+    fit(
+        Watched(
+            backbone=Backbone(small_folder),
+            optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0),
+            lr_scheduler=lambda optimizer: TaskSchedule(optimizer, **options),
+            max_grad_norm=1e-6,
+        ),
+        [batch] * 10,
+    )
+    assert rates == pytest.approx(expected, abs=1e-6)
+
+
+def test_impossible_schedules_are_refused():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    with pytest.raises(ValueError, match=r"warmup=1.5"):
+        TaskSchedule(optimizer, warmup=1.5)
+    with pytest.raises(ValueError, match=r"floor=2"):
+        TaskSchedule(optimizer, floor=2)

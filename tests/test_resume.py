@@ -1,0 +1,177 @@
+"""A run that was killed anywhere and resumed ends like one that was not: same data, weights, matrix and samples."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tests.fakes import Killed, KillAt, LinearModule, make_trainer, number_stream
+
+from cpt_lightning.callbacks import TaskCheckpoint
+from cpt_lightning.cli import main
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(folder, *, resume=False, kill=(), manual=False, num_workers=0, checkpoint="last.ckpt", **options):
+    """A run, or the rest of one, in ``folder``; returns the module."""
+    module, stream = LinearModule(manual=manual), number_stream(num_workers=num_workers)
+    trainer = make_trainer(folder, stream, callbacks=kill, **options)
+    if not resume:
+        trainer.validate(module, stream, verbose=False)
+    trainer.fit(module, stream, ckpt_path=str(folder / checkpoint) if resume else None)
+    return module
+
+
+def results(folder) -> dict[str, str]:
+    return {name: (folder / name).read_text() for name in ("accuracy_matrix.json", "samples.jsonl")}
+
+
+def assert_same_end(folder, module, other_folder, other):
+    for name, weight in module.state_dict().items():
+        assert torch.equal(weight, other.state_dict()[name]), name
+    assert results(folder) == results(other_folder)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Runs without interruption, by the kind of optimisation: folder and module."""
+    folders = {manual: tmp_path_factory.mktemp("whole") for manual in (False, True)}
+    return {manual: (folder, run(folder, manual=manual)) for manual, folder in folders.items()}
+
+
+@pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
+@pytest.mark.parametrize(
+    "kill",
+    [
+        KillAt(0, batch=1),
+        KillAt(1, batch=0),
+        KillAt(1, batch=2),
+        KillAt(2, batch=0),
+        KillAt(1, "on_validation_batch_start", batch=3),
+        KillAt(1, "on_train_epoch_end"),
+        KillAt(2, "on_train_epoch_end"),
+    ],
+    ids=lambda kill: f"stage {kill.stage} {kill.hook} {kill.batch}",
+)
+def test_a_killed_run_resumed_from_its_last_checkpoint_ends_like_a_whole_one(tmp_path, uninterrupted, kill, manual):
+    """``last.ckpt`` is renewed after every batch here; after a kill in a validation the task's last batch is learned again."""
+    with pytest.raises(Killed):
+        run(tmp_path, kill=[kill], manual=manual)
+    module = run(tmp_path, resume=True, manual=manual)
+    whole_folder, whole = uninterrupted[manual]
+    assert_same_end(tmp_path, module, whole_folder, whole)
+    if kill.hook == "on_train_batch_start":  # then no batch is learned twice
+        seen = 3 * kill.stage + kill.batch
+        assert module.seen == whole.seen[seen:]
+        assert module.rates == whole.rates[seen:]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_run_with_workers_goes_on_in_the_middle_of_a_task(tmp_path, uninterrupted, num_workers):
+    with pytest.raises(Killed):
+        run(tmp_path, kill=[KillAt(1, batch=2)], num_workers=num_workers)
+    module = run(tmp_path, resume=True, num_workers=num_workers)
+    assert module.seen == uninterrupted[False][1].seen[5:]
+    assert_same_end(tmp_path, module, *uninterrupted[False])
+
+
+@pytest.mark.parametrize("stage, name", [(1, "1_a.ckpt"), (2, "2_b.ckpt"), (3, "3_c.ckpt")])
+def test_a_finished_run_goes_back_to_the_end_of_any_task(tmp_path, uninterrupted, stage, name):
+    """Later tasks are learned again to the same end; resuming a run that has ended changes nothing."""
+    run(tmp_path)
+    module = run(tmp_path, resume=True, checkpoint=name)
+    assert module.seen == uninterrupted[False][1].seen[3 * stage :]
+    assert_same_end(tmp_path, module, *uninterrupted[False])
+
+
+def test_a_run_may_stop_after_some_stages_and_go_on_later(tmp_path, uninterrupted):
+    run(tmp_path, max_epochs=2)
+    assert len(json.loads((tmp_path / "accuracy_matrix.json").read_text())["rows"]) == 3
+    module = run(tmp_path, resume=True)
+    assert_same_end(tmp_path, module, *uninterrupted[False])
+
+
+def test_a_branch_in_another_folder_has_the_whole_record(tmp_path, uninterrupted):
+    whole_folder, whole = uninterrupted[False]
+    module, stream = LinearModule(), number_stream()
+    make_trainer(tmp_path, stream).fit(module, stream, ckpt_path=str(whole_folder / "1_a.ckpt"))
+    assert_same_end(tmp_path, module, whole_folder, whole)
+
+
+def test_another_stream_does_not_go_on_with_this_record(tmp_path, uninterrupted):
+    folder, _ = uninterrupted[False]
+    stream = number_stream(stages=["a", "c", "b"])
+    with pytest.raises(ValueError, match=r"another stream: its tasks are \['a', 'b', 'c'\], now they are \['a', 'c', 'b'\]"):
+        make_trainer(tmp_path, stream).fit(LinearModule(), stream, ckpt_path=str(folder / "1_a.ckpt"))
+
+
+def test_another_number_of_workers_does_not_go_on_in_the_middle_of_a_task(tmp_path):
+    with pytest.raises(Killed):
+        run(tmp_path, kill=[KillAt(1, batch=2)])
+    with pytest.raises(ValueError, match="num_workers=0, now it is 2; .* resume with the same number"):
+        run(tmp_path, resume=True, num_workers=2)
+
+
+def test_other_batches_do_not_go_on_in_the_middle_of_a_task(tmp_path):
+    with pytest.raises(Killed):
+        run(tmp_path, kill=[KillAt(1, batch=2)])
+    stream = number_stream(prompts_per_step=5)
+    with pytest.raises(ValueError, match="middle of a stage with prompts_per_step=4, now it is 5"):
+        make_trainer(tmp_path, stream).fit(LinearModule(), stream, ckpt_path=str(tmp_path / "last.ckpt"))
+
+
+def test_without_task_checkpoints_the_last_one_still_resumes(tmp_path, uninterrupted):
+    module, stream = LinearModule(), number_stream()
+    trainer = make_trainer(tmp_path, stream, callbacks=[KillAt(2)], checkpoint=TaskCheckpoint(keep_tasks=False))
+    trainer.validate(module, stream, verbose=False)
+    with pytest.raises(Killed):
+        trainer.fit(module, stream)
+    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["last.ckpt"]
+    assert_same_end(tmp_path, run(tmp_path, resume=True), *uninterrupted[False])
+
+
+# -- the real modules, by the command that a person types ------------------------------------------------------------
+
+STREAM = """
+tasks:
+  word2: {source: {class_path: cpt_lightning.tasks.ToyWorld, init_args: {family: word2}}, num_test: 4}
+  digit2: {source: {class_path: cpt_lightning.tasks.ToyWorld, init_args: {family: digit2}}, num_test: 4}
+probes:
+  facts: {source: {class_path: cpt_lightning.tasks.ToyWorld, init_args: {family: facts}}, num_test: 4}
+prompts_per_step: 3
+steps: 3
+"""
+
+OPTIONS = [
+    "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.logger=false",
+    "--model.lr_scheduler=cpt_lightning.modules.TaskSchedule", "--model.lr_scheduler.init_args.warmup=2",
+    "--checkpoint.every_n_steps=1", "--trainer.accelerator=cpu",
+]  # fmt: skip
+MODELS = {
+    "sft": ["--model=SFT"],
+    "grpo": [
+        "--model=RFT", "--model.group_size=4", "--model.kl_coef=0.05", "--model.updates_per_rollout=2",
+        "--model.sampling.max_new_tokens=12",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("objective", MODELS)
+@pytest.mark.parametrize("stage, batch", [(1, 0), (1, 2)], ids=["after a task", "within a task"])
+def test_cpt_fit_resumes_bit_for_bit(tmp_path, objective, stage, batch):
+    """Uninterrupted, and killed and resumed: the same weights, matrix and samples, on the embedded base."""
+    (tmp_path / "stream.yaml").write_text(STREAM)
+    command = ["fit", f"--data={tmp_path / 'stream.yaml'}", *MODELS[objective], *OPTIONS]
+    command += ["--model.evaluation.max_new_tokens=12", "--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=1e-3"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    main([*command, f"--run_dir={whole}"])
+    kill = ["--trainer.callbacks+=tests.fakes.KillAt", f"--trainer.callbacks.stage={stage}"]
+    with pytest.raises(Killed):
+        main([*command, f"--run_dir={killed}", *kill, f"--trainer.callbacks.batch={batch}"])
+    main([*command, f"--ckpt_path={killed / 'last.ckpt'}"])
+    assert results(killed) == results(whole)
+    ends = [torch.load(folder / "last.ckpt", weights_only=True)["state_dict"] for folder in (whole, killed)]
+    start = torch.load(whole / "1_word2.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert any(not torch.equal(ends[0][name], start[name]) for name in start)
