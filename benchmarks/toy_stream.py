@@ -122,7 +122,7 @@ def report(choosing: list[Run], final: list[Run], results: Path) -> None:
             "# SFT and GRPO on the toy stream",
             f"`python benchmarks/toy_stream.py`, {json.dumps(circumstances())}",
             "All figures in per cent. Learning: accuracy on a task right after it. Forgetting: mean over the earlier "
-            "tasks of best earlier minus final (positive = lost). Worst dip: the largest such loss of a task on the way. "
+            "tasks of best earlier minus final (positive = lost). Worst dip: the largest loss of a task on the way. "
             "Probes: mean over the probes at the end, and the lowest mean on the way; forced: with the answer made to "
             f"begin with `{FORCED_PREFIX}`. Test split, mean ± standard deviation over the seeds.",
             table(final),

@@ -59,7 +59,8 @@ def small_model(processor: PromptProcessor) -> QwenVL:
         for name, size in sizes.items():
             setattr(part, name, size)
         part.initializer_range = 0.15
-    config.text_config.rope_parameters["mrope_section"] = [2, 1, 1]
+    rope = config.text_config.rope_parameters  # the dictionary is that of every tiny configuration: copied, not changed
+    config.text_config.rope_parameters = {**rope, "mrope_section": [2, 1, 1]}
     torch.manual_seed(0)
     return QwenVL._from_config(config, attn_implementation="sdpa", dtype=torch.float32).eval()
 

@@ -151,8 +151,8 @@ class KillAt(L.Callback):
 
     Args:
         stage: Index of the stage.
-        hook: Where in the stage: ``on_train_batch_start``, ``on_validation_batch_start`` or ``on_train_epoch_end``, which
-            comes before the checkpoint is saved.
+        hook: Where in the stage: ``on_train_batch_start``, ``on_validation_batch_start``, or ``on_train_epoch_end``,
+            which comes before the checkpoint is saved.
         batch: Index of the batch.
     """
 
@@ -160,9 +160,9 @@ class KillAt(L.Callback):
         self.stage, self.hook, self.batch = stage, hook, batch
 
     def _maybe(self, hook: str, trainer: L.Trainer, batch_idx: int) -> None:
-        if trainer.training or trainer.state.fn == "fit":
-            if (self.stage, self.hook, self.batch) == (trainer.current_epoch, hook, batch_idx):
-                raise Killed(f"{hook} of stage {self.stage}, batch {self.batch}")
+        here = trainer.state.fn, trainer.current_epoch, hook, batch_idx
+        if here == ("fit", self.stage, self.hook, self.batch):
+            raise Killed(f"{hook} of stage {self.stage}, batch {self.batch}")
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         self._maybe("on_train_batch_start", trainer, batch_idx)

@@ -21,6 +21,8 @@ class TaskCheckpoint(ModelCheckpoint):
         ValueError: ``every_n_steps`` below 1.
     """
 
+    dirpath: str | None
+
     def __init__(
         self,
         dirpath: str | None = None,
@@ -75,3 +77,10 @@ class TaskCheckpoint(ModelCheckpoint):
         """Saves the last checkpoint if a run ended before its first task did, and is more than a try."""
         if not trainer.fast_dev_run:
             super().on_train_end(trainer, pl_module)
+
+    def state_dict(self) -> dict:
+        """Nothing: the names of the files follow from the stage, and none is the best."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Nothing, for that reason."""

@@ -57,26 +57,23 @@ class ContinualLearning(Callback):
     # -- recording -------------------------------------------------------------------------------------------------
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes the scores of all tasks and probes; outside of ``fit`` they are the untrained base's."""
+        """Takes the scores of all tasks and probes; before ``fit`` they are the untrained base's."""
         if trainer.sanity_checking or trainer.fast_dev_run:
             return
         scores = self._logged_scores(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
             self._last_validation = scores
             return
-        self.zero_shot = scores
-        self._print(trainer)
+        if trainer.ckpt_path is None:  # else `validate` was asked about a checkpoint
+            self.zero_shot = scores
+            self._print(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks that a resumed record belongs to this stream, and writes it."""
         if trainer.fast_dev_run:
             return
-        if trainer.check_val_every_n_epoch != 1:
-            raise ValueError(
-                "trainer.check_val_every_n_epoch must be 1: the validation after a task is a row of the matrix"
-            )
         matrix = self.matrix(trainer)
-        self._check_resumed(matrix)
+        self._check_resumed(matrix, trainer.current_epoch)
         if self.zero_shot is None:
             rank_zero_warn(
                 "ContinualLearning: the untrained base was not evaluated, so zero-shot row, forward transfer and probe "
@@ -88,16 +85,19 @@ class ContinualLearning(Callback):
         """A task begins: with a fresh optimizer, unless told otherwise."""
         # The module's own hook runs after this one, so that it sees the new schedule. The first task has a fresh one
         # anyway, and a task resumed half-way does not come here: it keeps the optimizer of its checkpoint.
-        self._last_validation = None
         if self.reset_optimizer and trainer.current_epoch > 0:
             trainer.strategy.setup_optimizers(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch, batch_idx: int) -> None:
+        """What was validated before is not the task's end."""
+        self._last_validation = None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A task is done: its row joins the matrix, before the checkpoint of the task is saved."""
         if trainer.fast_dev_run:
             return
         if self._last_validation is None:
-            raise RuntimeError("a task ended without validation; set trainer.limit_val_batches=1.0")
+            raise RuntimeError("a task ended without validation; set trainer.val_check_interval=1.0")
         self.rows = [*self.rows[: trainer.current_epoch], self._last_validation]
         matrix = self.matrix(trainer)
         self.log_dict({f"continual/{name}": value for name, value in matrix.metrics().items()}, sync_dist=True)
@@ -109,8 +109,8 @@ class ContinualLearning(Callback):
         names = [*stream.task_names, *stream.probe_names]
         if missing := [name for name in names if f"val/{name}/accuracy" not in logged]:
             raise RuntimeError(
-                f"val/{missing[0]}/accuracy was not logged: every task and probe must be evaluated. To evaluate less, set "
-                f"num_{stream.evaluate_on} of the tasks rather than trainer.limit_val_batches"
+                f"val/{missing[0]}/accuracy was not logged: every task and probe must be evaluated. To evaluate less, "
+                f"set num_{stream.evaluate_on} of the tasks rather than trainer.limit_val_batches"
             )
         return {name: _scores_of(name, logged) for name in names}
 
@@ -126,8 +126,12 @@ class ContinualLearning(Callback):
     # -- in the checkpoint -----------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remembers whose record it is, for the checkpoint."""
+        """Remembers whose record it is, and refuses settings that would leave holes in it."""
         stream = trainer.datamodule
+        if stream is None:
+            raise ValueError("ContinualLearning needs a stream of tasks: call trainer.fit(module, datamodule=stream)")
+        if stage == "fit":
+            self._check_evaluation(trainer)
         self._stream = {"tasks": stream.task_names, "probes": stream.probe_names, "stages": stream.stages}
 
     def state_dict(self) -> dict:
@@ -140,9 +144,21 @@ class ContinualLearning(Callback):
         self.rows = list(state_dict["rows"])
         self._resumed = state_dict
 
-    def _check_resumed(self, matrix: AccuracyMatrix) -> None:
+    def _check_evaluation(self, trainer: Trainer) -> None:
+        if not trainer.fast_dev_run and (trainer.check_val_every_n_epoch != 1 or trainer.limit_val_batches == 0):
+            raise ValueError(
+                "the validation after a task is a row of the accuracy matrix: "
+                "trainer.check_val_every_n_epoch must be 1, and trainer.limit_val_batches not 0"
+            )
+
+    def _check_resumed(self, matrix: AccuracyMatrix, num_stages: int) -> None:
         if self._resumed is None:
             return
+        if len(self.rows) < num_stages:
+            raise ValueError(
+                f"the checkpoint was written between the last batch of stage {num_stages} and its evaluation, "
+                "whose row is missing; resume from last.ckpt or from a task's checkpoint"
+            )
         for part in ("tasks", "probes", "stages"):
             before, now = self._resumed[part], getattr(matrix, part)
             if before != now:
@@ -154,7 +170,7 @@ class ContinualLearning(Callback):
 def _scores_of(name: str, logged: Mapping[str, Tensor]) -> Cell:
     """What a cell of the matrix holds; the accuracy with a forced prefix is there if the module measures it."""
     scores: Cell = {
-        "accuracy": float(logged[f"val/{name}/accuracy"]),
+        "accuracy": round(float(logged[f"val/{name}/accuracy"]), 6),  # a float32 has no more
         "num_samples": int(logged[f"val/{name}/num_samples"]),
     }
     if (forced := logged.get(f"val/{name}/forced_accuracy")) is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NotRequired, TypedDict
@@ -17,6 +17,16 @@ from cpt_lightning.functional import accuracy_matrix as metrics
 
 VERSION = 1
 """Of the JSON form."""
+
+METRICS: tuple[Callable[..., float], ...] = (
+    metrics.average_accuracy,
+    metrics.forgetting_measure,
+    metrics.backward_transfer,
+    metrics.learning,
+    metrics.mean_average_accuracy,
+    metrics.worst_dip,
+)
+"""Those that need nothing but the tasks' accuracies."""
 
 
 class Cell(TypedDict):
@@ -76,18 +86,11 @@ class AccuracyMatrix:
         """
         if not self.rows:
             return {}
-        table = {"accuracy": self.accuracy(self.tasks), "learned_at": self.learned_at}
-        found = {
-            "average_accuracy": metrics.average_accuracy(**table),
-            "forgetting_measure": metrics.forgetting_measure(**table),
-            "backward_transfer": metrics.backward_transfer(**table),
-            "learning": metrics.learning(**table),
-            "mean_average_accuracy": metrics.mean_average_accuracy(**table),
-            "worst_dip": metrics.worst_dip(**table),
-        }
+        accuracy, learned_at = self.accuracy(self.tasks), self.learned_at
+        found = {metric.__name__: metric(accuracy, learned_at=learned_at) for metric in METRICS}
         if self.zero_shot is not None:
             base = [self.zero_shot[name]["accuracy"] for name in self.tasks]
-            found["forward_transfer"] = metrics.forward_transfer(**table, zero_shot=base)
+            found["forward_transfer"] = metrics.forward_transfer(accuracy, base, learned_at)
             found |= self._probe_metrics(self.zero_shot)
         return {name: value for name, value in found.items() if not math.isnan(value)}
 
@@ -148,10 +151,7 @@ class AccuracyMatrix:
         Args:
             confidence: Level of the intervals shown as ±; none by default.
         """
-        table = Table(
-            title="Accuracy in % of each task and probe, at the start and after each stage", title_justify="left"
-        )
-        table.add_column("", no_wrap=True)
+        table = Table("accuracy in %")
         columns: list[tuple[str, Scores, Sequence[str]]] = []
         if self.zero_shot is not None:
             columns.append(("base", self.zero_shot, ()))

@@ -15,7 +15,7 @@ class TaskProgressBar(TQDMProgressBar):
     """A progress bar that names the task that is learned or evaluated.
 
     Args:
-        refresh_rate: Batches between updates; 1 at a terminal and 20 elsewhere by default, so that a log file stays short.
+        refresh_rate: Batches between updates; by default 1 at a terminal and 20 elsewhere, so that a log stays short.
     """
 
     def __init__(self, refresh_rate: int | None = None) -> None:
@@ -32,14 +32,19 @@ class TaskProgressBar(TQDMProgressBar):
     ) -> None:
         """Names the task that is evaluated."""
         super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, *args)
-        self.val_progress_bar.set_description(f"evaluating {batch.prompts.examples[0].task}", refresh=self._refresh_rate == 1)
+        self.val_progress_bar.set_description(f"evaluating {task_of(batch)}", refresh=self.refresh_rate == 1)
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, *args
     ) -> None:
         """Names the task that is tested."""
         super().on_test_batch_start(trainer, pl_module, batch, batch_idx, *args)
-        self.test_progress_bar.set_description(f"testing {batch.prompts.examples[0].task}", refresh=self._refresh_rate == 1)
+        self.test_progress_bar.set_description(f"testing {task_of(batch)}", refresh=self.refresh_rate == 1)
+
+
+def task_of(batch: Batch) -> str:
+    """The task that an evaluation batch is of: it has one only."""
+    return batch.prompts.examples[0].task
 
 
 class SkippedRows(Callback):
@@ -63,6 +68,6 @@ class SkippedRows(Callback):
         if self._num_skipped:
             stream = trainer.datamodule
             rank_zero_info(
-                f"{stream.stage_names[trainer.current_epoch]}: {self._num_skipped} rows were left out on this rank, because "
+                f"{stream.stage_names[trainer.current_epoch]}: {self._num_skipped} rows were left out on this rank: "
                 f"their prompts are longer than data.max_prompt_tokens={stream.max_prompt_tokens}"
             )

@@ -95,6 +95,9 @@ class CPTCLI(LightningCLI):
         """Parses; Lightning's own warns whenever arguments are given as a list."""
         self.config = parser.parse_args(args)
 
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: our checkpoints hold no options, and Lightning would read the whole file to look for them."""
+
     # -- trainer ---------------------------------------------------------------------------------------------------
 
     def before_instantiate_classes(self) -> None:
@@ -131,6 +134,9 @@ class CPTCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Evaluates the untrained base; a resumed run has that row in its checkpoint."""
+        # What is wrong with the stream or its files should show before an evaluation that may take an hour.
+        self.datamodule.trainer = self.trainer
+        self.datamodule.setup("fit")
         config = self.config_init["fit"]
         if config.ckpt_path is None and not self.trainer.fast_dev_run and self.trainer.limit_val_batches:
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)

@@ -2,6 +2,7 @@
 
 from cpt_lightning.data.collate import Collate
 from cpt_lightning.data.datamodule import TaskStream
+from cpt_lightning.data.loader import StageLoader
 from cpt_lightning.data.sampler import EvaluationSampler, RowRef, Share, StageSampler
 
-__all__ = ["Collate", "EvaluationSampler", "RowRef", "Share", "StageSampler", "TaskStream"]
+__all__ = ["Collate", "EvaluationSampler", "RowRef", "Share", "StageLoader", "StageSampler", "TaskStream"]

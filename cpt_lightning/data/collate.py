@@ -65,8 +65,9 @@ class Collate:
         if not kept:
             shortest = min(range(len(lengths)), key=lengths.__getitem__)
             raise ValueError(
-                f"every prompt of a batch of {len(lengths)} is longer than max_prompt_tokens={limit}: {names[shortest]} has "
-                f"{lengths[shortest]} tokens; raise the limit, lower backbone.max_pixels, or use a larger prompts_per_step"
+                f"every prompt of a batch of {len(lengths)} is longer than max_prompt_tokens={limit}: "
+                f"{names[shortest]} has {lengths[shortest]} tokens; "
+                "raise the limit, lower backbone.max_pixels, or use a larger prompts_per_step"
             )
         return kept
 

@@ -9,13 +9,13 @@ from functools import cached_property
 from typing import Literal
 
 import lightning as L
-from torch.utils.data import DataLoader, Dataset
-from torchdata.stateful_dataloader import StatefulDataLoader
+from torch.utils.data import DataLoader
 
 from cpt_lightning.data.collate import Collate, Processor
-from cpt_lightning.data.sampler import EvaluationSampler, Mixing, RowRef, Share, StageSampler, num_steps
+from cpt_lightning.data.loader import StageLoader, StreamBatches
+from cpt_lightning.data.sampler import EvaluationSampler, Mixing, Share, StageSampler, num_steps
 from cpt_lightning.tasks import Split, Task
-from cpt_lightning.types import Batch, Example
+from cpt_lightning.types import Example
 
 
 class TaskStream(L.LightningDataModule):
@@ -55,7 +55,7 @@ class TaskStream(L.LightningDataModule):
         probes: dict[str, Task] | None = None,
         stages: list[str | list[str]] | None = None,
         prompts_per_step: int = 16,
-        passes: float | dict[str, float] = 1,
+        passes: float | dict[str, float] = 1.0,
         steps: int | dict[str, int] | None = None,
         eval_prompts_per_step: int = 64,
         evaluate_on: Literal["val", "test"] = "test",
@@ -152,7 +152,7 @@ class TaskStream(L.LightningDataModule):
         for name in [*self.task_names, *self.probe_names]:
             self.examples(name, "test" if stage == "test" else self.evaluate_on)
 
-    def train_dataloader(self) -> StatefulDataLoader:
+    def train_dataloader(self) -> StageLoader:
         """The training batches of the current epoch's stage; the loader's state is its step."""
         # Asked for before on_train_epoch_start, and after a resume with the finished epoch first: derive, keep nothing.
         epoch = 0 if self.trainer is None else self.trainer.current_epoch
@@ -165,11 +165,8 @@ class TaskStream(L.LightningDataModule):
             mixing=self.mixing,
             share=self._share,
         )
-        batches = StreamBatches(
-            self._split("train", self.stages[stage]), Collate(self.processor, self.max_prompt_tokens)
-        )
-        # Items of the sampler are whole batches: Lightning re-makes batch samplers, and only knows its own kind.
-        return StageLoader(batches, sampler=sampler, batch_size=None, num_workers=self.num_workers)
+        collate = Collate(self.processor, self.max_prompt_tokens)
+        return StageLoader(StreamBatches(self._split("train", self.stages[stage]), collate), sampler, self.num_workers)
 
     def val_dataloader(self) -> DataLoader:
         """All tasks and probes, one task per batch."""
@@ -244,45 +241,6 @@ class TaskStream(L.LightningDataModule):
             raise ValueError(
                 "trainer.use_distributed_sampler must be false: the stream splits batches over ranks itself"
             )
-
-
-class StageLoader(StatefulDataLoader):
-    """A loader that can say, and be told, where it stands; with the same number of workers, as torchdata's state asks."""
-
-    def state_dict(self) -> dict:
-        """Where it stands."""
-        return {"num_workers": self.num_workers, "loader": super().state_dict()}
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Goes to where another loader stood.
-
-        Raises:
-            ValueError: That one had another number of workers.
-        """
-        if state_dict["num_workers"] != self.num_workers:
-            raise ValueError(
-                f"the checkpoint was written with data.num_workers={state_dict['num_workers']}, now it is "
-                f"{self.num_workers}; to go on in the middle of a task, resume with the same number"
-            )
-        super().load_state_dict(state_dict["loader"])
-
-
-class StreamBatches(Dataset[Batch]):
-    """Map-style over whole batches: a list of row references gives the batch of these rows.
-
-    Args:
-        rows: Examples of each task, by its name.
-        collate: Makes the batch.
-    """
-
-    def __init__(self, rows: Mapping[str, Sequence[Example]], collate: Collate) -> None:
-        self.rows = rows
-        self.collate = collate
-
-    def __getitem__(self, refs: Sequence[RowRef]) -> Batch:
-        """Raises ``ValueError`` for whatever is wrong with a row, naming task and row."""
-        examples = [self.rows[ref.task][ref.index] for ref in refs]
-        return self.collate(examples, [ref.valid for ref in refs])
 
 
 def _check_known(name: str, known: Sequence[str], where: str) -> None:

@@ -23,7 +23,7 @@ class RowRef(NamedTuple):
     """A row of the stream; an invalid one only fills up a rank's share of an evaluation batch."""
 
     task: str
-    index: int
+    row: int
     valid: bool = True
 
 
@@ -35,10 +35,7 @@ class Share(NamedTuple):
 
 
 class StageSampler(Sampler[list[RowRef]]):
-    """The training batches of one stage, this rank's share of each.
-
-    Every iteration starts at the first step; the iterator keeps its step as its state (``state_dict``), which is the
-    same on all ranks.
+    """The training batches of one stage, this rank's share of each, from ``first_step`` on.
 
     Args:
         sizes: Number of training rows of each task of the stage.
@@ -70,14 +67,31 @@ class StageSampler(Sampler[list[RowRef]]):
         self.batch_size = batch_size
         self.num_steps = num_steps
         self.key = list(key)
+        self.mixing = mixing
         self.share = share
+        self.first_step = 0
         self.counts = rows_per_pass(list(sizes.values()), mixing)
 
     def __len__(self) -> int:
         return self.num_steps
 
-    def __iter__(self) -> StageIterator:
-        return StageIterator(self)
+    def __iter__(self) -> Iterator[list[RowRef]]:
+        part = self.batch_size // self.share.world_size
+        known: tuple[int, list[RowRef]] = (-1, [])
+        for step in range(self.first_step, self.num_steps):
+            start = step * self.batch_size + self.share.rank * part
+            batch = []
+            for position in range(start, start + part):
+                number, index = divmod(position, sum(self.counts))
+                if number != known[0]:
+                    known = number, self.pass_rows(number)
+                batch.append(known[1][index])
+            yield batch
+
+    @property
+    def identity(self) -> dict:
+        """What makes a step mean the same rows, on any number of ranks."""
+        return {"sizes": dict(self.sizes), "prompts_per_step": self.batch_size, "mixing": self.mixing, "key": self.key}
 
     def pass_rows(self, number: int) -> list[RowRef]:
         """The rows of one pass, shuffled.
@@ -86,9 +100,9 @@ class StageSampler(Sampler[list[RowRef]]):
         once per pass still shows all its rows before it repeats one.
         """
         rows = [
-            RowRef(task, index)
+            RowRef(task, row)
             for task_number, (task, count) in enumerate(zip(self.sizes, self.counts, strict=True))
-            for index in self._task_rows(task_number, self.sizes[task], number * count, (number + 1) * count)
+            for row in self._task_rows(task_number, self.sizes[task], number * count, (number + 1) * count)
         ]
         order = self._generator(len(self.sizes), number).permutation(len(rows))
         return [rows[position] for position in order]
@@ -101,53 +115,6 @@ class StageSampler(Sampler[list[RowRef]]):
 
     def _generator(self, *key: int) -> np.random.Generator:
         return np.random.default_rng([*self.key, *key])
-
-
-class StageIterator(Iterator[list[RowRef]]):
-    """Goes through a stage's batches and can say, and be told, where it stands."""
-
-    def __init__(self, sampler: StageSampler) -> None:
-        self.sampler = sampler
-        self.step = 0
-        self._pass_number = -1
-        self._pass_rows: list[RowRef] = []
-
-    def __next__(self) -> list[RowRef]:
-        sampler = self.sampler
-        if self.step >= sampler.num_steps:
-            raise StopIteration
-        part = sampler.batch_size // sampler.share.world_size
-        start = self.step * sampler.batch_size + sampler.share.rank * part
-        self.step += 1
-        return [self._row(position) for position in range(start, start + part)]
-
-    def _row(self, position: int) -> RowRef:
-        number, index = divmod(position, sum(self.sampler.counts))
-        if number != self._pass_number:
-            self._pass_number, self._pass_rows = number, self.sampler.pass_rows(number)
-        return self._pass_rows[index]
-
-    def state_dict(self) -> dict:
-        """Where we are, and what that means: the step counts batches of this size over this many rows."""
-        return {"step": self.step, **self._data()}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Goes to the step of an earlier iterator over the same data.
-
-        Raises:
-            ValueError: The stage had other data.
-        """
-        for name, value in self._data().items():
-            if state[name] != value:
-                raise ValueError(
-                    f"the checkpoint was written in the middle of a stage with {name}={state[name]}, now it is {value}; "
-                    "resume with the same data, or from a checkpoint at the end of a task"
-                )
-        self.step = state["step"]
-
-    def _data(self) -> dict:
-        sampler = self.sampler
-        return {"sizes": dict(sampler.sizes), "prompts_per_step": sampler.batch_size, "key": sampler.key}
 
 
 class EvaluationSampler(Sampler[list[RowRef]]):

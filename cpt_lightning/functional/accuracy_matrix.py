@@ -2,13 +2,12 @@
 
 Common libraries disagree about "forgetting" (first minus last, the last row inside the maximum) and one changes its
 caller's lists; here every function states its formula, and none writes into its input. ``accuracy[i][j]`` is the score
-on task j after stage i; the untrained base is no row of it but a vector of its own, ``zero_shot[j]``. Entries that
-nobody measured are ``None`` or ``nan``: a lower triangle, as often published, is enough wherever the formula needs no
-more.
+on task j after stage i; the untrained base is no row of it but a vector of its own, ``zero_shot[j]``. Unknown entries
+are ``None`` or ``nan``; a lower triangle is enough wherever the formula needs no more.
 
-Stage i teaches task i, unless ``learned_at[j]`` says after which stage task j counts as learned: in joint multi-task
-training all tasks are learned at stage 0. With fewer rows than tasks the stream is under way, and the metrics are about
-the tasks learned so far. An average over no task at all is ``nan``: a single task has nothing earlier to forget.
+Stage i teaches task i, unless ``learned_at[j]`` says at which stage task j is learned: in joint training all are at
+stage 0. With fewer rows than tasks the stream is under way, and the metrics are about the tasks learned so far. An
+average over no task at all is ``nan``: a single task has nothing earlier to forget.
 """
 
 from __future__ import annotations
@@ -95,9 +94,8 @@ def forgetting_measure(
         raise ValueError(f"normalizer={normalizer!r} must be 'earlier' (T-1 tasks) or 'all' (T tasks)")
     table = _Table(accuracy, learned_at)
     changes = [table[table.last, task] - table.best_before(table.last, task) for task in table.earlier]
-    if normalizer == "earlier" or not changes:
-        return _mean(changes)
-    return math.fsum(changes) / len(table.learned_by(table.last))
+    share = 1.0 if normalizer == "earlier" else len(changes) / len(table.learned_by(table.last))
+    return share * _mean(changes)
 
 
 def chaudhry_forgetting(accuracy: Accuracy, learned_at: Sequence[int] | None = None) -> float:
@@ -227,6 +225,7 @@ class _Table:
         self.last = len(self.rows) - 1
         if learned_at is None and self.last >= num_tasks:
             raise ValueError(f"accuracy has {len(self.rows)} rows for {num_tasks} tasks; say what is learned_at which")
+        self.earlier = self.learned_by(self.last - 1)
 
     def __getitem__(self, entry: tuple[int, int]) -> float:
         score = self._get(*entry)
@@ -238,18 +237,11 @@ class _Table:
         """Tasks learned at ``stage`` or before."""
         return [task for task, at in enumerate(self.learned_at) if at <= stage]
 
-    @property
-    def earlier(self) -> list[int]:
-        """Tasks learned before the last stage."""
-        return self.learned_by(self.last - 1)
-
     def best_before(self, stage: int, task: int) -> float:
         """The best score on ``task`` at stages before ``stage``; unknown ones do not count."""
         known = [self._get(row, task) for row in range(stage) if not math.isnan(self._get(row, task))]
         if not known:
-            raise ValueError(
-                f"column {task} of accuracy is empty above row {stage}, and the metric needs its best score"
-            )
+            raise ValueError(f"column {task} of accuracy is empty above row {stage}, and the metric needs its best")
         return max(known)
 
     def _get(self, stage: int, task: int) -> float:

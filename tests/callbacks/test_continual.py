@@ -7,11 +7,11 @@ import warnings
 import pytest
 import torch
 from rich.console import Console
-from tests.fakes import LinearModule, make_trainer, number_stream
 
 from cpt_lightning.callbacks import AccuracyMatrix, ContinualLearning, SampleLog
 from cpt_lightning.callbacks.files import keep_lines
 from cpt_lightning.functional.accuracy_matrix import forgetting_measure, forward_transfer
+from tests.fakes import LinearModule, make_trainer, number_stream
 
 
 def run(folder, *, validate=True, module=None, stream=None, continual=None, **options):
@@ -60,7 +60,7 @@ def test_accuracies_are_those_of_the_samples(tmp_path):
             assert len(lines) == cell["num_samples"]
             right = [float(s["completion"] == s["gold"]) for s in lines]
             assert [s["accuracy"] for s in lines] == right
-            assert cell["accuracy"] == pytest.approx(sum(right) / len(right), abs=1e-6)
+            assert cell["accuracy"] == round(sum(right) / len(right), 6)
     assert samples[1] == {
         "row_id": "a/test/1", "task": "a", "stage": 0, "after": None, "prompt": "question 1a", "gold": "1",
         "completion": "0", "accuracy": 0.0, "parts": {"total": 0.0, "accuracy": 0.0},
@@ -120,14 +120,30 @@ def test_a_task_learned_twice_has_two_rows(tmp_path):
 
 
 def test_settings_that_would_leave_holes_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="check_val_every_n_epoch must be 1"):
-        run(tmp_path, check_val_every_n_epoch=2)
+    for setting in ({"check_val_every_n_epoch": 2}, {"limit_val_batches": 0}):
+        with pytest.raises(ValueError, match="check_val_every_n_epoch must be 1, and trainer.limit_val_batches not 0"):
+            run(tmp_path, validate=False, **setting)
     with pytest.raises(RuntimeError, match="val/b/accuracy was not logged.*num_test"):
         run(tmp_path, limit_val_batches=2)
     with pytest.warns(UserWarning, match="not evaluated"), pytest.raises(RuntimeError, match="without validation"):
-        run(tmp_path, validate=False, limit_val_batches=0)
+        run(tmp_path, validate=False, val_check_interval=2)  # after the second of three batches
     with pytest.raises(ValueError, match="confidence=95 "):
         ContinualLearning(confidence=95)
+
+
+def test_a_validated_checkpoint_is_not_taken_for_the_base(tmp_path, capsys):
+    module, trainer = run(tmp_path)
+    continual = ContinualLearning()
+    other = make_trainer(tmp_path / "other", number_stream(), continual=continual)
+    other.validate(module, number_stream(), ckpt_path=str(tmp_path / "1_a.ckpt"), verbose=False)
+    assert capsys.readouterr().out == ""
+    assert continual.zero_shot == trainer.callbacks[0].zero_shot  # of the checkpoint's record
+
+
+def test_without_a_stream_the_mend_is_named(tmp_path):
+    stream = number_stream()
+    with pytest.raises(ValueError, match="needs a stream of tasks: call trainer.fit"):
+        make_trainer(tmp_path, stream).fit(LinearModule(), train_dataloaders=[0], val_dataloaders=[0])
 
 
 def test_fast_dev_run_writes_nothing(tmp_path):
@@ -201,7 +217,7 @@ def test_the_table_shows_every_cell_and_intervals_when_asked():
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(MATRIX.table(), MATRIX.table(confidence=0.95))
     text = console.export_text()
-    for shown in ("base", "90.0", "70.0", "probe p", "70.0 ±8.8"):
+    for shown in ("accuracy in %", "base", "90.0", "70.0", "probe p", "70.0 ±8.8"):
         assert shown in text
 
 
@@ -217,7 +233,8 @@ def test_samples_of_several_ranks_come_in_the_order_of_one():
 
     class Strategy:
         def broadcast(self, rows, src):
-            return [((batch, src, position), {"row": (batch, src, position)}) for batch in (1, 0) for position in (0, 1)]
+            keys = [(batch, src, position) for batch in (1, 0) for position in (0, 1)]
+            return [(key, {"row": key}) for key in keys]
 
     class TwoRanks:
         world_size, strategy = 2, Strategy()

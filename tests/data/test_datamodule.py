@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.fakes import LinearModule, NumberSource, WordProcessor, make_trainer, number_stream
 
 from cpt_lightning.data import TaskStream
 from cpt_lightning.tasks import Task
+from tests.fakes import LinearModule, NumberSource, WordProcessor, make_trainer, number_stream
 
 
 def standing_alone(**options) -> TaskStream:
@@ -87,19 +87,33 @@ def test_a_target_for_the_whole_stream_replaces_those_of_the_tasks():
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_the_loader_goes_on_from_its_state(num_workers):
-    """Two batches taken, the state kept; a new loader with it yields the rest, with workers that read ahead too."""
+@pytest.mark.parametrize("num_workers_later", [0, 2])
+def test_the_loader_goes_on_from_its_state(num_workers, num_workers_later):
+    """Two batches taken, the state kept; a new loader with it yields the rest, though workers had read ahead."""
     stream = standing_alone(passes=2, num_workers=num_workers)
     whole = row_ids(stream.train_dataloader())
     loader = stream.train_dataloader()
     iterator = iter(loader)
     taken = [next(iterator) for _ in range(2)]
     state = loader.state_dict()
-    del iterator
-    resumed = stream.train_dataloader()
+    resumed = standing_alone(passes=2, num_workers=num_workers_later).train_dataloader()
     resumed.load_state_dict(state)
     assert len(whole) == len(resumed) == 5
     assert row_ids(taken) + row_ids(resumed) == whole
+
+
+def test_a_state_of_other_data_is_refused_unless_its_stage_was_finished():
+    loader = standing_alone().train_dataloader()
+    next(iter(loader))
+    state = loader.state_dict()
+    bigger = {"tasks": {"a": Task(NumberSource("a", num_train=11))}}
+    for other, name in [(bigger, "sizes"), ({"prompts_per_step": 5}, "prompts_per_step"), ({"seed": 1}, "key")]:
+        with pytest.raises(ValueError, match=f"middle of a stage with {name}=.*end of a task"):
+            standing_alone(**other).train_dataloader().load_state_dict(state)
+    list(loader)
+    other = standing_alone(prompts_per_step=5).train_dataloader()
+    other.load_state_dict(loader.state_dict())
+    assert len(row_ids(other)) == 2  # from its start
 
 
 def test_workers_change_nothing():

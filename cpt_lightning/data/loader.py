@@ -1,0 +1,75 @@
+"""How batches are loaded, and how loading goes on in the middle of a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch.utils.data import DataLoader, Dataset
+
+from cpt_lightning.data.collate import Collate
+from cpt_lightning.data.sampler import RowRef, StageSampler
+from cpt_lightning.types import Batch, Example
+
+
+class StreamBatches(Dataset[Batch]):
+    """Map-style over whole batches: a list of row references gives the batch of these rows.
+
+    Args:
+        rows: Examples of each task, by its name.
+        collate: Makes the batch.
+    """
+
+    def __init__(self, rows: Mapping[str, Sequence[Example]], collate: Collate) -> None:
+        self.rows = rows
+        self.collate = collate
+
+    def __getitem__(self, refs: Sequence[RowRef]) -> Batch:
+        """Raises ``ValueError`` for whatever is wrong with a row, naming task and row."""
+        examples = [self.rows[ref.task][ref.row] for ref in refs]
+        return self.collate(examples, [ref.valid for ref in refs])
+
+
+class StageLoader(DataLoader):
+    """Loads the training batches of a stage; Lightning keeps its state, the step, in every checkpoint.
+
+    Since a batch follows from its step alone, the step is all there is to keep: a resumed run may have another number
+    of workers or ranks. (The state of torchdata's ``StatefulDataLoader`` is tied to its workers, and refuses that.)
+
+    Args:
+        batches: Makes a batch of row references.
+        sampler: Says which rows each batch has.
+        num_workers: Processes that load; 0 loads in this one.
+    """
+
+    sampler: StageSampler
+
+    def __init__(self, batches: StreamBatches, sampler: StageSampler, num_workers: int = 0) -> None:
+        # Items of the sampler are whole batches: Lightning re-makes batch samplers, and knows only one kind of them.
+        super().__init__(batches, sampler=sampler, batch_size=None, num_workers=num_workers)
+        self._num_loaded = 0
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        self._num_loaded = self.sampler.first_step
+        for batch in super().__iter__():
+            self._num_loaded += 1
+            yield batch
+
+    def state_dict(self) -> dict:
+        """The step, and what makes a step mean the same rows."""
+        return {"step": self._num_loaded, "num_steps": len(self.sampler), **self.sampler.identity}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes to the step at which another loader stood; a finished one leaves nothing to go on with.
+
+        Raises:
+            ValueError: In the middle of a stage of other data.
+        """
+        if state["step"] >= state["num_steps"]:
+            return
+        for name, now in self.sampler.identity.items():
+            if state[name] != now:
+                raise ValueError(
+                    f"the checkpoint was written in the middle of a stage with {name}={state[name]}, now it is {now}; "
+                    "resume with the same data, or from a checkpoint at the end of a task"
+                )
+        self.sampler.first_step = self._num_loaded = state["step"]

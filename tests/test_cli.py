@@ -1,0 +1,258 @@
+"""The command line, called as a person calls it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cpt_lightning import __version__
+from cpt_lightning.cli import main
+from cpt_lightning.cli.lightning_cli import CPTCLI
+from cpt_lightning.cli.run_directory import run_directory
+
+STREAM = """
+tasks:
+  word2: {source: {class_path: cpt_lightning.tasks.ToyWorld, init_args: {family: word2}}, num_test: 3}
+  digit2: {source: {class_path: cpt_lightning.tasks.ToyWorld, init_args: {family: digit2}}, num_test: 3}
+probes:
+  facts: {source: {class_path: cpt_lightning.tasks.ToyWorld, init_args: {family: facts}}, num_test: 2}
+prompts_per_step: 3
+steps: 2
+"""
+CONFIG = """
+# cpt fit -c config.yaml
+run_dir: {folder}/run
+model: {{class_path: cpt_lightning.modules.SFT, init_args: {{evaluation: {{max_new_tokens: 8, temperature: 0.0}}}}}}
+data: parts/stream.yaml
+trainer: {{accelerator: cpu, enable_progress_bar: false, enable_model_summary: false}}
+"""
+
+
+@pytest.fixture
+def config(tmp_path) -> str:
+    """A config that names its stream by a path relative to itself."""
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "stream.yaml").write_text(STREAM)
+    (tmp_path / "config.yaml").write_text(CONFIG.format(folder=tmp_path))
+    return str(tmp_path / "config.yaml")
+
+
+def printed_config(args, capsys) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main([*args, "--print_config"])
+    output = capsys.readouterr()
+    assert stop.value.code in (0, None), output.err
+    return output.out
+
+
+def refusal(args, capsys) -> str:
+    """What is said to arguments that cannot be parsed."""
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def read_json(path: Path):
+    return json.loads(path.read_text())
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_fit_leaves_everything_in_its_folder_and_test_and_predict_add_to_it(tmp_path, config, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path.parent)  # nothing depends on where one stands
+    folder = tmp_path / "run"
+    main(["fit", "-c", config])
+    checkpoints = {"1_word2.ckpt", "2_digit2.ckpt", "last.ckpt"}
+    files = {path.name for path in folder.iterdir() if "tfevents" not in path.name}
+    assert files == {"config.yaml", "hparams.yaml", "accuracy_matrix.json", "samples.jsonl", *checkpoints}
+    matrix = read_json(folder / "accuracy_matrix.json")
+    assert [row["after"] for row in matrix["rows"]] == [None, "word2", "digit2"]
+    assert len(lines(folder / "samples.jsonl")) == 3 * 8
+    assert "digit2" in capsys.readouterr().out  # the table
+
+    scalars = {tag for path in folder.glob("*tfevents*") for tag in scalars_of(path)}
+    assert {"train/loss", "val/word2/accuracy", "val/facts/accuracy", "continual/average_accuracy"} <= scalars
+    assert {"continual/forgetting_measure", "continual/probe/facts", "train/grad_norm"} <= scalars
+
+    saved = (folder / "config.yaml").read_text()
+    main(["test", "-c", str(folder / "config.yaml"), "--ckpt_path", str(folder / "last.ckpt")])
+    main(["predict", "-c", str(folder / "config.yaml"), "--ckpt_path", str(folder / "last.ckpt")])
+    for name in ("test.jsonl", "predictions.jsonl"):
+        answers = [(line["row_id"], line["completion"]) for line in lines(folder / name)]
+        assert answers == [(s["row_id"], s["completion"]) for s in lines(folder / "samples.jsonl") if s["stage"] == 2]
+    assert (folder / "config.yaml").read_text() == saved
+    assert not (tmp_path / "run_2").exists()
+
+
+def scalars_of(path: Path) -> list[str]:
+    events = EventAccumulator(str(path))
+    events.Reload()
+    return events.Tags()["scalars"]
+
+
+def test_a_second_run_takes_a_folder_of_its_own_and_a_resumed_one_does_not(tmp_path, config):
+    short = ["fit", "-c", config, "--data.steps=1", "--trainer.logger=false"]
+    main([*short, "--trainer.max_epochs=1"])
+    first = (tmp_path / "run" / "accuracy_matrix.json").read_text()
+    main([*short, "--seed_everything=1"])
+    assert (tmp_path / "run" / "accuracy_matrix.json").read_text() == first
+    assert len(read_json(tmp_path / "run_2" / "accuracy_matrix.json")["rows"]) == 3
+    assert yaml.safe_load((tmp_path / "run_2" / "config.yaml").read_text())["run_dir"] == str(tmp_path / "run_2")
+    main([*short, "--ckpt_path", str(tmp_path / "run" / "last.ckpt")])
+    assert len(read_json(tmp_path / "run" / "accuracy_matrix.json")["rows"]) == 3
+    assert len(lines(tmp_path / "run" / "samples.jsonl")) == 3 * 8
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["parts", "run", "run_2"]
+
+
+def test_the_last_checkpoint_by_name_starts_or_goes_on(tmp_path, config):
+    command = ["fit", "-c", config, "--data.steps=1", "--trainer.logger=false", "--ckpt_path=last"]
+    main([*command, "--trainer.max_epochs=1"])
+    main(command)
+    assert len(read_json(tmp_path / "run" / "accuracy_matrix.json")["rows"]) == 3
+    assert not (tmp_path / "run_2").exists()
+
+
+def test_validate_evaluates_the_base_alone(tmp_path, config, capsys):
+    main(["validate", "-c", config])
+    tasks = [line["task"] for line in lines(tmp_path / "run" / "validate.jsonl")]
+    assert tasks == ["word2"] * 3 + ["digit2"] * 3 + ["facts"] * 2
+    assert not (tmp_path / "run" / "accuracy_matrix.json").exists()
+    assert "base" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict"])
+def test_print_config_round_trips(config, tmp_path, capsys, verb):
+    changed = ["--data.tasks.word2.num_test=2", "--model.reduction=token_mean", "--seed_everything=7"]
+    first = printed_config([verb, "-c", config, *changed], capsys)
+    resolved = yaml.safe_load(first)
+    assert resolved["data"]["tasks"]["word2"]["num_test"] == 2
+    assert resolved["data"]["tasks"]["word2"]["source"]["init_args"]["family"] == "word2"
+    assert resolved["model"]["init_args"]["reduction"] == "token_mean"
+    (tmp_path / "again.yaml").write_text(first)
+    assert printed_config([verb, "-c", str(tmp_path / "again.yaml")], capsys) == first
+
+
+def test_the_saved_config_is_the_resolved_one_and_repeats_the_run(tmp_path, config):
+    main(["fit", "-c", config, "--trainer.logger=false", "--data.steps=1", "--seed_everything=5"])
+    main(["fit", "-c", str(tmp_path / "run" / "config.yaml"), f"--run_dir={tmp_path / 'again'}"])
+    for name in ("accuracy_matrix.json", "samples.jsonl"):
+        assert (tmp_path / "run" / name).read_text() == (tmp_path / "again" / name).read_text()
+    saved = [yaml.safe_load((tmp_path / name / "config.yaml").read_text()) for name in ("run", "again")]
+    assert [config.pop("run_dir") for config in saved] == [str(tmp_path / "run"), str(tmp_path / "again")]
+    assert saved[0] == saved[1] and saved[0]["seed_everything"] == 5
+
+
+def test_one_seed_is_the_seed_of_data_and_model(config, monkeypatch):
+    runs = []
+    monkeypatch.setattr(CPTCLI, "_run_subcommand", lambda cli, verb: runs.append(cli))
+    main(["fit", "-c", config, "--seed_everything=11"])
+    assert (runs[0].model.seed, runs[0].datamodule.seed) == (11, 11)
+
+
+def test_fast_dev_run_tries_a_step_and_leaves_nothing(tmp_path, config):
+    main(["fit", "-c", config, "--trainer.fast_dev_run=true"])
+    assert not (tmp_path / "run").exists()
+
+
+# -- mistakes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "misspelt, named",
+    [
+        ("data: {prompts_per_stp: 8}", "prompts_per_stp"),
+        ("data: {tasks: {word2: {num_tst: 8}}}", "num_tst"),
+        ("model: {init_args: {reducton: token_mean}}", "reducton"),
+        ("model: {class_path: SFTT}", "SFTT"),
+        ("trainer: {max_epoch: 8}", "max_epoch"),
+        ("continual: {reset_optimiser: true}", "reset_optimiser"),
+        ("dat: {num_workers: 1}", "dat"),
+        ("data: {evaluate_on: tset}", "tset"),
+    ],
+)
+def test_a_misspelt_option_is_named(config, tmp_path, capsys, misspelt, named):
+    (tmp_path / "overlay.yaml").write_text(misspelt)
+    message = refusal(["fit", "-c", config, "-c", str(tmp_path / "overlay.yaml")], capsys).split("error:")[-1]
+    assert named in message
+
+
+@pytest.mark.parametrize(
+    "option, error, message",
+    [
+        ("--data.stages=[word2, digt2]", ValueError, "data.stages names 'digt2'.*did you mean 'digit2'"),
+        ("--data.passes={wrd2: 2}", ValueError, "data.passes names 'wrd2'.*did you mean 'word2'"),
+        ("--trainer.max_epochs=3", ValueError, "max_epochs=3: the stream has 2 stages"),
+        ("--trainer.limit_val_batches=0.4", RuntimeError, "val/digit2/accuracy was not logged"),
+        ("--data.max_prompt_tokens=5", ValueError, "max_prompt_tokens=5: task 'word2', toy/word2/train/"),
+        ("--data.tasks.word2.num_train=5000", ValueError, "task 'word2': num_train is 5000, but the train split has"),
+        ("--checkpoint.every_n_steps=0", ValueError, "checkpoint.every_n_steps=0"),
+    ],
+)
+def test_a_mistake_is_named_with_its_mend(config, option, error, message):
+    with pytest.raises(error, match=message):
+        main(["fit", "-c", config, "--trainer.logger=false", option])
+
+
+def test_a_group_of_one_is_refused(config):
+    with pytest.raises(ValueError, match="group_size=1"):
+        main(["fit", "-c", config, "--model=RFT", "--model.group_size=1"])
+
+
+def test_a_checkpoint_that_is_not_there_is_named(config, capsys):
+    message = refusal(["fit", "-c", config, "--ckpt_path=nowhere.ckpt"], capsys)
+    assert "nowhere.ckpt: there is no such checkpoint" in message
+
+
+def test_help_and_version_need_neither_torch_nor_lightning(capsys):
+    code = "import sys; from cpt_lightning.cli import main\ntry: main(['-h'])\nexcept SystemExit: print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    shown, modules = result.stdout.rsplit("\n\n", 1)
+    assert all(verb in shown for verb in ("fit", "validate", "test", "predict"))
+    assert not {"torch", "lightning", "transformers", "jsonargparse"} & set(modules.split())
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.strip() == __version__
+
+
+def test_no_verb_and_an_unknown_verb_get_the_usage(capsys):
+    for args in ([], ["train"]):
+        with pytest.raises(SystemExit) as stop:
+            main(args)
+        assert stop.value.code == 2
+    assert "unknown verb 'train'; there are fit, validate, test, predict" in capsys.readouterr().err
+
+
+def test_help_of_a_verb_and_of_a_class(capsys):
+    for args, shown in (
+        (["fit", "--help"], "--data.prompts_per_step"),
+        (["fit", "--model.help=RFT"], "--model.group_size"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(args)
+        assert stop.value.code in (0, None)
+        assert shown in capsys.readouterr().out
+
+
+# -- the folder --------------------------------------------------------------------------------------------------------
+
+
+def test_run_directory_of_checkpoints(tmp_path):
+    run, other = tmp_path / "run", tmp_path / "other"
+    for folder in (run, other):
+        folder.mkdir()
+        (folder / "config.yaml").touch()
+    (tmp_path / "loose").mkdir()
+    assert run_directory(str(run), None, named=False) == tmp_path / "run_2"
+    assert run_directory(str(run), str(run / "last.ckpt"), named=True) == run
+    assert run_directory(str(run), str(other / "last.ckpt"), named=False) == other  # a run goes on in its folder
+    assert run_directory(str(run), str(other / "last.ckpt"), named=True) == tmp_path / "run_2"  # a branch
+    assert run_directory(str(tmp_path / "new"), str(tmp_path / "loose" / "x.ckpt"), named=False) == tmp_path / "new"
+    (tmp_path / "run_2").mkdir()
+    assert run_directory(str(run), None, named=False) == tmp_path / "run_2"  # an empty folder is free

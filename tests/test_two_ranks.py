@@ -1,0 +1,69 @@
+"""Two processes learn, evaluate and record what one does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = """
+import sys
+from pathlib import Path
+from tests.fakes import LinearModule, make_trainer, number_stream
+
+folder, devices, checkpoint = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+module, stream = LinearModule(), number_stream()
+ranks = {"strategy": "ddp", "devices": devices} if devices > 1 else {}
+trainer = make_trainer(folder, stream, **ranks)
+if not checkpoint:
+    trainer.validate(module, stream, verbose=False)
+trainer.fit(module, stream, ckpt_path=checkpoint[0] if checkpoint else None)
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[int, Path]:
+    """The same run on one rank and on two, by number of ranks."""
+    folders = {devices: tmp_path_factory.mktemp(f"ranks{devices}") for devices in (1, 2)}
+    for devices, folder in folders.items():
+        launch(folder, devices)
+    return folders
+
+
+def launch(folder: Path, devices: int, *checkpoint: str) -> None:
+    # Lightning starts the second rank by running the same script again.
+    script = folder.parent / f"script_{devices}.py"
+    script.write_text(SCRIPT)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), str(folder), str(devices), *checkpoint]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def weights(folder: Path, name: str = "last.ckpt") -> dict:
+    return torch.load(folder / name, weights_only=True)["state_dict"]
+
+
+def test_matrix_and_samples_are_those_of_one_process(runs):
+    """6 and 5 rows in batches of 4 over two ranks: padded, counted once, and written in the same order."""
+    one, two = runs[1], runs[2]
+    assert (two / "samples.jsonl").read_text() == (one / "samples.jsonl").read_text()
+    matrices = [json.loads((folder / "accuracy_matrix.json").read_text()) for folder in (one, two)]
+    assert matrices[0]["rows"] == matrices[1]["rows"]
+    assert [cell["num_samples"] for cell in matrices[1]["rows"][0]["scores"].values()] == [6, 6, 6, 5]
+    assert matrices[1]["metrics"] == pytest.approx(matrices[0]["metrics"])
+
+
+def test_two_halves_of_every_batch_teach_what_the_batch_does(runs):
+    """Mean of the ranks' mean gradients = mean over the batch, because every rank has an equal share."""
+    for name, weight in weights(runs[1]).items():
+        torch.testing.assert_close(weights(runs[2])[name], weight, atol=1e-6, rtol=1e-5)
+
+
+def test_a_run_of_two_ranks_goes_on_with_one(runs, tmp_path):
+    launch(tmp_path / "branch", 1, str(runs[2] / "1_a.ckpt"))
+    assert (tmp_path / "branch" / "samples.jsonl").read_text() == (runs[1] / "samples.jsonl").read_text()
