@@ -31,9 +31,9 @@ class TaskStream(L.LightningDataModule):
         stages: Task names in the order of learning; a list of names is a stage that mixes them. Every task in turn by
             default; ``[[a, b, c]]`` is joint training.
         prompts_per_step: Prompts of a training batch, over all ranks.
-        passes: How often a stage goes through its rows, or that by stage name (1 where it is not named). May be a
-            fraction; the last batch is filled up from the next pass. A mixed stage is called ``a+b``.
-        steps: Batches of a stage instead of passes, or that by stage name (``passes`` where it is not named).
+        passes: How often a stage goes through its rows (once by default), or that by stage name. May be a fraction; the
+            last batch is filled up from the next pass. A mixed stage is called ``a+b``.
+        steps: Batches of a stage instead of ``passes``, or that by stage name (``passes`` where it is not named).
         eval_prompts_per_step: Prompts of an evaluation batch, over all ranks.
         evaluate_on: Split for evaluation during ``fit``, ``validate`` and ``predict``: ``val`` to choose settings,
             ``test`` to report. ``cpt test`` always takes ``test``.
@@ -55,7 +55,7 @@ class TaskStream(L.LightningDataModule):
         probes: dict[str, Task] | None = None,
         stages: list[str | list[str]] | None = None,
         prompts_per_step: int = 16,
-        passes: float | dict[str, float] = 1.0,
+        passes: float | dict[str, float] | None = None,
         steps: int | dict[str, int] | None = None,
         eval_prompts_per_step: int = 64,
         evaluate_on: Literal["val", "test"] = "test",
@@ -125,8 +125,9 @@ class TaskStream(L.LightningDataModule):
         steps = self.steps.get(name) if isinstance(self.steps, Mapping) else self.steps
         if steps is not None:
             return steps
-        passes = self.passes.get(name, 1) if isinstance(self.passes, Mapping) else self.passes
-        return num_steps(sum(self._sizes(self.stages[stage], "train").values()), self.prompts_per_step, passes)
+        passes = self.passes.get(name) if isinstance(self.passes, Mapping) else self.passes
+        num_rows = sum(self._sizes(self.stages[stage], "train").values())
+        return num_steps(num_rows, self.prompts_per_step, 1.0 if passes is None else passes)
 
     # -- what Lightning asks for -----------------------------------------------------------------------------------
 
@@ -218,6 +219,11 @@ class TaskStream(L.LightningDataModule):
                     _check_known(name, [*self.stage_names, *self.probe_names], f"data.{option}")
                 if number is not None and not number > 0:
                     raise ValueError(f"data.{option} of {name} is {number}; it must be positive")
+        if isinstance(self.steps, int) and self.passes is not None:
+            raise ValueError(
+                f"data.passes={self.passes} and data.steps={self.steps} both say how long a stage lasts; "
+                "to use passes, set data.steps=null"
+            )
         for option in ("prompts_per_step", "eval_prompts_per_step", "max_prompt_tokens"):
             number = getattr(self, option)
             if number is not None and number < 1:

@@ -69,7 +69,7 @@ class MultiTask(RFT):
         weights = torch.tensor([self.weights.get(task, 1.0) for task in tasks], device=self.device)
         supervised = [row for row, task in enumerate(tasks) if self.objectives.get(task, self.objective) == "sft"]
         reinforced = sorted(set(range(len(batch))) - set(supervised))
-        policy_losses: Callable[[Sequence[int]], list[Loss]] = lambda rows: []
+        policy_losses: Callable[[list[int]], list[Loss]] = _no_losses
         if reinforced:
             rollout = self.collect(batch.prompts.select(reinforced), batch_idx)
             policy = self.prepare(rollout)
@@ -106,6 +106,10 @@ class MultiTask(RFT):
         logps = completion_logprobs(self.model, batch.prompts.select(rows), targets).logps
         loss = -share * weighted_sum(logps, weigh(targets.mask) * weights[list(rows), None], targets.mask)
         return loss, UpdateStats(loss.detach())
+
+
+def _no_losses(rows: list[int]) -> list[Loss]:
+    return []
 
 
 def _scaled(compute: Loss, share: float) -> Loss:

@@ -147,6 +147,7 @@ def test_over_long_rows_are_left_out_of_training_but_not_of_evaluation(tmp_path)
         ({"passes": {"bb": 2}}, "data.passes names 'bb'.*did you mean 'b'"),
         ({"steps": {"cc": 2}}, "data.steps names 'cc'.*did you mean 'c'"),
         ({"stages": [["a", "b"]], "passes": {"a": 2}}, r"data.passes names 'a'.*there are a\+b"),
+        ({"passes": 2, "steps": 3}, "data.passes=2 and data.steps=3 both say how long a stage lasts"),
         ({"passes": 0}, "data.passes of every stage is 0; it must be positive"),
         ({"steps": {"a": -1}}, "data.steps of a is -1"),
         ({"prompts_per_step": 0}, "data.prompts_per_step=0 must be at least 1"),

@@ -116,8 +116,10 @@ def encode_toy_pictures(model: QwenVL, pixel_values: Tensor) -> Tensor:
     grid = torch.tensor([[1, GRID, GRID]])
     hidden = visual.patch_embed(pixel_values)
     num_pictures = len(hidden) // GRID**2
-    cos, sin = visual.rotary_pos_emb(hidden, get_vision_position_ids(grid, MERGE))
-    cos, sin = cos.repeat(num_pictures, 1), sin.repeat(num_pictures, 1)
+    # Not visual.rotary_pos_emb(...), whose arguments changed between transformers 5.16 and 5.23.
+    angles = (get_vision_position_ids(grid, MERGE).unsqueeze(-1) * visual.rotary_pos_emb.inv_freq).flatten(1)
+    angles = torch.cat([angles, angles], dim=1).repeat(num_pictures, 1)
+    cos, sin = angles.cos(), angles.sin()
     for block in visual.blocks:
         hidden = hidden + _attend(block.attn, block.norm1(hidden), num_pictures, cos, sin)
         hidden = hidden + block.mlp(block.norm2(hidden))
