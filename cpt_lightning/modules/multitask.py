@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Literal
 
@@ -69,18 +69,20 @@ class MultiTask(RFT):
         weights = torch.tensor([self.weights.get(task, 1.0) for task in tasks], device=self.device)
         supervised = [row for row, task in enumerate(tasks) if self.objectives.get(task, self.objective) == "sft"]
         reinforced = sorted(set(range(len(batch))) - set(supervised))
-        policy_losses: Callable[[list[int]], list[Loss]] = _no_losses
-        if reinforced:
-            rollout = self.collect(batch.prompts.select(reinforced), batch_idx)
+        sampled, policy_losses = reinforced, _no_losses
+        if self._max_over_ranks(len(reinforced)):
+            # A rank without a reinforced row samples for one anyway, at weight 0, to take part in what ranks exchange.
+            sampled = reinforced or [0]
+            rollout = self.collect(batch.prompts.select(sampled), batch_idx)
             policy = self.prepare(rollout)
-            policy.row_weights = weights[reinforced]
+            policy.row_weights = weights[sampled] if reinforced else torch.zeros_like(policy.row_weights)
             policy_losses = partial(self.policy_losses, rollout, policy)
             self.log_rollout(rollout)
         stats: list[UpdateStats] = []
         with self.timed("update"):
-            parts = zip(self.update_rows(supervised), self.update_rows(range(len(reinforced))), strict=True)
+            parts = zip(self.update_rows(supervised), self.update_rows(range(len(sampled))), strict=True)
             for sft_rows, rft_rows in parts:
-                num_rows = len(sft_rows) + len(rft_rows)
+                num_rows = max(1, len(sft_rows) + (len(rft_rows) if reinforced else 0))
                 losses = self.sft_losses(batch, weights, sft_rows, share=len(sft_rows) / num_rows)
                 losses += [_scaled(loss, len(rft_rows) / num_rows) for loss in policy_losses(rft_rows)]
                 stats += self.update(losses, batch.prompts)
