@@ -29,7 +29,6 @@ TRAINER_DEFAULTS = {
 
 LIBRARY_NOISE = (
     "`isinstance.treespec, LeafSpec.` is deprecated",  # lightning 2.6 and torch
-    ".*set_vital.* is deprecated",  # torchdata 0.11 and torch
 )
 """Warnings of libraries about libraries, of which a person at the console can make nothing."""
 
