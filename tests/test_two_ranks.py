@@ -67,3 +67,38 @@ def test_two_halves_of_every_batch_teach_what_the_batch_does(runs):
 def test_a_run_of_two_ranks_goes_on_with_one(runs, tmp_path):
     launch(tmp_path / "branch", 1, str(runs[2] / "1_a.ckpt"))
     assert (tmp_path / "branch" / "samples.jsonl").read_text() == (runs[1] / "samples.jsonl").read_text()
+
+
+CONFIG = """
+model:
+  class_path: cpt_lightning.modules.MultiTask
+  init_args:
+    objective: rft
+    objectives: {facts: sft}
+    group_size: 2
+    sampling: {max_new_tokens: 12}
+    evaluation: {max_new_tokens: 4, temperature: 0}
+data:
+  tasks:
+    bars2: &toy
+      source: {class_path: cpt_lightning.tasks.ToyWorld, init_args: {family: bars2}}
+      num_test: 3
+    facts: {<<: *toy, source: {class_path: cpt_lightning.tasks.ToyWorld, init_args: {family: facts}}}
+  stages: [facts, [bars2, facts]]
+  prompts_per_step: 2
+  steps: 4
+trainer: {accelerator: cpu, strategy: ddp, devices: 2, enable_progress_bar: false}
+"""
+
+
+def test_ranks_with_and_without_images_and_rollouts_wait_for_each_other_and_stay_alike(tmp_path):
+    """One row a rank: text alone first, then ranks that sample beside ranks that do not, with images or without."""
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    command = [sys.executable, "-m", "cpt_lightning", "fit", "-c", str(tmp_path / "config.yaml")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command += ["--run_dir", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads((tmp_path / "run" / "accuracy_matrix.json").read_text())["rows"]
+    assert [row["after"] for row in rows] == [None, "facts", "bars2+facts"]
+    assert {cell["num_samples"] for row in rows for cell in row["scores"].values()} == {3}

@@ -7,9 +7,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning import Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -33,6 +34,15 @@ LIBRARY_NOISE = (
 """Warnings of libraries about libraries, of which a person at the console can make nothing."""
 
 
+class SaveConfig(SaveConfigCallback):
+    """Saves the resolved configuration, but not from where the run was resumed: used again, it begins a new run."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any):
+        config = config.clone()
+        config.ckpt_path = None
+        super().__init__(parser, config, **kwargs)
+
+
 class CPTCLI(LightningCLI):
     """Parses the arguments, makes trainer, module and stream, and runs the verb.
 
@@ -50,6 +60,7 @@ class CPTCLI(LightningCLI):
             subclass_mode_model=True,
             datamodule_class=TaskStream,
             trainer_defaults=dict(TRAINER_DEFAULTS),
+            save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},  # a resumed run goes on in its folder
             seed_everything_default=0,
             parser_kwargs={"prog": "cpt", "description": "Continual post-training of multimodal language models."},

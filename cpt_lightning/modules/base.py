@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torchmetrics import SumMetric
 
 from cpt_lightning.models import Backbone
@@ -100,7 +101,11 @@ class PostTraining(L.LightningModule):
         """A task begins: its schedule learns how long it lasts."""
         schedule = self.lr_schedulers()
         if isinstance(schedule, TaskSchedule):
-            schedule.set_total_steps(self.steps_of_task)
+            schedule.start_task(self.steps_of_task)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Logs the learning rate of the coming step."""
+        self.log("train/lr", float(optimizer.param_groups[0]["lr"]))
 
     @property
     def steps_of_task(self) -> int:
@@ -198,6 +203,15 @@ class PostTraining(L.LightningModule):
             self.log(f"{stage}/{key}", value.float())
 
     # -- shared by objectives ------------------------------------------------------------------------------------
+
+    def anchored(self, loss: Tensor) -> Tensor:
+        """The same loss, with every trainable parameter in its graph where there are several ranks.
+
+        DDP waits for a gradient of every parameter, and a batch without an image gives the vision tower none.
+        """
+        if self.trainer.world_size == 1:
+            return loss
+        return loss + sum(parameter.sum() for parameter in self.parameters() if parameter.requires_grad) * 0
 
     def mean_over_ranks(self, value: Tensor) -> Tensor:
         """The mean of a scalar over all ranks; every rank must call it."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -95,10 +97,17 @@ class RFT(ManualUpdates):
             raise ValueError(
                 f"group_size={group_size}: a completion is compared with its siblings, so sample 2 or more"
             )
+        if sampling.prefix:
+            raise ValueError(
+                f"sampling.prefix={sampling.prefix!r}: RFT learns from what was sampled, not from what was forced"
+            )
         if sampling.temperature == 0:
             raise ValueError("sampling.temperature=0 makes all completions of a group the same; use e.g. 1.0")
-        if kl_coef < 0:
-            raise ValueError(f"kl_coef={kl_coef} must not be negative")
+        for name, value in {"kl_coef": kl_coef, "clip_low": clip_low, "clip_high": clip_high}.items():
+            if value < 0:
+                raise ValueError(f"{name}={value} must not be negative")
+        if dual_clip is not None and dual_clip <= 1:
+            raise ValueError(f"dual_clip={dual_clip} bounds ratios above 1, so it must be above 1 (paper A: 3.0)")
         _check_positive(
             updates_per_rollout=updates_per_rollout,
             passes_per_rollout=passes_per_rollout,
@@ -220,10 +229,17 @@ class RFT(ManualUpdates):
     # -- parts of a step -----------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Loads the backbone, and the reference if the KL term needs one."""
+        """Loads the backbone, and for training the reference if the KL term needs one."""
         super().configure_model()
-        if self.kl_coef and "reference" not in self._modules:
+        is_fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        if self.kl_coef and is_fitting and "reference" not in self._modules:
             self.reference = Reference(self.model, self.reference_kind)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leaves the reference out where there is none: to evaluate, or to go on without a KL term."""
+        if "reference" not in self._modules:
+            weights = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {k: weights[k] for k in weights if not k.startswith("reference.")}
 
     @property
     def steps_of_task(self) -> int:
@@ -238,7 +254,7 @@ class RFT(ManualUpdates):
     def start_step(self, batch: Batch, batch_idx: int) -> None:
         """Checks the size of the batch, says once what a step is, and renews the reference when a task begins."""
         num_prompts = len(batch)
-        if num_prompts < self.updates_per_rollout:
+        if num_prompts + batch.num_skipped < self.updates_per_rollout:
             raise ValueError(
                 f"a batch of {num_prompts} prompts cannot be spread over "
                 f"updates_per_rollout={self.updates_per_rollout}; raise data.prompts_per_step"
@@ -286,8 +302,9 @@ class RFT(ManualUpdates):
             "train/completion_length": completions.lengths.float().mean(),
             "train/truncated_fraction": (~ended).float().mean(),
             "train/zero_signal_groups": zero_signal_fraction(rollout.rewards),
-            **{f"train/reward/{name}": part.mean() for name, part in rollout.reward_parts.items()},
         }
+        # Not exchanged: tasks have different parts, and ranks may hold different tasks.
+        self.log_dict({f"train/reward/{name}": part.mean() for name, part in rollout.reward_parts.items()})
         if completions.logps is not None:
             # The sampled tokens' mean surprise is an unbiased estimate of the entropy, and costs nothing.
             shown["train/entropy"] = -masked_mean(completions.logps, completions.mask)

@@ -12,8 +12,8 @@ from torch.optim.lr_scheduler import LambdaLR
 class TaskSchedule(LambdaLR):
     """Warm-up, then constant or falling to a floor at the end of the task.
 
-    How many steps the task has is told by the module when the task starts (``set_total_steps``), because it is known
-    only then.
+    How many steps the task has is told by the module when the task starts (``start_task``), because it is known only
+    then. Where the optimizer is kept over tasks, the schedule begins anew all the same.
 
     Args:
         optimizer: The optimizer.
@@ -35,19 +35,23 @@ class TaskSchedule(LambdaLR):
             raise ValueError(f"floor={floor} is a share of the learning rate and must lie in [0, 1]")
         self.warmup, self.decay, self.floor = warmup, decay, floor
         self.total_steps: int | None = None
+        self.first_step = 0
         super().__init__(optimizer, self.factor)
 
-    def set_total_steps(self, total_steps: int) -> None:
-        """Tells how many optimizer steps the task has, and sets the rate of the coming step accordingly."""
+    def start_task(self, total_steps: int) -> None:
+        """A task of so many optimizer steps begins, or goes on after a resume; sets the rate of the coming step."""
+        if self.last_epoch - self.first_step >= (self.total_steps or total_steps):
+            self.first_step = self.last_epoch  # the last task is over
         self.total_steps = total_steps
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * self.factor(self.last_epoch)
         self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def factor(self, step: int) -> float:
-        """What the learning rate is multiplied by at a step counted from 0."""
+        """What the learning rate is multiplied by at a step counted from 0, over all tasks of the optimizer."""
         if self.total_steps is None:  # the task has not begun: the rate is set when it does
             return 1.0
+        step -= self.first_step
         warmup = self.warmup if self.warmup >= 1 else self.warmup * self.total_steps
         if step < warmup:
             return (step + 1) / (warmup + 1)

@@ -33,7 +33,7 @@ class SFT(PostTraining):
         loss = -weighted_sum(logps, token_weights(targets.mask, self.reduction, num_tokens=num_tokens), targets.mask)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         self.log("train/completion_length", targets.lengths.float().mean(), batch_size=len(batch))
-        return loss
+        return self.anchored(loss)
 
 
 def targets_of(batch: Batch) -> Completions:

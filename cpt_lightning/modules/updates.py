@@ -69,7 +69,7 @@ class ManualUpdates(PostTraining):
         for number, compute in enumerate(losses, start=1):
             with self._gradient_exchange(now=number == len(losses)):
                 loss, part = compute()
-                self.manual_backward(loss)
+                self.manual_backward(self.anchored(loss))
             stats.append(part)
         if losses:
             self.configure_gradient_clipping(optimizer)

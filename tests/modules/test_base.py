@@ -108,3 +108,24 @@ def test_impossible_schedules_are_refused():
         TaskSchedule(optimizer, warmup=1.5)
     with pytest.raises(ValueError, match=r"floor=2"):
         TaskSchedule(optimizer, floor=2)
+
+
+def test_a_schedule_begins_anew_with_each_task_even_if_the_optimizer_is_kept():
+    """Linear over 4 steps, twice; and a resume in the middle of the second task goes on where it was."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = TaskSchedule(optimizer, decay="linear")
+    rates = []
+    for _ in range(2):
+        schedule.start_task(4)
+        for _ in range(4):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+    assert rates == pytest.approx([1, 0.75, 0.5, 0.25] * 2)
+    schedule.start_task(4)
+    optimizer.step()
+    schedule.step()
+    resumed = TaskSchedule(optimizer, decay="linear")
+    resumed.load_state_dict(schedule.state_dict())
+    resumed.start_task(4)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.75)

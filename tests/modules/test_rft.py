@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from cpt_lightning.models import Backbone, Lora
 from cpt_lightning.modules import RFT
@@ -171,6 +172,17 @@ def test_with_lora_the_base_reference_is_the_policy_without_adapters(small_folde
     assert all("lora_" in name for name in changed)
 
 
+def test_a_checkpoint_with_a_reference_is_evaluated_without_one(small_folder, processor, mixed_prompts, tmp_path):
+    batch = with_examples(mixed_prompts, processor)
+    trained = make(small_folder, kl_coef=0.01)
+    fit(trained, [batch]).save_checkpoint(tmp_path / "kl.ckpt")
+    plain = make(small_folder)
+    trainer = fit(plain, [batch], max_steps=0)
+    trainer.limit_val_batches = 1.0
+    trainer.validate(plain, DataLoader([batch], batch_size=None), ckpt_path=tmp_path / "kl.ckpt", verbose=False)
+    assert largest_difference(weights(plain), weights(trained)) == 0
+
+
 def test_a_frozen_vision_tower_runs_once_per_step(small_folder, processor, mixed_prompts):
     backbone = Backbone(small_folder, freeze=["vision_tower", "projector"])
     module = RFT(backbone=backbone, group_size=4, sampling=SAMPLING, optimizer=sgd)
@@ -205,6 +217,9 @@ def test_reward_rises_where_a_token_is_rewarded(small_folder, processor, mixed_p
         ({"group_size": 1}, "group_size=1"),
         ({"sampling": Sampling(8, temperature=0)}, "temperature=0"),
         ({"kl_coef": -1}, "kl_coef=-1"),
+        ({"clip_low": -0.1}, "clip_low=-0.1"),
+        ({"dual_clip": 0.5}, "dual_clip=0.5"),
+        ({"sampling": Sampling(8, prefix="so")}, "sampling.prefix='so'"),
         ({"updates_per_rollout": 0}, "updates_per_rollout=0"),
         ({"micro_batch_prompts": 0}, "micro_batch_prompts=0"),
         ({"max_grad_norm": 0}, "max_grad_norm=0"),
