@@ -190,3 +190,10 @@ def test_cpt_fit_resumes_bit_for_bit(tmp_path, objective, stage, batch):
     start = torch.load(whole / "1_word2.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
     assert any(not torch.equal(ends[0][name], start[name]) for name in start)
+
+
+def test_a_checkpoint_of_another_stream_is_refused_even_if_nothing_is_left_to_learn(tmp_path, uninterrupted):
+    folder, _ = uninterrupted[False]
+    module, stream = LinearModule(), number_stream(stages=["a"])
+    with pytest.raises(ValueError, match="the checkpoint belongs to another stream: its tasks are"):
+        make_trainer(tmp_path, stream).fit(module, stream, ckpt_path=str(folder / "last.ckpt"))

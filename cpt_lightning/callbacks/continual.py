@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from cpt_lightning.callbacks.matrix import AccuracyMatrix, Cell, Scores
@@ -68,12 +68,30 @@ class ContinualLearning(Callback):
             self.zero_shot = scores
             self._print(trainer)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Checks that a resumed record belongs to this stream, and says so if all of it has been learned."""
+        if self._resumed is None or trainer.fast_dev_run:
+            return
+        matrix = self.matrix(trainer)
+        for part in ("tasks", "probes", "stages"):
+            before, now = self._resumed[part], getattr(matrix, part)
+            if before != now:
+                raise ValueError(
+                    f"the checkpoint belongs to another stream: its {part} are {before}, now they are {now}"
+                )
+        if len(self.rows) == len(matrix.stages):
+            rank_zero_info("all stages of the stream were learned before this checkpoint; nothing is left to learn")
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Checks that a resumed record belongs to this stream, and writes it."""
+        """Checks that a resumed record is complete, and writes it."""
         if trainer.fast_dev_run:
             return
         matrix = self.matrix(trainer)
-        self._check_resumed(matrix, trainer.current_epoch)
+        if self._resumed is not None and len(self.rows) < trainer.current_epoch:
+            raise ValueError(
+                f"the checkpoint was written between the last batch of stage {trainer.current_epoch} and its "
+                "evaluation, whose row is missing; resume from last.ckpt or from a task's checkpoint"
+            )
         if self.zero_shot is None:
             rank_zero_warn(
                 "ContinualLearning: the untrained base was not evaluated, so zero-shot row, forward transfer and probe "
@@ -150,21 +168,6 @@ class ContinualLearning(Callback):
                 "the validation after a task is a row of the accuracy matrix: "
                 "trainer.check_val_every_n_epoch must be 1, and trainer.limit_val_batches not 0"
             )
-
-    def _check_resumed(self, matrix: AccuracyMatrix, num_stages: int) -> None:
-        if self._resumed is None:
-            return
-        if len(self.rows) < num_stages:
-            raise ValueError(
-                f"the checkpoint was written between the last batch of stage {num_stages} and its evaluation, "
-                "whose row is missing; resume from last.ckpt or from a task's checkpoint"
-            )
-        for part in ("tasks", "probes", "stages"):
-            before, now = self._resumed[part], getattr(matrix, part)
-            if before != now:
-                raise ValueError(
-                    f"the checkpoint belongs to another stream: its {part} are {before}, now they are {now}"
-                )
 
 
 def _scores_of(name: str, logged: Mapping[str, Tensor]) -> Cell:
