@@ -172,9 +172,14 @@ class AccuracyMatrix:
         console.width = max(console.width, console.measure(table).maximum + 2)
         console.print()  # off the line of a progress bar
         console.print(table)
-        for name, value in self.metrics().items():
-            if not name.startswith("probe"):
-                console.print(f"  {name.replace('_', ' '):24}{100 * value:6.1f}", highlight=False)
+        shown = self.metrics()
+        changes = {name: value for name, value in shown.items() if name.startswith("probe/")}
+        lines = {name.replace("_", " "): value for name, value in shown.items() if not name.startswith("probe")}
+        if changes:
+            lines["probes, mean change"] = sum(changes.values()) / len(changes)
+            lines["probes, worst change"] = min(changes.values())
+        for name, value in lines.items():
+            console.print(f"  {name:24}{100 * value:6.1f}", highlight=False)
 
 
 def _cell(cell: Cell, confidence: float | None, bold: bool) -> str:
