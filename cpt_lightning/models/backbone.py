@@ -24,7 +24,6 @@ class Backbone:
         freeze: Parts that are not trained.
         gradient_checkpointing: Parts whose activations are recomputed in backward: slower, less memory.
         dtype: Precision of the weights; ``auto`` takes the checkpoint's. Autocasting is the Trainer's ``precision``.
-        attn_implementation: Attention of transformers: ``sdpa``, ``eager``.
         min_pixels: Area to which smaller images are enlarged; the checkpoint's setting by default.
         max_pixels: Area to which larger images are reduced; the checkpoint's setting by default.
     """
@@ -35,7 +34,6 @@ class Backbone:
     freeze: list[Part] = field(default_factory=list)
     gradient_checkpointing: list[Literal["vision_tower", "language_model"]] = field(default_factory=list)
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
-    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
     min_pixels: int | None = None
     max_pixels: int | None = None
 
@@ -60,9 +58,7 @@ class Backbone:
         from cpt_lightning.models.qwen_vl import QwenVL
 
         self._check_path()
-        model = QwenVL.from_pretrained(
-            resolve_path(self.path), dtype=self.dtype, attn_implementation=self.attn_implementation
-        )
+        model = QwenVL.from_pretrained(resolve_path(self.path), dtype=self.dtype)
         if self.tuning == "lora":
             add_lora(model, self.lora)
         freeze(model, self.freeze)

@@ -7,12 +7,13 @@ Another vision-language model is another file with these functions.
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from cpt_lightning.models.attention import Pattern, use_patterns
 from cpt_lightning.types import Prompts
 
 QwenVL: TypeAlias = Qwen2_5_VLForConditionalGeneration
@@ -31,24 +32,24 @@ def encode_images(model: QwenVL, prompts: Prompts) -> Tensor | None:
     """
     if prompts.image_features is not None or prompts.pixel_values is None:
         return prompts.image_features
+    use_patterns(model)
     output = model.model.get_image_features(prompts.pixel_values, prompts.image_grid_thw, return_dict=True)
     return torch.cat(tuple(output.pooler_output))
 
 
-def embed_tokens(model: QwenVL, ids: Tensor) -> Tensor:
-    """``[..., H]`` input embeddings of text tokens."""
-    return model.get_input_embeddings()(ids)
+def embed(model: QwenVL, ids: Tensor, image_features: Tensor | None = None) -> Tensor:
+    """``[..., H]`` input embeddings of token ids ``[...]``, image features in the place of their placeholders.
 
-
-def embed_prompts(model: QwenVL, prompts: Prompts) -> Tensor:
-    """``[B, P, H]`` input embeddings of the prompts, image features in the place of their placeholders.
+    Args:
+        model: The backbone.
+        ids: Token ids of any shape.
+        image_features: ``[num_image_tokens, H]`` in reading order, or ``None`` if the ids hold no image.
 
     Raises:
-        ValueError: The prompts hold another number of image tokens than there are features.
+        ValueError: The ids hold another number of image tokens than there are features.
     """
-    image_features = encode_images(model, prompts)
-    embeds = embed_tokens(model, prompts.input_ids)
-    is_image = prompts.input_ids == model.config.image_token_id
+    embeds = model.get_input_embeddings()(ids)
+    is_image = ids == model.config.image_token_id
     num_features = 0 if image_features is None else len(image_features)
     if int(is_image.sum()) != num_features:
         raise ValueError(f"{int(is_image.sum())} image tokens in the prompts, but {num_features} image features")
@@ -68,29 +69,24 @@ def prompt_positions(model: QwenVL, prompts: Prompts) -> Tensor:
     return positions
 
 
-def hidden_states(model: QwenVL, embeds: Tensor, positions: Tensor, allowed: Tensor, cache: Any = None) -> Tensor:
-    """Runs the language model over embeddings with an explicit attention pattern.
+def hidden_states(model: QwenVL, embeds: Tensor, positions: Tensor, pattern: Pattern) -> Tensor:
+    """Runs the language model over embeddings; the pattern says what each token looks at.
 
     Args:
         model: The backbone.
         embeds: ``[B, Q, H]`` input embeddings.
         positions: ``[3, B, Q]`` M-RoPE positions.
-        allowed: ``[B, 1, Q, K]`` bool, true where a query may look at a key; every query needs one key.
-        cache: Holds earlier keys and values and takes the new ones: ``update(keys, values, layer_idx)`` returns all K.
+        pattern: Computes the attention of every layer, and keeps keys and values where later tokens want them.
 
     Returns:
         ``[B, Q, H]`` final hidden states.
     """
-    # An additive mask serves both eager and scaled-dot-product attention; a dict keeps transformers from building its
-    # own.
-    lowest = torch.finfo(embeds.dtype).min
-    mask = torch.zeros(allowed.shape, dtype=embeds.dtype, device=embeds.device).masked_fill_(~allowed, lowest)
+    use_patterns(model)
     output = model.model.language_model(
         inputs_embeds=embeds,
         position_ids=positions,
-        attention_mask={"full_attention": mask},
-        past_key_values=cache,
-        use_cache=cache is not None,
+        attention_mask={"full_attention": pattern},  # a dict keeps transformers from building masks of its own
+        use_cache=False,
     )
     return output.last_hidden_state
 

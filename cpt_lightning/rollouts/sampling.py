@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 
 from cpt_lightning.models.processor import PromptProcessor
-from cpt_lightning.models.qwen_vl import (
-    QwenVL,
-    embed_prompts,
-    embed_tokens,
-    hidden_states,
-    output_weight,
-    prompt_positions,
-)
+from cpt_lightning.models.qwen_vl import QwenVL, embed, encode_images, hidden_states, output_weight, prompt_positions
+from cpt_lightning.rollouts.cache import GroupCache, PromptPass
+from cpt_lightning.rollouts.layout import PackedGroups
 from cpt_lightning.types import Completions, Prompts
+
+
+KEPT_WHILE_ALIVE = 0.5
+"""Finished completions are dropped from the batch when no more than this share of it goes on."""
 
 
 @dataclass
@@ -50,20 +49,23 @@ class Sampling:
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k} must not be negative (0 is off)")
 
-    def pick(
-        self, logits: Tensor, banned: list[int], generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def pick(self, logits: Tensor, banned: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """Draws from ``[N, V]`` logits, never a banned token.
+
+        Args:
+            logits: ``[N, V]`` float32.
+            banned: Token ids.
+            uniform: ``[N]`` random numbers in [0, 1), one for each row: so what a row draws does not depend on others.
 
         Returns:
             ``[N]`` tokens and their log-probabilities before bans, top-k and top-p, as an update computes them.
         """
         logps = (logits / self.temperature if self.temperature else logits).log_softmax(dim=-1)
-        allowed = logps.index_fill(1, torch.tensor(banned, device=logits.device), -torch.inf) if banned else logps
-        token = self._draw(allowed, generator)
+        allowed = logps.index_fill(1, banned, -torch.inf)
+        token = self._draw(allowed, uniform)
         return token, logps.gather(1, token[:, None]).squeeze(1)
 
-    def _draw(self, logps: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _draw(self, logps: Tensor, uniform: Tensor) -> Tensor:
         if self.temperature == 0:
             return logps.argmax(dim=-1)
         if self.top_k and self.top_k < logps.shape[-1]:
@@ -71,7 +73,11 @@ class Sampling:
             logps = logps.masked_fill(logps < kth, -torch.inf)
         if self.top_p < 1:
             logps = _nucleus(logps, self.top_p)
-        return torch.multinomial(logps.softmax(dim=-1), 1, generator=generator).squeeze(1)
+        # The inverse of the distribution function. In float64, or the tail of a large vocabulary would be rounded away;
+        # on the right of equal values, or a token of probability 0 could be drawn.
+        cumulated = logps.exp().double().cumsum(dim=-1)
+        height = uniform.double()[:, None] * cumulated[:, -1:]
+        return torch.searchsorted(cumulated, height, right=True).squeeze(1)
 
 
 def _nucleus(logits: Tensor, top_p: float) -> Tensor:
@@ -89,42 +95,6 @@ def keyed_generator(device: torch.device | str, *key: int) -> torch.Generator:
     """
     seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
     return torch.Generator(device).manual_seed(seed)
-
-
-class GroupCache:
-    """Keys and values of B prompts, then of N = B * G completions that grow from them.
-
-    Room for the whole completion is taken at once; a step writes one column and reads a view.
-
-    Args:
-        group_size: G.
-        max_new_tokens: Columns behind the prompt.
-    """
-
-    def __init__(self, group_size: int, max_new_tokens: int):
-        self.group_size = group_size
-        self.max_new_tokens = max_new_tokens
-        self._layers: list[tuple[Tensor, Tensor]] = []
-        self._lengths: list[int] = []
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_args, **_kwargs) -> tuple[Tensor, Tensor]:
-        """Takes new keys and values ``[batch, heads, new, head_dim]`` and returns all there are of this layer."""
-        if layer_idx == len(self._layers):
-            self._layers.append((self._room(keys), self._room(values)))
-            self._lengths.append(keys.shape[2])
-            return keys, values
-        start, end = self._lengths[layer_idx], self._lengths[layer_idx] + keys.shape[2]
-        all_keys, all_values = self._layers[layer_idx]
-        all_keys[:, :, start:end], all_values[:, :, start:end] = keys, values
-        self._lengths[layer_idx] = end
-        return all_keys[:, :, :end], all_values[:, :, :end]
-
-    def _room(self, prompt: Tensor) -> Tensor:
-        """The prompt's keys or values, once for each completion of its group, with room behind them."""
-        num_prompts, heads, length, size = prompt.shape
-        room = prompt.new_zeros(num_prompts * self.group_size, heads, length + self.max_new_tokens, size)
-        room[:, :, :length] = prompt.repeat_interleave(self.group_size, dim=0)
-        return room
 
 
 @contextmanager
@@ -195,33 +165,48 @@ def _decode(
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
     """``[N, T]`` sampled ids and their log-probabilities; what stands behind a stop token has no meaning."""
-    cache = GroupCache(group_size, sampling.max_new_tokens)
+    hidden, positions, cache = _prompt_pass(model, prompts, group_size, sampling.max_new_tokens)
+    weight, banned = output_weight(model), prompts.input_ids.new_tensor(processor.banned_token_ids)
+    stops = prompts.input_ids.new_tensor(processor.stop_token_ids)
+    rows = torch.arange(len(hidden), device=hidden.device).view(-1, group_size)  # the completion in each place
+    alive = torch.ones_like(rows, dtype=torch.bool)
+    uniform = torch.rand(len(hidden), sampling.max_new_tokens, generator=generator, device=hidden.device)
+    ids = rows.new_full(uniform.shape, processor.pad_token_id)
+    logps = torch.zeros_like(uniform)
+    for step in range(sampling.max_new_tokens):
+        token, logp = sampling.pick((hidden @ weight.T).float(), banned, uniform[rows.flatten(), step])
+        ids[rows.flatten(), step], logps[rows.flatten(), step] = token, logp
+        alive &= ~torch.isin(token, stops).view_as(alive)
+        num_alive = int(alive.sum())
+        if num_alive == 0 or step + 1 == sampling.max_new_tokens:
+            return ids[:, : step + 1], logps[:, : step + 1]
+        if num_alive <= KEPT_WHILE_ALIVE * alive.numel():
+            kept, members = _still_alive(alive)
+            cache.keep(kept, members)
+            token = token.view_as(rows)[kept].gather(1, members).flatten()
+            rows, alive = rows[kept].gather(1, members), alive[kept].gather(1, members)
+        embeds = embed(model, token[None])
+        hidden = hidden_states(model, embeds, (positions[rows.flatten()] + step).expand(3, 1, -1), cache)[0]
+        cache.length += 1
+    raise AssertionError("unreachable: the last step returns")
+
+
+def _prompt_pass(
+    model: QwenVL, prompts: Prompts, group_size: int, max_new_tokens: int
+) -> tuple[Tensor, Tensor, GroupCache]:
+    """Runs the prompts once: ``[N, H]`` hidden states and ``[N]`` positions from which completions grow, and the cache."""
+    layout = PackedGroups.of(prompts)
+    kept = PromptPass(layout)
     positions = prompt_positions(model, prompts)
-    prompt_mask = prompts.attention_mask.bool()
-    hidden = hidden_states(model, embed_prompts(model, prompts), positions, _causal(prompt_mask), cache)[:, -1]
-    hidden = hidden.repeat_interleave(group_size, dim=0)
-    position = (positions.amax(dim=(0, 2)) + 1).repeat_interleave(group_size)  # [N] of the next token
-    prompt_mask = prompt_mask.repeat_interleave(group_size, dim=0)
-    allowed = torch.cat([prompt_mask, prompt_mask.new_ones(len(hidden), sampling.max_new_tokens)], dim=1)[:, None, None]
-    stops, banned = prompts.input_ids.new_tensor(processor.stop_token_ids), processor.banned_token_ids
-    finished = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
-    ids, logps = [], []
-    while True:
-        logits = (hidden @ output_weight(model).T).float()
-        token, logp = sampling.pick(logits, banned, generator)
-        ids.append(token)
-        logps.append(logp)
-        finished |= torch.isin(token, stops)
-        if len(ids) == sampling.max_new_tokens or finished.all():
-            return torch.stack(ids, dim=1), torch.stack(logps, dim=1)
-        length = prompt_mask.shape[1] + len(ids)
-        embeds = embed_tokens(model, token[:, None])
-        hidden = hidden_states(model, embeds, position.expand(3, -1).unsqueeze(-1), allowed[..., :length], cache)[:, -1]
-        position = position + 1
+    embeds = embed(model, layout.token_ids(prompts), encode_images(model, prompts))
+    hidden = hidden_states(model, embeds, layout.positions(positions), kept)[0, layout.prompt_ends]
+    next_position = positions.amax(dim=(0, 2)) + 1
+    cache = GroupCache(kept, group_size, max_new_tokens)
+    return hidden.repeat_interleave(group_size, dim=0), next_position.repeat_interleave(group_size), cache
 
 
-def _causal(mask: Tensor) -> Tensor:
-    """``[B, 1, P, P]`` causal pattern over left-padded prompts; a padding query sees itself."""
-    order = torch.arange(mask.shape[1], device=mask.device)
-    seen = (order[:, None] >= order[None, :]) & mask[:, None, :]
-    return (seen | (order[:, None] == order[None, :])).unsqueeze(1)
+def _still_alive(alive: Tensor) -> tuple[Tensor, Tensor]:
+    """``[B']`` prompts with completions that go on, and ``[B', G']`` which; a prompt with fewer than G' fills up."""
+    kept = alive.any(dim=1).nonzero().squeeze(1)
+    longest = int(alive.sum(dim=1).max())
+    return kept, alive[kept].int().argsort(dim=1, descending=True, stable=True)[:, :longest]

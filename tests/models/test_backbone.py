@@ -25,13 +25,6 @@ def test_the_dtype_is_an_option(small_folder):
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_the_attention_implementation_reaches_text_and_vision(small_folder, implementation):
-    model, _ = load_backbone(small_folder, attn_implementation=implementation)
-    assert model.model.language_model.config._attn_implementation == implementation
-    assert model.model.visual.config._attn_implementation == implementation
-
-
 def test_the_parts_cover_every_weight_once(small_model):
     counted = [
         id(weight) for modules in parts_of(small_model).values() for each in modules for weight in each.parameters()

@@ -11,7 +11,10 @@ from cpt_lightning.models.processor import PromptProcessor
 from cpt_lightning.models.qwen_vl import QwenVL
 from cpt_lightning.rollouts import Sampling, completion_logprobs, sample_groups
 from cpt_lightning.rollouts.sampling import keyed_generator
-from cpt_lightning.types import Prompts
+from cpt_lightning.types import Completions, Prompts
+
+
+NONE = torch.tensor([], dtype=torch.long)
 
 
 def generate(model: QwenVL, processor: PromptProcessor, prompts: Prompts, max_new_tokens: int) -> list[list[int]]:
@@ -93,23 +96,31 @@ def test_vision_tokens_are_never_sampled(processor: PromptProcessor):
     logits = torch.zeros(50, len(processor.tokenizer))
     logits[:, processor.image_token_id] = 100.0
     for sampling in (Sampling(1), Sampling(1, temperature=0), Sampling(1, top_p=0.5, top_k=3)):
-        tokens, _ = sampling.pick(logits, processor.banned_token_ids, torch.Generator().manual_seed(0))
+        tokens, _ = sampling.pick(logits, torch.tensor(processor.banned_token_ids), torch.rand(50))
         assert not set(tokens.tolist()) & set(processor.banned_token_ids)
 
 
 def test_top_p_keeps_the_smallest_set_that_reaches_it():
     """Probabilities .5, .3, .15, .05: at top_p .6 the first two reach it, at .5 the first alone does."""
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(2000, -1)
-    generator = torch.Generator().manual_seed(0)
-    drawn = Sampling(1, top_p=0.6).pick(logits, [], generator)[0]
+    drawn = Sampling(1, top_p=0.6).pick(logits, NONE, torch.rand(2000))[0]
     assert set(drawn.tolist()) == {0, 1}
     assert (drawn == 0).float().mean() == pytest.approx(0.5 / 0.8, abs=0.04)
-    assert set(Sampling(1, top_p=0.5).pick(logits, [], generator)[0].tolist()) == {0}
+    assert set(Sampling(1, top_p=0.5).pick(logits, NONE, torch.rand(2000))[0].tolist()) == {0}
+
+
+def test_draws_follow_the_distribution_and_never_hit_probability_zero():
+    """By hand: of .25, 0, .5, .25 the sums are .25, .25, .75, 1, so u = 0, .25, .74, .75 and nearly 1 draw 0, 2, 2, 3, 3."""
+    logits = torch.tensor([[0.25, 0.0, 0.5, 0.25]]).log().expand(5, -1)
+    uniform = torch.tensor([0.0, 0.25, 0.74, 0.75, 1 - 2**-24])
+    tokens, logps = Sampling(1).pick(logits, NONE, uniform)
+    assert tokens.tolist() == [0, 2, 2, 3, 3]
+    torch.testing.assert_close(logps.exp(), torch.tensor([0.25, 0.5, 0.5, 0.25, 0.25]))
 
 
 def test_top_k_keeps_the_k_most_probable():
     logits = torch.tensor([[0.0, 3.0, 1.0, 2.0]]).expand(500, -1)
-    drawn = Sampling(1, top_k=2).pick(logits, [], torch.Generator().manual_seed(0))[0]
+    drawn = Sampling(1, top_k=2).pick(logits, NONE, torch.rand(500))[0]
     assert set(drawn.tolist()) == {1, 3}
 
 
@@ -123,10 +134,50 @@ def test_decoding_stops_when_all_completions_have_ended(
     real = module.hidden_states
     monkeypatch.setattr(module, "hidden_states", lambda *args: calls.append(1) or real(*args))
     ends = [processor.eos_token_id] * 4
-    monkeypatch.setattr(Sampling, "_draw", lambda self, logps, generator: torch.tensor(ends))
+    monkeypatch.setattr(Sampling, "_draw", lambda self, logps, uniform: torch.tensor(ends))
     completions = sample_groups(small_model, processor, mixed_prompts, 1, Sampling(100))
     assert completions.lengths.tolist() == [1, 1, 1, 1]
     assert len(calls) == 1
+
+
+def test_finished_completions_leave_the_batch_and_the_others_stay_what_they_are(
+    small_model: QwenVL, processor: PromptProcessor, mixed_prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+):
+    """Every token below 170 ends a turn here, so completions end all the time; never dropping one gives the same."""
+    from cpt_lightning.rollouts import sampling as module
+
+    monkeypatch.setattr(PromptProcessor, "stop_token_ids", property(lambda self: list(range(170))))
+    sizes = []
+    real = module.hidden_states
+    monkeypatch.setattr(module, "hidden_states", lambda *args: sizes.append(args[1].shape[1]) or real(*args))
+
+    def draw(kept_while_alive: float) -> Completions:
+        monkeypatch.setattr(module, "KEPT_WHILE_ALIVE", kept_while_alive)
+        sizes.clear()
+        generator = torch.Generator().manual_seed(3)
+        return sample_groups(small_model, processor, mixed_prompts, 4, Sampling(24), generator)
+
+    never, sometimes = draw(0.0), draw(0.9)
+    assert len(set(sizes[1:])) >= 3, "the batch must have shrunk more than once"
+    assert sizes[-1] < 16
+    assert sometimes.ids.tolist() == never.ids.tolist()
+    torch.testing.assert_close(sometimes.logps, never.logps, atol=1e-5, rtol=0)
+
+
+def test_what_a_prompt_draws_does_not_depend_on_which_prompts_stand_beside_it(
+    small_model: QwenVL, processor: PromptProcessor, mixed_prompts: Prompts
+):
+    """So ``rollout_batch_prompts`` changes memory, not results."""
+
+    def draw(parts: list[list[int]]) -> list:
+        generator = torch.Generator().manual_seed(0)
+        drawn = [
+            sample_groups(small_model, processor, mixed_prompts.select(rows), 4, Sampling(6), generator)
+            for rows in parts
+        ]
+        return Completions.cat(drawn, processor.pad_token_id).ids.tolist()
+
+    assert draw([[0, 1, 2, 3]]) == draw([[0, 1], [2, 3]])
 
 
 def test_the_image_is_encoded_once_per_prompt_whatever_the_group_size(

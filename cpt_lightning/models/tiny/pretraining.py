@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 from transformers.vision_utils import get_vision_position_ids
 
-from cpt_lightning.models.qwen_vl import QwenVL, embed_tokens, hidden_states, output_weight
+from cpt_lightning.models.attention import DenseMask
+from cpt_lightning.models.qwen_vl import QwenVL, embed, hidden_states, output_weight
 from cpt_lightning.models.tiny.lessons import make_lessons
 from cpt_lightning.models.tiny.packing import GRID, MERGE, PackedLessons, Packer
 
@@ -98,10 +99,8 @@ def lesson_loss(model: QwenVL, lessons: PackedLessons) -> Tensor:
 def lesson_logits(model: QwenVL, lessons: PackedLessons) -> Tensor:
     """``[M, V]`` logits where a learned token is predicted."""
     features = encode_toy_pictures(model, lessons.pixel_values)
-    embeds = embed_tokens(model, lessons.input_ids)
-    is_picture = (lessons.input_ids == model.config.image_token_id).unsqueeze(-1)
-    embeds = embeds.masked_scatter(is_picture, features.to(embeds.dtype))
-    hidden = hidden_states(model, embeds, lessons.positions, lessons.allowed)
+    embeds = embed(model, lessons.input_ids, features)
+    hidden = hidden_states(model, embeds, lessons.positions, DenseMask(lessons.allowed))
     row, column, _ = lessons.predict.unbind(dim=1)
     return F.linear(hidden[row, column], output_weight(model))
 
