@@ -51,6 +51,28 @@ class Example:
 
 
 @dataclass
+class PromptState:
+    """What the language model made of B prompts: all that completions need to go on from them.
+
+    Args:
+        keys: Per layer ``[B, kv_heads, P, D]``; what stands on the padding has no meaning.
+        values: The same of values.
+        hidden: ``[B, H]`` final hidden state of each prompt's last token.
+        next_position: ``[B]`` M-RoPE position of a completion's first token.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    hidden: Tensor
+    next_position: Tensor
+
+    def select(self, index: Tensor, padding: int) -> PromptState:
+        """Of the given prompts, without the first ``padding`` columns."""
+        keys, values = ([layer[index, :, padding:] for layer in layers] for layers in (self.keys, self.values))
+        return PromptState(keys, values, self.hidden[index], self.next_position[index])
+
+
+@dataclass
 class Prompts:
     """B prompts with their images, left-padded.
 
@@ -61,6 +83,7 @@ class Prompts:
         pixel_values: ``[num_patches, patch_dim]`` of all images in order, or ``None`` if the batch has no image.
         image_grid_thw: ``[num_images, 3]`` patches per image along time, height and width, or ``None``.
         image_features: ``[num_image_tokens, H]`` what the vision tower made of the pixels, where that is kept.
+        state: What the language model made of the prompts, where that is kept; then nothing of them is computed again.
         examples: The B rows behind the prompts.
         valid: ``[B]`` bool; ``False`` marks a row that only fills up a rank's share and must not be counted.
     """
@@ -71,6 +94,7 @@ class Prompts:
     pixel_values: Tensor | None = None
     image_grid_thw: Tensor | None = None
     image_features: Tensor | None = None
+    state: PromptState | None = None
     examples: list[Example] = field(default_factory=list)
     valid: Tensor | None = None
 
@@ -102,6 +126,7 @@ class Prompts:
             attention_mask=mask[:, padding:],
             images_per_prompt=[self.images_per_prompt[row] for row in rows],
             **self._select_images(rows),
+            state=None if self.state is None else self.state.select(index, padding),
             examples=[self.examples[row] for row in rows] if self.examples else [],
             valid=None if self.valid is None else self.valid[index],
         )

@@ -1,7 +1,7 @@
 """Attention patterns of our own inside the transformers model: who may look at whom is an object, not a mask.
 
 A dense mask over a packed row costs the square of its length, although a completion looks at its prompt and itself
-only. Here every attention layer hands its queries, keys and values to the pattern, which computes just what is seen.
+only. Here every decoder layer hands its queries, keys and values to a pattern, which computes just what is seen.
 """
 
 from __future__ import annotations
@@ -12,15 +12,10 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as attention
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import AttentionInterface
 
 if TYPE_CHECKING:
     from cpt_lightning.models.qwen_vl import QwenVL
-
-PATTERN = "pattern"
-"""Attention of the language model: a pattern where one is given, else that of transformers."""
 
 WINDOWS = "windows_like_flash"
 """Attention of the vision tower. With "flash" in its name transformers hands over all windows at once."""
@@ -29,8 +24,16 @@ WINDOWS = "windows_like_flash"
 class Pattern(Protocol):
     """Computes the attention of one layer."""
 
+    @property
+    def wanted(self) -> Tensor | None:
+        """``[W]`` places whose final hidden state is wanted, in order; ``None`` wants all."""
+        ...
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """``[B, heads, Q, D]`` from queries of that shape and new keys and values ``[B, kv_heads, Q, D]``."""
+        """``[B, heads, Q, D]`` from queries of that shape and new keys and values ``[B, kv_heads, Q, D]``.
+
+        In the last layer only the W wanted tokens have a query, and ``[B, heads, W, D]`` is asked for.
+        """
         ...
 
 
@@ -43,25 +46,43 @@ class DenseMask:
     """
 
     allowed: Tensor
+    wanted: None = None
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Scaled dot-product attention under the mask."""
         return attention(query, key, value, attn_mask=self.allowed, enable_gqa=True)
 
 
-def use_patterns(model: QwenVL) -> None:
-    """Makes the attention layers ask patterns; where none is given the model does what it always does."""
-    model.model.language_model.config._attn_implementation = PATTERN
+def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention of the last tokens of sequences to all that stands before them, and to themselves.
+
+    Args:
+        query: ``[B, heads, Q, D]`` of the last Q of K tokens.
+        key: ``[B, kv_heads, K, D]``.
+        value: ``[B, kv_heads, K, D]``.
+
+    Returns:
+        ``[B, heads, Q, D]``.
+    """
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    if num_queries == num_keys:
+        return attention(query, key, value, is_causal=True, enable_gqa=True)
+    # The query heads of one key head become further queries of it: no key is repeated, which a mask would require.
+    folded = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+    mask = None if num_queries == 1 else _later(num_queries, num_keys, query).repeat(folded.shape[2] // num_queries, 1)
+    return attention(folded, key, value, attn_mask=mask).view_as(query)
+
+
+def _later(num_queries: int, num_keys: int, like: Tensor) -> Tensor:
+    """``[Q, K]`` additive mask: minus infinity where a key stands behind the query."""
+    return torch.full((num_queries, num_keys), -torch.inf, dtype=like.dtype, device=like.device).triu(
+        num_keys - num_queries + 1
+    )
+
+
+def use_window_attention(model: QwenVL) -> None:
+    """Makes the vision tower attend within all its windows at once."""
     model.model.visual.config._attn_implementation = WINDOWS
-
-
-def _pattern_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Pattern | Tensor | None, **kwargs
-) -> tuple[Tensor, None]:
-    """What a layer of the language model calls; the mask that it passes on may be a pattern."""
-    if attention_mask is None or isinstance(attention_mask, Tensor):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    return attention_mask.attend(module.layer_idx, query, key, value).transpose(1, 2), None
 
 
 def _window_attention(
@@ -80,8 +101,8 @@ def _window_attention(
     for size in sizes:
         # [windows, size] places of the tokens of all windows of this size
         place = cu_seq_lens_q[:-1][lengths == size, None] + torch.arange(size, device=lengths.device)
-        batch = (x[0, :, place].transpose(0, 1) if len(sizes) > 1 else _cut(x, size) for x in (query, key, value))
-        outputs.append(attention(*batch).transpose(1, 2).flatten(0, 1))
+        q, k, v = (_cut(x, size) if len(sizes) == 1 else x[0, :, place].transpose(0, 1) for x in (query, key, value))
+        outputs.append(attention(q, k, v).transpose(1, 2).flatten(0, 1))
         places.append(place.flatten())
     if len(sizes) == 1:
         return outputs[0].unsqueeze(0), None
@@ -94,6 +115,4 @@ def _cut(row: Tensor, size: int) -> Tensor:
     return row[0].unflatten(1, (-1, size)).transpose(0, 1)
 
 
-AttentionInterface.register(PATTERN, _pattern_attention)
-AttentionMaskInterface.register(PATTERN, sdpa_mask)
 AttentionInterface.register(WINDOWS, _window_attention)

@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from cpt_lightning.models.attention import Pattern, use_patterns
+from cpt_lightning.models.attention import Pattern, use_window_attention
+from cpt_lightning.models.decoder import use_patterns
 from cpt_lightning.types import Prompts
 
 QwenVL: TypeAlias = Qwen2_5_VLForConditionalGeneration
@@ -24,6 +25,11 @@ def vision_is_frozen(model: QwenVL) -> bool:
     return not any(parameter.requires_grad for parameter in model.model.visual.parameters())
 
 
+def has_dropout(model: QwenVL) -> bool:
+    """Whether two passes in train mode give different results."""
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+
+
 def encode_images(model: QwenVL, prompts: Prompts) -> Tensor | None:
     """Runs vision tower and projector over every image of the batch, unless the prompts hold the features already.
 
@@ -32,7 +38,7 @@ def encode_images(model: QwenVL, prompts: Prompts) -> Tensor | None:
     """
     if prompts.image_features is not None or prompts.pixel_values is None:
         return prompts.image_features
-    use_patterns(model)
+    use_window_attention(model)
     output = model.model.get_image_features(prompts.pixel_values, prompts.image_grid_thw, return_dict=True)
     return torch.cat(tuple(output.pooler_output))
 
@@ -79,7 +85,7 @@ def hidden_states(model: QwenVL, embeds: Tensor, positions: Tensor, pattern: Pat
         pattern: Computes the attention of every layer, and keeps keys and values where later tokens want them.
 
     Returns:
-        ``[B, Q, H]`` final hidden states.
+        ``[B, W, H]`` final hidden states of the tokens that the pattern wants, all Q by default.
     """
     use_patterns(model)
     output = model.model.language_model(

@@ -23,13 +23,17 @@ from cpt_lightning.functional import (
     weighted_sum,
     zero_signal_fraction,
 )
-from cpt_lightning.models.qwen_vl import encode_images, vision_is_frozen
+from cpt_lightning.models.qwen_vl import encode_images, has_dropout, vision_is_frozen
 from cpt_lightning.modules.reference import Reference, ReferenceKind
 from cpt_lightning.modules.updates import Loss, ManualUpdates, UpdateStats
 from cpt_lightning.rewards import score
-from cpt_lightning.rollouts import Sampling, completion_logprobs, sample_groups
+from cpt_lightning.rollouts import Sampling, completion_logprobs, run_prompts, sample_groups
 from cpt_lightning.rollouts.sampling import keyed_generator
 from cpt_lightning.types import Batch, Completions, Prompts, Rollout
+
+STATE_PAYS_FROM = 2 / 3
+"""Share of the groups that must have a gradient for the rollout's pass over the prompts to be worth going back through:
+backward, two thirds of a step's work, goes through all of its prompts or none."""
 
 
 @dataclass
@@ -146,9 +150,7 @@ class RFT(ManualUpdates):
         """Samples a group of completions of every prompt and has them rewarded."""
         generator = keyed_generator(self.device, self.seed, self.current_epoch, batch_idx, self.global_rank)
         with self.timed("rollout"):
-            if vision_is_frozen(self.model):  # then the update may use the same features
-                with torch.no_grad():
-                    prompts = replace(prompts, image_features=encode_images(self.model, prompts))
+            prompts = self.compute_once(prompts)
             size = self.rollout_batch_prompts or len(prompts)
             chunks = [prompts.select(rows.tolist()) for rows in torch.arange(len(prompts)).split(size)]
             completions = Completions.cat(
@@ -166,6 +168,21 @@ class RFT(ManualUpdates):
         parts = {name: torch.tensor([each.get(name, 0.0) for each in scores], device=self.device) for name in names}
         parts = {name: part.view(-1, self.group_size) for name, part in parts.items()}
         return Rollout(prompts, completions, texts, rewards=parts.pop("total"), reward_parts=parts)
+
+    def compute_once(self, prompts: Prompts) -> Prompts:
+        """Computes what both rollout and update need of the prompts, where the update may use the rollout's.
+
+        An update on the weights that sampled takes the whole pass over prompts and images, gradients included, if all
+        groups go through backward at once and nothing is dropped out. Otherwise a frozen vision tower's features are
+        what stays the same.
+        """
+        all_at_once = self.rollout_batch_prompts is None and self.micro_batch_prompts is None
+        if self.updates_per_step == 1 and all_at_once and not has_dropout(self.model):
+            return replace(prompts, state=run_prompts(self.model, prompts))
+        if vision_is_frozen(self.model):
+            with torch.no_grad():
+                return replace(prompts, image_features=encode_images(self.model, prompts))
+        return prompts
 
     def prepare(self, rollout: Rollout) -> Policy:
         """Turns rewards into advantages, and scores the completions where later updates need the scores of now."""
@@ -188,6 +205,8 @@ class RFT(ManualUpdates):
         # Without a KL term a group of equal rewards has no gradient, so it costs no forward either.
         has_gradient = policy.advantages.any(dim=1) | bool(self.kl_coef)
         rows = [row for row in rows if has_gradient[row]]
+        if len(rows) < STATE_PAYS_FROM * len(rollout.prompts):
+            rollout = replace(rollout, prompts=replace(rollout.prompts, state=None))
         size = self.micro_batch_prompts or max(1, len(rows))
         weigh = partial(
             token_weights,
@@ -279,13 +298,13 @@ class RFT(ManualUpdates):
         return [row * self.group_size + member for row in rows for member in range(self.group_size)]
 
     def _logps(self, model, rollout: Rollout) -> Tensor:
-        """``[N, T]`` of the whole rollout, in micro-batches."""
-        num_prompts = len(rollout.prompts)
+        """``[N, T]`` of the whole rollout, in micro-batches, by a model that need not be the one that sampled."""
+        prompts, num_prompts = replace(rollout.prompts, state=None), len(rollout.prompts)
         logps = torch.zeros(rollout.completions.mask.shape, device=self.device)
         for rows in torch.arange(num_prompts).split(self.micro_batch_prompts or num_prompts):
             index = self._completions_of(rows.tolist())
             completions = rollout.completions.select(index)
-            part = self._score(model, rollout.prompts.select(rows.tolist()), completions)
+            part = self._score(model, prompts.select(rows.tolist()), completions)
             logps[index, : part.shape[1]] = part
         return logps
 

@@ -5,31 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cpt_lightning.rollouts.layout import PackedGroups
-
-
-class PromptPass:
-    """The pattern of the pass over the prompts: attends as usual, and keeps keys and values.
-
-    Args:
-        layout: Prompts without completions.
-    """
-
-    def __init__(self, layout: PackedGroups) -> None:
-        self.layout = layout
-        self.layers: list[tuple[Tensor, Tensor]] = []
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """``[1, heads, L, D]`` for all prompts in one row."""
-        self.layers.append((self._by_prompt(key), self._by_prompt(value)))
-        return self.layout.attend(layer, query, key, value)
-
-    def _by_prompt(self, row: Tensor) -> Tensor:
-        """``[B, kv_heads, P, D]``, zero on the padding."""
-        mask = self.layout.prompt_mask
-        padded = row.new_zeros(*mask.shape, row.shape[1], row.shape[3])
-        padded[mask] = row[0].transpose(0, 1)
-        return padded.transpose(1, 2).contiguous()
+from cpt_lightning.types import Prompts, PromptState
 
 
 class GroupCache:
@@ -39,36 +15,44 @@ class GroupCache:
     over both (bifurcated attention, arXiv 2403.08845). Room for the completions is taken at once.
 
     Args:
-        prompts: What the pass over the prompts kept.
+        prompts: B prompts.
+        state: What the model made of them.
         group_size: G.
         max_new_tokens: Room for each completion.
     """
 
-    def __init__(self, prompts: PromptPass, group_size: int, max_new_tokens: int) -> None:
-        mask = prompts.layout.prompt_mask
-        self.prompts = prompts.layers
-        self.completions = [tuple(_room(x, group_size, max_new_tokens) for x in layer) for layer in prompts.layers]
+    wanted: None = None
+
+    def __init__(self, prompts: Prompts, state: PromptState, group_size: int, max_new_tokens: int) -> None:
+        mask = prompts.attention_mask.bool()
+        layers = zip(state.keys, state.values, strict=True)
+        self.prompts = [(keys.contiguous(), values.contiguous()) for keys, values in layers]
+        sizes = (group_size, max_new_tokens)
+        self.completions = [(_room(keys, *sizes), _room(values, *sizes)) for keys, values in self.prompts]
         bias = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
         self.padding = None if mask.all() else bias[:, None, None, None]
         self.length = 0
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """``[1, heads, N, D]`` from queries of that shape and new keys and values ``[1, kv_heads, N, D]``."""
-        prompt_keys, prompt_values = self.prompts[layer]
+        prompt_keys, prompt_values = (x.flatten(0, 1) for x in self.prompts[layer])
         keys, values = self._with_new(layer, key, value)
-        kv_heads, group_size = keys.shape[1:3]
-        query = query[0].unflatten(0, (kv_heads, -1)).unflatten(2, (-1, group_size)).permute(2, 0, 3, 1, 4)
-        query = (query * query.shape[-1] ** -0.5).contiguous()  # [B, kv_heads, G, rep, D]: one reader per prompt key
-        shared = (query.flatten(2, 3) @ prompt_keys.transpose(2, 3)).view(*query.shape[:4], -1)
-        shared = shared if self.padding is None else shared + self.padding
-        scores = torch.cat([shared, query @ keys.transpose(3, 4)], dim=-1)
+        num_prompts, kv_heads, group_size, _, size = keys.shape
+        query = query[0].unflatten(0, (kv_heads, -1)).unflatten(2, (num_prompts, group_size)).permute(2, 0, 3, 1, 4)
+        shape = query.shape  # [B, kv_heads, G, rep, D]: all G * rep readers of a prompt's keys stand together
+        by_prompt = query.reshape(num_prompts * kv_heads, -1, size)
+        by_completion = by_prompt.view(-1, shape[3], size)
+        scores = _scores(by_prompt, prompt_keys).view(*shape[:4], -1)
+        scores = scores if self.padding is None else scores + self.padding
+        scores = torch.cat([scores, _scores(by_completion, keys.flatten(0, 2)).view(*shape[:4], -1)], dim=-1)
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype)
-        shared, own = weights.split([prompt_keys.shape[2], keys.shape[3]], dim=-1)
-        output = (shared.flatten(2, 3) @ prompt_values).view(query.shape) + own @ values
-        return output.permute(1, 3, 0, 2, 4).flatten(2, 3).flatten(0, 1)[None]
+        shared, own = weights.split([prompt_keys.shape[1], keys.shape[3]], dim=-1)
+        output = torch.bmm(own.flatten(0, 2), values.flatten(0, 2)).view_as(by_prompt)
+        output = torch.baddbmm(output, shared.reshape(*by_prompt.shape[:2], -1), prompt_values)
+        return output.view(shape).permute(1, 3, 0, 2, 4).flatten(2, 3).flatten(0, 1)[None]
 
     def _with_new(self, layer: int, key: Tensor, value: Tensor) -> list[Tensor]:
-        """The layer's keys and values ``[B, kv_heads, G, T, D]`` of all completions, those of the new token included."""
+        """The layer's keys and values ``[B, kv_heads, G, T, D]`` of all completions, the new token's included."""
         rooms = self.completions[layer]
         for room, new in zip(rooms, (key, value), strict=True):
             room[:, :, :, self.length] = new[0].unflatten(1, (-1, room.shape[2])).transpose(0, 1)
@@ -81,12 +65,22 @@ class GroupCache:
             prompts: ``[B']`` prompts that have completions left.
             members: ``[B', G']`` which of its completions each of them keeps.
         """
-        self.prompts = [tuple(x[prompts] for x in layer) for layer in self.prompts]
+        self.prompts = [(keys[prompts], values[prompts]) for keys, values in self.prompts]
         self.padding = None if self.padding is None else self.padding[prompts]
         self.completions = [
-            tuple(room[prompts[:, None], :, members].transpose(1, 2).contiguous() for room in layer)
-            for layer in self.completions
+            (_members(keys, prompts, members), _members(values, prompts, members)) for keys, values in self.completions
         ]
+
+
+def _members(room: Tensor, prompts: Tensor, members: Tensor) -> Tensor:
+    """``[B', kv_heads, G', T, D]`` of ``[B, kv_heads, G, T, D]``."""
+    return room[prompts[:, None], :, members].transpose(1, 2).contiguous()
+
+
+def _scores(query: Tensor, key: Tensor) -> Tensor:
+    """``[batch, Q, K]`` scaled products of ``[batch, Q, D]`` and ``[batch, K, D]``."""
+    scale = query.shape[-1] ** -0.5
+    return torch.baddbmm(query.new_empty(1, 1, 1), query, key.transpose(1, 2), beta=0, alpha=scale)
 
 
 def _room(prompt: Tensor, group_size: int, length: int) -> Tensor:

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from cpt_lightning.models.processor import PromptProcessor
-from cpt_lightning.models.qwen_vl import QwenVL, embed, encode_images, hidden_states, output_weight, prompt_positions
-from cpt_lightning.rollouts.cache import GroupCache, PromptPass
-from cpt_lightning.rollouts.layout import PackedGroups
+from cpt_lightning.models.qwen_vl import QwenVL, embed, hidden_states, output_weight
+from cpt_lightning.rollouts.cache import GroupCache
+from cpt_lightning.rollouts.packing import run_prompts
 from cpt_lightning.types import Completions, Prompts
-
 
 KEPT_WHILE_ALIVE = 0.5
 """Finished completions are dropped from the batch when no more than this share of it goes on."""
@@ -120,8 +119,8 @@ def sample_groups(
 ) -> Completions:
     """Samples ``group_size`` completions of every prompt.
 
-    The image is encoded and the prompt run once per group; decoding stops when all completions have ended. Vision
-    tokens are never sampled.
+    The image is encoded and the prompt run once per group, and not at all where ``prompts.state`` is kept; completions
+    leave the batch when they have ended. Vision tokens are never sampled.
 
     Args:
         model: The backbone.
@@ -151,6 +150,7 @@ def _with_prefix(prompts: Prompts, prefix: list[int]) -> Prompts:
     ids = prompts.input_ids.new_tensor(prefix).expand(len(prompts), -1)
     return replace(
         prompts,
+        state=None,
         input_ids=torch.cat([prompts.input_ids, ids], dim=1),
         attention_mask=torch.cat([prompts.attention_mask, torch.ones_like(ids)], dim=1),
     )
@@ -165,7 +165,10 @@ def _decode(
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
     """``[N, T]`` sampled ids and their log-probabilities; what stands behind a stop token has no meaning."""
-    hidden, positions, cache = _prompt_pass(model, prompts, group_size, sampling.max_new_tokens)
+    state = run_prompts(model, prompts) if prompts.state is None else prompts.state
+    cache = GroupCache(prompts, state, group_size, sampling.max_new_tokens)
+    hidden = state.hidden.repeat_interleave(group_size, dim=0)
+    positions = state.next_position.repeat_interleave(group_size)
     weight, banned = output_weight(model), prompts.input_ids.new_tensor(processor.banned_token_ids)
     stops = prompts.input_ids.new_tensor(processor.stop_token_ids)
     rows = torch.arange(len(hidden), device=hidden.device).view(-1, group_size)  # the completion in each place
@@ -189,20 +192,6 @@ def _decode(
         hidden = hidden_states(model, embeds, (positions[rows.flatten()] + step).expand(3, 1, -1), cache)[0]
         cache.length += 1
     raise AssertionError("unreachable: the last step returns")
-
-
-def _prompt_pass(
-    model: QwenVL, prompts: Prompts, group_size: int, max_new_tokens: int
-) -> tuple[Tensor, Tensor, GroupCache]:
-    """Runs the prompts once: ``[N, H]`` hidden states and ``[N]`` positions from which completions grow, and the cache."""
-    layout = PackedGroups.of(prompts)
-    kept = PromptPass(layout)
-    positions = prompt_positions(model, prompts)
-    embeds = embed(model, layout.token_ids(prompts), encode_images(model, prompts))
-    hidden = hidden_states(model, embeds, layout.positions(positions), kept)[0, layout.prompt_ends]
-    next_position = positions.amax(dim=(0, 2)) + 1
-    cache = GroupCache(kept, group_size, max_new_tokens)
-    return hidden.repeat_interleave(group_size, dim=0), next_position.repeat_interleave(group_size), cache
 
 
 def _still_alive(alive: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,71 +1,75 @@
-"""Where tokens stand in a packed row, worked out by hand, and that each sees what a dense mask would let it see."""
+"""What a token in a row looks at: what a dense mask, written down token by token, would let it see."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from cpt_lightning.models.attention import DenseMask
-from cpt_lightning.rollouts.layout import PackedGroups
-from cpt_lightning.types import Prompts
+from cpt_lightning.rollouts.layout import CausalRow, GroupBranches
+from cpt_lightning.types import PromptState
 
-TWO_PROMPTS = Prompts(torch.tensor([[0, 5, 6], [7, 8, 9]]), torch.tensor([[0, 1, 1], [1, 1, 1]]), [0, 0])
+PROMPT_LENGTHS = [2, 3]
 
 
-def test_the_layout_of_two_hand_packed_groups():
-    """Prompts of 2 and 3 tokens, completions of 3 and 1, then 1 and 2 tokens.
+def heads(length: int, count: int) -> torch.Tensor:
+    return torch.randn(1, count, length, 8)
 
-    The last token of each completion has no place, so the row is: p0 p1 a0 a1 | q0 q1 q2 d0. b0 is predicted by p1,
-    a0 by p1, a1 by a0, a2 by a1; c0 and d0 by q2, d1 by d0. The first prompt ends at position 7, the second at 2.
+
+def test_a_causal_row_is_block_diagonal_and_wants_the_ends():
+    """Sequences of 3, 1 and 4 tokens, of which the last 2, 1 and 3 are wanted: places 1 2 | 3 | 5 6 7."""
+    row = CausalRow([3, 1, 4], [2, 1, 3], torch.device("cpu"))
+    assert row.wanted.tolist() == [1, 2, 3, 5, 6, 7]
+    owner = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2])
+    allowed = (owner[:, None] == owner[None, :]) & torch.ones(8, 8, dtype=torch.bool).tril()
+    query, key, value = heads(8, 4), heads(8, 2), heads(8, 2)
+    expected = DenseMask(allowed[None, None]).attend(0, query, key, value)
+    torch.testing.assert_close(row.attend(0, query, key, value), expected)
+    torch.testing.assert_close(row.attend(0, query[:, :, row.wanted], key, value), expected[:, :, row.wanted])
+
+
+def test_where_the_tokens_of_two_groups_stand():
+    """Completions of 3 and 1, then 1 and 2 tokens: a0 a1 a2, b0, c0, d0 d1. The last of each has no place: a0 a1 d0.
+
+    a0 and b0 are predicted by the first prompt (0), c0 and d0 by the second (1); a1 by a0, which comes first in the row
+    (2), a2 by a1 (3), d1 by d0 (4). The prompts' next positions are 8 and 3.
     """
     mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 0, 0], [1, 1, 0]]).bool()
-    layout = PackedGroups.of(TWO_PROMPTS, mask)
-    assert len(layout) == 8
-    assert layout.prompt_places.tolist() == [0, 1, 4, 5, 6]
-    assert layout.input_places.tolist() == [2, 3, 7]
-    assert layout.sources.tolist() == [1, 2, 3, 1, 6, 6, 7]
-    assert layout.is_input.tolist() == [True, True, False, False, False, True, False]
-    assert layout.prompt_ends.tolist() == [1, 6]
-    tokens = torch.tensor([10, 11, 12, 20, 30, 40, 41])
-    assert layout.token_ids(TWO_PROMPTS, tokens).tolist() == [[5, 6, 10, 11, 7, 8, 9, 40]]
-    positions = layout.positions(torch.tensor([[0, 6, 7], [0, 1, 2]]).expand(3, 2, 3))
-    assert positions[:, 0].tolist() == [[6, 7, 8, 9, 0, 1, 2, 3]] * 3
+    state = PromptState([], [], torch.zeros(2, 1), next_position=torch.tensor([8, 3]))
+    branches = GroupBranches(state, torch.tensor(PROMPT_LENGTHS), mask)
+    assert branches.is_input.tolist() == [True, True, False, False, False, True, False]
+    assert branches.sources.tolist() == [0, 2, 3, 0, 1, 1, 4]
+    assert branches.positions.tolist() == [[[8, 9, 3]]] * 3
 
 
-def test_prompts_alone_are_a_layout_too():
-    layout = PackedGroups.of(TWO_PROMPTS)
-    assert layout.token_ids(TWO_PROMPTS).tolist() == [[5, 6, 7, 8, 9]]
-    assert layout.prompt_ends.tolist() == [1, 4]
-
-
-def dense(layout: PackedGroups, group_size: int) -> torch.Tensor:
-    """``[1, 1, L, L]``: the tree mask written down token by token."""
-    names = []
-    for group, (prompt, completions) in enumerate(zip(layout.prompt_mask.sum(dim=1).tolist(), layout.inputs.tolist())):
-        names += [(group, None)] * prompt
-        for member, length in enumerate(completions):
-            names += [(group, member)] * length
-    allowed = [
+@pytest.mark.parametrize(
+    "lengths",
+    [[[4, 1, 6], [2, 2, 5]], [[3, 3, 3], [3, 3, 3]], [[1, 1, 1], [1, 4, 1]], [[5], [2]]],
+    ids=["ragged", "equal", "a group without inputs", "single"],
+)
+def test_branches_see_their_prompt_and_themselves(lengths: list[list[int]]):
+    """The same attention over one row of prompts and completions under a dense tree mask; 4 heads share 2 key heads."""
+    names = [(group, None) for group, length in enumerate(PROMPT_LENGTHS) for _ in range(length)]
+    for group, members in enumerate(lengths):
+        names += [(group, member) for member, length in enumerate(members) for _ in range(length - 1)]
+    allowed = torch.tensor(
         [
-            column <= row and mine[0] == other[0] and other[1] in (None, mine[1])
-            for column, other in enumerate(names)
+            [
+                column <= row and mine[0] == other[0] and other[1] in (None, mine[1])
+                for column, other in enumerate(names)
+            ]
+            for row, mine in enumerate(names)
         ]
-        for row, mine in enumerate(names)
-    ]
-    return torch.tensor(allowed)[None, None]
+    )
+    query, key, value = heads(len(names), 4), heads(len(names), 2), heads(len(names), 2)
+    expected = DenseMask(allowed[None, None]).attend(0, query, key, value)[:, :, 5:]
 
+    def padded(row: torch.Tensor) -> torch.Tensor:
+        """``[2, 2, 3, 8]``: the shorter prompt has one column of padding on its left."""
+        return torch.stack([torch.cat([row[0, :, :1] * 99, row[0, :, :2]], dim=1), row[0, :, 2:5]])
 
-def test_attention_is_that_of_a_dense_tree_mask():
-    """Groups of ragged, equal, and no lengths at all; 4 query heads share 2 key heads."""
-    lengths = {
-        "ragged": [[4, 1, 6], [2, 2, 5]],
-        "equal": [[3, 3, 3], [3, 3, 3]],
-        "some without inputs": [[1, 1, 1], [1, 4, 1]],
-        "single": [[5], [2]],
-    }
-    for name, rows in lengths.items():
-        mask = torch.arange(6) < torch.tensor(rows).flatten()[:, None]
-        layout = PackedGroups.of(TWO_PROMPTS, mask)
-        query = torch.randn(1, 4, len(layout), 8)
-        key, value = torch.randn(2, 1, 2, len(layout), 8)
-        expected = DenseMask(dense(layout, len(rows[0]))).attend(0, query, key, value)
-        torch.testing.assert_close(layout.attend(0, query, key, value), expected, msg=name)
+    state = PromptState([padded(key)], [padded(value)], torch.zeros(2, 1), torch.tensor([2, 3]))
+    mask = torch.arange(6) < torch.tensor(lengths).flatten()[:, None]
+    branches = GroupBranches(state, torch.tensor(PROMPT_LENGTHS), mask)
+    found = branches.attend(0, query[:, :, 5:], key[:, :, 5:], value[:, :, 5:])
+    torch.testing.assert_close(found, expected)

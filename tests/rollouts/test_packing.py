@@ -9,7 +9,7 @@ import torch
 
 from cpt_lightning.models.adapters import Lora, add_lora, freeze
 from cpt_lightning.models.qwen_vl import QwenVL, encode_images
-from cpt_lightning.rollouts import completion_logprobs
+from cpt_lightning.rollouts import completion_logprobs, run_prompts
 from cpt_lightning.types import Completions, Prompts
 from tests.naive import naive_logprobs, random_completions
 
@@ -23,13 +23,14 @@ def gradients(model: QwenVL, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
 
 
-def assert_equal_to_naive(model: QwenVL, prompts: Prompts, group_size: int) -> None:
+def assert_equal_to_naive(model: QwenVL, prompts: Prompts, group_size: int, keep_state: bool = False) -> None:
     """float32: 1e-5 absolute on log-probabilities, 1e-4 relative on the gradient of every trained parameter."""
     generator = torch.Generator().manual_seed(1)
     completions = random_completions(len(prompts) * group_size, 7, ORDINARY_TOKENS, generator)
     weights = torch.rand(completions.ids.shape, generator=generator)
 
-    packed = completion_logprobs(model, prompts, completions).logps
+    kept = replace(prompts, state=run_prompts(model, prompts)) if keep_state else prompts
+    packed = completion_logprobs(model, kept, completions).logps
     naive = naive_logprobs(model, prompts, completions)
 
     assert naive.abs().max() > 1
@@ -53,10 +54,29 @@ def test_packed_groups_equal_a_naive_forward_per_completion(
     assert_equal_to_naive(small_model, mixed_prompts.select(rows), group_size)
 
 
-def test_packed_groups_equal_naive_with_gradient_checkpointing(small_model: QwenVL, mixed_prompts: Prompts):
+@pytest.mark.parametrize("group_size", [1, 3])
+def test_a_kept_state_of_the_prompts_carries_the_gradient(small_model: QwenVL, mixed_prompts: Prompts, group_size: int):
+    """The rollout's pass over prompts and images may be the update's: no second one, the same gradients."""
+    assert_equal_to_naive(small_model, mixed_prompts, group_size, keep_state=True)
+
+
+def test_a_kept_state_can_be_selected_from(small_model: QwenVL, mixed_prompts: Prompts):
+    """Rows 1 and 0, of which the longer one has less padding than the batch had."""
+    completions = random_completions(8, 5, ORDINARY_TOKENS, torch.Generator().manual_seed(0)).select([2, 3, 0, 1])
+    kept = replace(mixed_prompts, state=run_prompts(small_model, mixed_prompts)).select([1, 0])
+    assert kept.input_ids.shape[1] < mixed_prompts.input_ids.shape[1]
+    found = completion_logprobs(small_model, kept, completions).logps
+    expected = naive_logprobs(small_model, mixed_prompts.select([1, 0]), completions)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("keep_state", [False, True], ids=["computed again", "kept"])
+def test_packed_groups_equal_naive_with_gradient_checkpointing(
+    small_model: QwenVL, mixed_prompts: Prompts, keep_state: bool
+):
     for part in (small_model.model.visual, small_model.model.language_model):
         getattr(part, "activation_checkpointing_enable", part.gradient_checkpointing_enable)({"use_reentrant": False})
-    assert_equal_to_naive(small_model.train(), mixed_prompts, 3)
+    assert_equal_to_naive(small_model.train(), mixed_prompts, 3, keep_state)
 
 
 def test_packed_groups_equal_naive_with_lora(small_model: QwenVL, mixed_prompts: Prompts):
@@ -121,6 +141,12 @@ def test_image_features_kept_from_the_rollout_give_the_same_result(small_model: 
     torch.testing.assert_close(completion_logprobs(small_model, prompts, completions).logps, expected)
     some = completion_logprobs(small_model, prompts.select([1, 3]), completions.select([2, 3, 6, 7])).logps
     torch.testing.assert_close(some, expected[[2, 3, 6, 7], : some.shape[1]], atol=1e-5, rtol=0)
+
+
+def test_groups_of_single_tokens_need_no_pass_but_the_prompts(small_model: QwenVL, mixed_prompts: Prompts):
+    completions = Completions(torch.tensor([[5], [6]] * 4), torch.ones(8, 1, dtype=torch.bool))
+    found = completion_logprobs(small_model, mixed_prompts, completions).logps
+    torch.testing.assert_close(found, naive_logprobs(small_model, mixed_prompts, completions), atol=1e-5, rtol=0)
 
 
 def test_completions_that_do_not_fit_the_prompts_are_refused(small_model: QwenVL, mixed_prompts: Prompts):

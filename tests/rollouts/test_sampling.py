@@ -13,7 +13,6 @@ from cpt_lightning.rollouts import Sampling, completion_logprobs, sample_groups
 from cpt_lightning.rollouts.sampling import keyed_generator
 from cpt_lightning.types import Completions, Prompts
 
-
 NONE = torch.tensor([], dtype=torch.long)
 
 
@@ -110,7 +109,10 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it():
 
 
 def test_draws_follow_the_distribution_and_never_hit_probability_zero():
-    """By hand: of .25, 0, .5, .25 the sums are .25, .25, .75, 1, so u = 0, .25, .74, .75 and nearly 1 draw 0, 2, 2, 3, 3."""
+    """By hand: of .25, 0, .5, .25 the sums are .25, .25, .75, 1.
+
+    So u = 0, .25, .74, .75 and nearly 1 draw 0, 2, 2, 3 and 3.
+    """
     logits = torch.tensor([[0.25, 0.0, 0.5, 0.25]]).log().expand(5, -1)
     uniform = torch.tensor([0.0, 0.25, 0.74, 0.75, 1 - 2**-24])
     tokens, logps = Sampling(1).pick(logits, NONE, uniform)
@@ -127,7 +129,7 @@ def test_top_k_keeps_the_k_most_probable():
 def test_decoding_stops_when_all_completions_have_ended(
     small_model: QwenVL, processor: PromptProcessor, mixed_prompts: Prompts, monkeypatch: pytest.MonkeyPatch
 ):
-    """A model that ends its turn at once needs one forward over the prompts and no further one."""
+    """A model that ends its turn at once needs no forward beyond that over the prompts."""
     from cpt_lightning.rollouts import sampling as module
 
     calls = []
@@ -137,7 +139,7 @@ def test_decoding_stops_when_all_completions_have_ended(
     monkeypatch.setattr(Sampling, "_draw", lambda self, logps, uniform: torch.tensor(ends))
     completions = sample_groups(small_model, processor, mixed_prompts, 1, Sampling(100))
     assert completions.lengths.tolist() == [1, 1, 1, 1]
-    assert len(calls) == 1
+    assert len(calls) == 0
 
 
 def test_finished_completions_leave_the_batch_and_the_others_stay_what_they_are(
