@@ -1,10 +1,12 @@
 """Log-probabilities of given tokens without ever holding the logits of all positions.
 
 With Qwen's vocabulary of 151,936 the logits of 4,096 positions are 2.5 GB in float32, and softmax and backward want
-several of them. Here logits exist for one chunk of positions at a time, forward, and again in backward.
+several of them. Here logits exist for one chunk of positions at a time, in buffers that all chunks share.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -16,8 +18,11 @@ CHUNK_LOGITS = 2**24
 
 def token_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, chunk_logits: int = CHUNK_LOGITS
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target token, and the entropy of the distribution it came from.
+) -> Tensor:
+    """Log-probability of each target token.
+
+    If the output matrix is trained, backward computes the logits again. If it is not (LoRA), forward computes the
+    gradient of each log-probability along with it, ``weight[target] - softmax @ weight``, and backward only scales it.
 
     Args:
         hidden: ``[M, H]`` hidden states that predict the targets.
@@ -27,62 +32,69 @@ def token_logprobs(
         chunk_logits: How many logits may exist at once.
 
     Returns:
-        ``[M]`` log-probabilities in nats (float32, differentiable in ``hidden`` and ``weight``) and ``[M]`` entropies
-        in nats (float32, no gradient).
+        ``[M]`` log-probabilities in nats (float32, differentiable in ``hidden`` and ``weight``).
     """
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
-    rows = max(1, chunk_logits // len(weight))
-    return _TokenLogprobs.apply(hidden, weight, targets, temperature, dtype, rows)
+    with torch.autocast(device, enabled=False):
+        scaled = hidden.to(dtype) / temperature if temperature != 1.0 else hidden.to(dtype)
+        return _TokenLogprobs.apply(scaled, weight.to(dtype), targets, max(1, chunk_logits // len(weight)))
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Softmax over the vocabulary, chunk by chunk; backward computes the logits again."""
+    """Log-softmax at the targets, chunk by chunk.
+
+    For y = log softmax(W h)[t]: dy/dh = W[t] - p W and dy/dW = (onehot(t) - p) h', with p = softmax(W h).
+    """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, dtype, rows):
+    def forward(ctx, hidden, weight, targets, rows):
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         logps = hidden.new_empty(len(hidden), dtype=torch.float32)
-        entropies, normalizers = torch.empty_like(logps), torch.empty_like(logps)
-        with torch.autocast(hidden.device.type, enabled=False):
-            matrix = weight.to(dtype)
-            for chunk in _chunks(len(hidden), rows):
-                logits = _logits(hidden[chunk], matrix, temperature)
-                normalizers[chunk] = logits.logsumexp(dim=-1)
-                logits -= normalizers[chunk, None]  # log-probabilities from here on
-                logps[chunk] = logits.gather(1, targets[chunk, None]).squeeze(1)
-                entropies[chunk] = -(logits.exp() * logits).sum(dim=-1)
-        ctx.save_for_backward(hidden, weight, targets, normalizers)
-        ctx.temperature, ctx.dtype, ctx.rows = temperature, dtype, rows
-        ctx.mark_non_differentiable(entropies)
-        return logps, entropies
+        slopes = torch.empty_like(hidden) if wants_hidden and not wants_weight else None
+        for chunk, log_softmax in _softmax_chunks(torch.log_softmax, hidden, weight, rows):
+            target = targets[chunk]
+            logps[chunk] = log_softmax.gather(1, target[:, None]).squeeze(1)
+            if slopes is not None:
+                slopes[chunk] = weight[target] - log_softmax.exp_().to(weight.dtype) @ weight
+        ctx.save_for_backward(*([hidden, weight, targets] if slopes is None else [slopes]))
+        ctx.rows = rows
+        return logps
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_logps, _):
-        hidden, weight, targets, normalizers = ctx.saved_tensors
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        with torch.autocast(hidden.device.type, enabled=False):
-            matrix = weight.to(ctx.dtype)
-            for chunk in _chunks(len(hidden), ctx.rows):
-                # d logp[target] / d logits = onehot(target) - softmax
-                grad = torch.exp(_logits(hidden[chunk], matrix, ctx.temperature) - normalizers[chunk, None]).neg_()
-                grad.scatter_add_(1, targets[chunk, None], torch.ones_like(grad[:, :1]))
-                grad = (grad * (grad_logps[chunk, None] / ctx.temperature)).to(ctx.dtype)
-                if wants_hidden:
-                    grad_hidden[chunk] = (grad @ matrix).to(hidden.dtype)
-                if grad_weight is not None:
-                    grad_weight += grad.T @ hidden[chunk].to(ctx.dtype)
-        in_weight_dtype = None if grad_weight is None else grad_weight.to(weight.dtype)
-        return grad_hidden if wants_hidden else None, in_weight_dtype, None, None, None, None
+    def backward(ctx, grad):
+        if len(ctx.saved_tensors) == 1:
+            return ctx.saved_tensors[0] * grad[:, None].to(ctx.saved_tensors[0].dtype), None, None, None
+        hidden, weight, targets = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        weighted = hidden * grad[:, None].to(hidden.dtype)
+        for chunk, softmax in _softmax_chunks(torch.softmax, hidden, weight, ctx.rows):
+            # In place of onehot - p its negative, so that p itself is used up.
+            residual = softmax.scatter_add_(1, targets[chunk, None], softmax.new_full((len(softmax), 1), -1.0))
+            residual = residual.to(weight.dtype)
+            if grad_hidden is not None:
+                grad_hidden[chunk] = (residual @ weight) * -grad[chunk, None].to(weight.dtype)
+            _subtract_product(grad_weight, residual.T, weighted[chunk])
+        return grad_hidden, grad_weight.to(weight.dtype), None, None
 
 
-def _chunks(length: int, rows: int) -> list[slice]:
-    return [slice(start, start + rows) for start in range(0, length, rows)]
+def _softmax_chunks(softmax, hidden: Tensor, weight: Tensor, rows: int) -> Iterator[tuple[slice, Tensor]]:
+    """For every chunk of positions its ``[rows, V]`` (log-)softmax in float32, in a buffer that the next one reuses."""
+    logits = hidden.new_empty(min(rows, len(hidden)), len(weight))
+    normalized = torch.empty_like(logits, dtype=torch.float32)
+    for start in range(0, len(hidden), rows):
+        chunk = slice(start, min(start + rows, len(hidden)))
+        here = slice(0, chunk.stop - start)
+        torch.mm(hidden[chunk], weight.T, out=logits[here])
+        yield chunk, softmax(logits[here].float(), dim=-1, out=normalized[here])
 
 
-def _logits(hidden: Tensor, matrix: Tensor, temperature: float) -> Tensor:
-    """``[rows, V]`` logits in float32."""
-    return (hidden.to(matrix.dtype) @ matrix.T).float() / temperature
+def _subtract_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total -= left @ right``, in place where the dtypes allow it: a product of [V, H] is no small thing."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right, alpha=-1)
+    else:
+        total -= left @ right

@@ -6,7 +6,6 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, cast
 
-import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
@@ -14,10 +13,12 @@ from torch.optim import Optimizer
 from torchmetrics import SumMetric
 
 from cpt_lightning.models import Backbone
+from cpt_lightning.modules.accounting import Accounted
 from cpt_lightning.modules.schedules import TaskSchedule
 from cpt_lightning.rewards import score
-from cpt_lightning.rollouts.sampling import Sampling, keyed_generator, sample_groups
-from cpt_lightning.types import Batch, Evaluation, Prompts
+from cpt_lightning.rollouts import Sampling, completion_logprobs, sample_groups
+from cpt_lightning.rollouts.sampling import keyed_generator
+from cpt_lightning.types import Batch, Completions, Evaluation, Prompts
 
 if TYPE_CHECKING:
     from cpt_lightning.models.processor import PromptProcessor
@@ -27,7 +28,7 @@ NONFINITE_STEPS_ALLOWED = 5
 """After so many steps in a row without a finite gradient the run stops: it will not recover."""
 
 
-class PostTraining(L.LightningModule):
+class PostTraining(Accounted):
     """The base of all objectives: owns the backbone and the optimizer, and evaluates by letting the model answer.
 
     Args:
@@ -40,10 +41,9 @@ class PostTraining(L.LightningModule):
         forced_prefix: Evaluates every row a second time with the answer made to begin like this, logged as
             ``val/<task>/forced_accuracy``. With the base's own way to begin it tells knowledge that is lost from a
             style that is suppressed.
+        peak_flops: Operations per second that the device can do, for ``perf/mfu``; known for common GPUs in bfloat16.
         seed: Keys all sampling of this module.
     """
-
-    model: QwenVL
 
     def __init__(
         self,
@@ -53,9 +53,10 @@ class PostTraining(L.LightningModule):
         max_grad_norm: float | None = 1.0,
         evaluation: Sampling = Sampling(max_new_tokens=64, temperature=0.0),  # noqa: B008
         forced_prefix: str | None = None,
+        peak_flops: float | None = None,
         seed: int = 0,
     ):
-        super().__init__()
+        super().__init__(peak_flops)
         if max_grad_norm is not None and max_grad_norm <= 0:
             raise ValueError(f"max_grad_norm={max_grad_norm} must be positive; null switches clipping off")
         self.backbone = backbone
@@ -99,6 +100,7 @@ class PostTraining(L.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """A task begins: its schedule learns how long it lasts."""
+        super().on_train_epoch_start()
         schedule = self.lr_schedulers()
         if isinstance(schedule, TaskSchedule):
             schedule.start_task(self.steps_of_task)
@@ -203,6 +205,13 @@ class PostTraining(L.LightningModule):
             self.log(f"{stage}/{key}", value.float())
 
     # -- shared by objectives ------------------------------------------------------------------------------------
+
+    def logprobs(
+        self, prompts: Prompts, completions: Completions, model: QwenVL | None = None, temperature: float = 1.0
+    ) -> Tensor:
+        """``[N, T]`` log-probabilities of completions in nats, by the policy or another model."""
+        self.account.add_flops(self.flops.scored(prompts, completions, backward=torch.is_grad_enabled()))
+        return completion_logprobs(model or self.model, prompts, completions, temperature=temperature)
 
     def anchored(self, loss: Tensor) -> Tensor:
         """The same loss, with every trainable parameter in its graph where there are several ranks.

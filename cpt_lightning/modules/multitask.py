@@ -13,7 +13,6 @@ from cpt_lightning.functional import Reduction, token_weights, weighted_sum
 from cpt_lightning.modules.rft import RFT
 from cpt_lightning.modules.sft import targets_of
 from cpt_lightning.modules.updates import Loss, UpdateStats
-from cpt_lightning.rollouts import completion_logprobs
 from cpt_lightning.types import Batch
 
 Objective = Literal["sft", "rft"]
@@ -105,7 +104,9 @@ class MultiTask(RFT):
     ) -> tuple[Tensor, UpdateStats]:
         """A micro-batch's share of the supervised loss."""
         targets = targets_of(batch).select(rows)
-        logps = completion_logprobs(self.model, batch.prompts.select(rows), targets).logps
+        prompts = batch.prompts.select(rows)
+        logps = self.logprobs(prompts, targets)
+        self.account.add_tokens(prompts, targets)
         loss = -share * weighted_sum(logps, weigh(targets.mask) * weights[list(rows), None], targets.mask)
         return loss, UpdateStats(loss.detach())
 

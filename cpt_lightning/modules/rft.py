@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
@@ -27,9 +27,12 @@ from cpt_lightning.models.qwen_vl import encode_images, has_dropout, vision_is_f
 from cpt_lightning.modules.reference import Reference, ReferenceKind
 from cpt_lightning.modules.updates import Loss, ManualUpdates, UpdateStats
 from cpt_lightning.rewards import score
-from cpt_lightning.rollouts import Sampling, completion_logprobs, run_prompts, sample_groups
+from cpt_lightning.rollouts import Sampling, run_prompts, sample_groups
 from cpt_lightning.rollouts.sampling import keyed_generator
 from cpt_lightning.types import Batch, Completions, Prompts, Rollout
+
+if TYPE_CHECKING:
+    from cpt_lightning.models.qwen_vl import QwenVL
 
 STATE_PAYS_FROM = 2 / 3
 """Share of the groups that must have a gradient for the rollout's pass over the prompts to be worth going back through:
@@ -161,6 +164,8 @@ class RFT(ManualUpdates):
                 pad_id=self.processor.pad_token_id,
             )
             texts = self.processor.decode(completions)
+            self.account.add_flops(self.flops.sampled(prompts, completions))
+            self.account.add_tokens(prompts, completions)
         with self.timed("reward"):
             examples = [example for example in prompts.examples for _ in range(self.group_size)]
             scores = score(texts, examples)
@@ -225,7 +230,7 @@ class RFT(ManualUpdates):
         index = self._completions_of(rows)
         completions = rollout.completions.select(index)
         mask, length = completions.mask, completions.mask.shape[1]
-        logps = self._score(self.model, rollout.prompts.select(rows), completions)
+        logps = self._score(rollout.prompts.select(rows), completions, self.model)
         old_logps = logps.detach() if policy.old_logps is None else policy.old_logps[index, :length]
         weights = weigh(mask) * policy.row_weights[rows].repeat_interleave(self.group_size)[:, None]
         loss, policy_stats = clipped_policy_loss(
@@ -297,19 +302,19 @@ class RFT(ManualUpdates):
     def _completions_of(self, rows: Sequence[int]) -> list[int]:
         return [row * self.group_size + member for row in rows for member in range(self.group_size)]
 
-    def _logps(self, model, rollout: Rollout) -> Tensor:
+    def _logps(self, model: QwenVL, rollout: Rollout) -> Tensor:
         """``[N, T]`` of the whole rollout, in micro-batches, by a model that need not be the one that sampled."""
         prompts, num_prompts = replace(rollout.prompts, state=None), len(rollout.prompts)
         logps = torch.zeros(rollout.completions.mask.shape, device=self.device)
         for rows in torch.arange(num_prompts).split(self.micro_batch_prompts or num_prompts):
             index = self._completions_of(rows.tolist())
             completions = rollout.completions.select(index)
-            part = self._score(model, prompts.select(rows.tolist()), completions)
+            part = self._score(prompts.select(rows.tolist()), completions, model)
             logps[index, : part.shape[1]] = part
         return logps
 
-    def _score(self, model, prompts: Prompts, completions: Completions) -> Tensor:
-        return completion_logprobs(model, prompts, completions, temperature=self.sampling.temperature).logps
+    def _score(self, prompts: Prompts, completions: Completions, model: QwenVL) -> Tensor:
+        return self.logprobs(prompts, completions, model, self.sampling.temperature)
 
     # -- what is shown -------------------------------------------------------------------------------------------
 

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from cpt_lightning.functional import Reduction, token_weights, weighted_sum
 from cpt_lightning.modules.base import PostTraining
-from cpt_lightning.rollouts import completion_logprobs
 from cpt_lightning.types import Batch, Completions
 
 
@@ -28,7 +27,8 @@ class SFT(PostTraining):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The negative log-likelihood of the targets, in nats."""
         targets = targets_of(batch)
-        logps = completion_logprobs(self.model, batch.prompts, targets).logps  # [B, T]
+        logps = self.logprobs(batch.prompts, targets)  # [B, T]
+        self.account.add_tokens(batch.prompts, targets)
         num_tokens = self.mean_over_ranks(targets.mask.sum()).item()
         loss = -weighted_sum(logps, token_weights(targets.mask, self.reduction, num_tokens=num_tokens), targets.mask)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))

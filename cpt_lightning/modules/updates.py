@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from cpt_lightning.functional import PolicyStats
 from cpt_lightning.modules.base import PostTraining
-from cpt_lightning.rollouts import completion_logprobs
 from cpt_lightning.types import Completions, Prompts
 
 
@@ -82,8 +80,8 @@ class ManualUpdates(PostTraining):
     def _nothing(self, prompts: Prompts) -> tuple[Tensor, UpdateStats]:
         """A loss of 0 that has a graph: gradients of the other ranks have something to be added to."""
         ids = torch.full((1, 1), self.processor.eos_token_id, device=self.device)
-        scored = completion_logprobs(self.model, prompts.select([0]), Completions(ids, torch.ones_like(ids).bool()))
-        return scored.logps.sum() * 0, UpdateStats(torch.zeros((), device=self.device))
+        logps = self.logprobs(prompts.select([0]), Completions(ids, torch.ones_like(ids).bool()))
+        return logps.sum() * 0, UpdateStats(torch.zeros((), device=self.device))
 
     def _max_over_ranks(self, count: int) -> int:
         if self.trainer.world_size == 1:
@@ -95,13 +93,6 @@ class ManualUpdates(PostTraining):
         return nullcontext() if now or not isinstance(strategy, ParallelStrategy) else strategy.block_backward_sync()
 
     # -- what is shown -------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Logs how long a phase of the step takes, as ``time/<phase>_s``."""
-        start = time.perf_counter()
-        yield
-        self.log(f"time/{phase}_s", time.perf_counter() - start)
 
     def log_updates(self, stats: list[UpdateStats], num_updates: int) -> None:
         """Logs the mean over a step's updates of loss, clipping and divergence from the reference."""

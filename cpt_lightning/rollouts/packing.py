@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -11,19 +9,6 @@ from cpt_lightning.functional.logprobs import token_logprobs
 from cpt_lightning.models.qwen_vl import QwenVL, embed, encode_images, hidden_states, output_weight, prompt_positions
 from cpt_lightning.rollouts.layout import CausalRow, GroupBranches, PromptPass
 from cpt_lightning.types import Completions, Prompts, PromptState
-
-
-@dataclass
-class Scored:
-    """What the policy thinks of given completions.
-
-    Args:
-        logps: ``[N, T]`` log-probability of each completion token in nats, 0 where masked; carries the gradient.
-        entropies: ``[N, T]`` entropy of the distribution at each completion token in nats, 0 where masked.
-    """
-
-    logps: Tensor
-    entropies: Tensor
 
 
 def run_prompts(model: QwenVL, prompts: Prompts) -> PromptState:
@@ -46,7 +31,7 @@ def completion_logprobs(
     completions: Completions,
     *,
     temperature: float = 1.0,
-) -> Scored:
+) -> Tensor:
     """Scores groups of completions: the log-probabilities of the naive forward over N separate sequences.
 
     Nothing is padded. A group's completions go on from one pass over their prompt, or from ``prompts.state`` where that
@@ -59,7 +44,7 @@ def completion_logprobs(
         temperature: Divides the logits, as it did while sampling.
 
     Returns:
-        Log-probabilities and entropies, ``[N, T]`` each.
+        ``[N, T]`` log-probability of each completion token in nats, 0 where masked; carries the gradient.
 
     Raises:
         ValueError: N is no multiple of B.
@@ -69,11 +54,8 @@ def completion_logprobs(
     is_group = len(completions) > len(prompts) or prompts.state is not None
     hidden = (_group_hidden if is_group else _single_hidden)(model, prompts, completions)
     tokens = completions.ids[completions.mask]
-    logps, entropies = token_logprobs(hidden, output_weight(model), tokens, temperature)
-    zeros = torch.zeros(completions.mask.shape, device=logps.device)
-    return Scored(
-        logps=zeros.masked_scatter(completions.mask, logps), entropies=zeros.masked_scatter(completions.mask, entropies)
-    )
+    logps = token_logprobs(hidden, output_weight(model), tokens, temperature)
+    return torch.zeros(completions.mask.shape, device=logps.device).masked_scatter(completions.mask, logps)
 
 
 def _group_hidden(model: QwenVL, prompts: Prompts, completions: Completions) -> Tensor:

@@ -75,7 +75,7 @@ def test_logps_of_sampled_tokens_are_those_of_the_packed_forward(
     completions = sample_groups(small_model, processor, mixed_prompts, 3, sampling, torch.Generator().manual_seed(0))
     with torch.no_grad():
         scored = completion_logprobs(small_model, mixed_prompts, completions, temperature=0.7)
-    torch.testing.assert_close(completions.logps, scored.logps, atol=1e-5, rtol=0)
+    torch.testing.assert_close(completions.logps, scored, atol=1e-5, rtol=0)
 
 
 def test_the_same_key_samples_the_same_and_another_key_something_else(

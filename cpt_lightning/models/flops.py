@@ -1,0 +1,205 @@
+"""Floating-point operations of Qwen2.5-VL, counted from its configuration: two for each multiply-add.
+
+Two counts are kept apart. *Executed* is what this code runs: a prompt and its image once per group, activations again
+under gradient checkpointing, no gradient of frozen weights. *Equivalent* is what the textbook step needs for the same
+result: every completion a sequence of its own, nothing computed twice. Norms, activations and softmax are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from cpt_lightning.types import Completions, Prompts
+
+if TYPE_CHECKING:
+    from cpt_lightning.models.qwen_vl import QwenVL
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations of a piece of work.
+
+    Args:
+        executed: What is run.
+        equivalent: What a naive computation of the same would run.
+    """
+
+    executed: float = 0.0
+    equivalent: float = 0.0
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.executed + other.executed, self.equivalent + other.equivalent)
+
+
+class FlopCounter:
+    """Counts for one model; what of it is trained and checkpointed is read when it is made.
+
+    Args:
+        model: The backbone.
+    """
+
+    def __init__(self, model: QwenVL) -> None:
+        self.text = model.config.text_config
+        self.vision = model.config.vision_config
+        self.text_passes = _Passes.of(model.model.language_model)
+        self.vision_passes = _Passes.of(model.model.visual)
+        # See functional/logprobs.py: with a trained output matrix the logits are computed twice.
+        self.logits_products = 4 if model.get_output_embeddings().weight.requires_grad else 2
+
+    # -- pieces of work --------------------------------------------------------------------------------------------
+
+    def sampled(self, prompts: Prompts, completions: Completions) -> Flops:
+        """Of sampling groups: a pass over the prompts, then token by token."""
+        executed = equivalent = 0.0
+        for length, image, group in self._groups(prompts, completions):
+            grown = sum(self._branch(length, tokens) + self._logits(tokens) for tokens in group)
+            executed += self._prompt(length) + image.forward + grown
+            equivalent += (self._branch(0, length + 1) + image.forward) * len(group) + grown
+        return Flops(executed, equivalent)
+
+    def scored(self, prompts: Prompts, completions: Completions, backward: bool = True) -> Flops:
+        """Of scoring completions and going back; ``prompts.state`` and ``image_features`` spare their forward pass."""
+        text, vision = (self.text_passes, self.vision_passes) if backward else (NO_BACKWARD, NO_BACKWARD)
+        runs_prompts = prompts.state is None
+        runs_images = runs_prompts and prompts.image_features is None
+        executed = equivalent = 0.0
+        for length, image, group in self._groups(prompts, completions):
+            executed += self._prompt(length) * (runs_prompts + text.backward)
+            executed += image.forward * runs_images + image.backward(vision)
+            executed += sum(self._branch(length, tokens) for tokens in group) * (1 + text.backward)
+            executed += self._logits(sum(group)) * (self.logits_products if backward else 1)
+            alone = sum(self._branch(0, length + tokens) + self._logits(tokens) for tokens in group)
+            equivalent += alone * (1 + text.without_checkpointing.backward)
+            equivalent += (image.forward + image.backward(vision.without_checkpointing)) * len(group)
+        return Flops(executed, equivalent)
+
+    def _groups(self, prompts: Prompts, completions: Completions) -> Iterator[tuple[int, _Images, list[int]]]:
+        """Of each group the tokens of its prompt, its images, and the tokens of its completions."""
+        tokens = completions.lengths.tolist()
+        size = len(tokens) // len(prompts)
+        groups = [tokens[start : start + size] for start in range(0, len(tokens), size)]
+        return zip(prompts.lengths.tolist(), self._images(prompts), groups, strict=True)
+
+    # -- parts of the model ----------------------------------------------------------------------------------------
+
+    def _prompt(self, tokens: int) -> float:
+        """A prompt's forward pass; in the last layer only its last token goes beyond keys and values."""
+        beyond = (self.text.num_hidden_layers - 1) * tokens + 1
+        keys = self.text.num_hidden_layers * tokens
+        pairs = (self.text.num_hidden_layers - 1) * tokens * (tokens + 1) / 2 + tokens
+        return keys * self._per_key + beyond * self._per_query + pairs * self._per_pair
+
+    def _branch(self, prompt: int, tokens: int) -> float:
+        """A completion's forward pass behind its prompt; its last token is no input."""
+        inputs = max(0, tokens - 1)
+        pairs = inputs * prompt + inputs * (inputs + 1) / 2
+        layers = self.text.num_hidden_layers
+        return layers * (inputs * (self._per_key + self._per_query) + pairs * self._per_pair)
+
+    @property
+    def _head_dim(self) -> int:
+        return self.text.hidden_size // self.text.num_attention_heads
+
+    @property
+    def _per_key(self) -> float:
+        """Projections to key and value, of a token in a layer."""
+        return 2 * self.text.hidden_size * 2 * self.text.num_key_value_heads * self._head_dim
+
+    @property
+    def _per_query(self) -> float:
+        """Projection to the query and back, and the MLP, of a token in a layer."""
+        return 2 * self.text.hidden_size * (2 * self.text.hidden_size + 3 * self.text.intermediate_size)
+
+    @property
+    def _per_pair(self) -> float:
+        """Score and weighted value, of a query and a key in a layer."""
+        return 4 * self.text.hidden_size
+
+    def _logits(self, tokens: int) -> float:
+        return 2 * tokens * self.text.hidden_size * self.text.vocab_size
+
+    def _images(self, prompts: Prompts) -> list[_Images]:
+        """Forward pass of the vision tower over each prompt's images."""
+        grids = iter([] if prompts.image_grid_thw is None else prompts.image_grid_thw.tolist())
+        return [
+            sum((self._image(*next(grids)) for _ in range(count)), _Images()) for count in prompts.images_per_prompt
+        ]
+
+    def _image(self, time: int, height: int, width: int) -> _Images:
+        vision, patches = self.vision, time * height * width
+        merged = vision.spatial_merge_size**2
+        patch_size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        per_patch = 2 * patch_size * vision.hidden_size
+        per_layer = 2 * vision.hidden_size * (4 * vision.hidden_size + 3 * vision.intermediate_size)
+        per_token = 2 * vision.hidden_size * merged * (vision.hidden_size * merged + vision.out_hidden_size)
+        num_full = len(vision.fullatt_block_indexes)
+        side = vision.window_size // vision.patch_size
+        pairs = num_full * time * (height * width) ** 2
+        pairs += (vision.depth - num_full) * time * _squares(height, side) * _squares(width, side)
+        blocks = patches * vision.depth * per_layer + 4 * vision.hidden_size * pairs
+        return _Images(patches * per_patch, blocks, patches / merged * per_token)
+
+
+@dataclass(frozen=True)
+class _Images:
+    """Forward of images: the embedding of patches, the blocks, the merger."""
+
+    embedding: float = 0.0
+    blocks: float = 0.0
+    merger: float = 0.0
+
+    def __add__(self, other: _Images) -> _Images:
+        return _Images(self.embedding + other.embedding, self.blocks + other.blocks, self.merger + other.merger)
+
+    @property
+    def forward(self) -> float:
+        return self.embedding + self.blocks + self.merger
+
+    def backward(self, passes: _Passes) -> float:
+        """Pixels want no gradient, and of the tower only the blocks are checkpointed."""
+        if not passes.backward:
+            return 0.0
+        share = passes.weight_gradient
+        return self.embedding * share + self.blocks * passes.backward + self.merger * (1 + share)
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """What a part's backward costs, in units of its forward.
+
+    Args:
+        weight_gradient: Share of its weights that are trained: these have a gradient to compute.
+        backward: All of backward: gradients of inputs and of weights, and the forward again if it is checkpointed.
+    """
+
+    weight_gradient: float
+    backward: float
+
+    @property
+    def without_checkpointing(self) -> _Passes:
+        """The same with nothing computed again."""
+        return _Passes(self.weight_gradient, 1 + self.weight_gradient if self.backward else 0.0)
+
+    @classmethod
+    def of(cls, part: nn.Module) -> _Passes:
+        parameters = list(part.named_parameters())
+        trained = sum(weight.numel() for _, weight in parameters if weight.requires_grad)
+        if not trained:
+            # A frozen tower of the image has nothing behind it that would want a gradient.
+            return cls(0.0, 0.0)
+        total = sum(weight.numel() for name, weight in parameters if "lora_" not in name)
+        share = min(1.0, trained / total)
+        is_checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in part.modules())
+        return cls(share, 1 + share + is_checkpointed)
+
+
+NO_BACKWARD = _Passes(0.0, 0.0)
+
+
+def _squares(length: int, side: int) -> int:
+    """Sum of the squared sizes of the windows that ``length`` patches are cut into."""
+    return length // side * side**2 + (length % side) ** 2

@@ -1,0 +1,80 @@
+"""What a step cost is counted by hand, and host memory stays flat."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cpt_lightning.models import Backbone
+from cpt_lightning.models.flops import Flops
+from cpt_lightning.modules import RFT, SFT
+from cpt_lightning.modules.accounting import StepAccount, host_rss, peak_flops_of
+from cpt_lightning.rollouts import Sampling
+from tests.training import fit, sgd, with_examples
+
+
+def test_shares_of_the_peak_are_operations_by_time(monkeypatch: pytest.MonkeyPatch):
+    """6e9 executed and 24e9 equivalent operations in 2 s at 30e9 a second: 10 % and 40 %."""
+    clock = iter([100.0, 102.0])
+    monkeypatch.setattr("cpt_lightning.modules.accounting.time.perf_counter", lambda: next(clock))
+    account = StepAccount(peak_flops=30e9)
+    account.start()
+    account.add_flops(Flops(5e9, 20e9))
+    account.add_flops(Flops(1e9, 4e9))
+    measured = account.end(torch.device("cpu"))
+    assert measured["time/step_s"] == 2.0
+    assert measured["perf/mfu"] == pytest.approx(0.1)
+    assert measured["perf/mfu_equivalent"] == pytest.approx(0.4)
+
+
+def test_a_step_goes_from_the_end_of_the_last_one_unless_training_paused(monkeypatch: pytest.MonkeyPatch):
+    """Ends at 2 and 5, so the second took 3, loading included; after a pause one from 9 to 10 takes 1."""
+    clock = iter([0.0, 2.0, 5.0, 9.0, 10.0])
+    monkeypatch.setattr("cpt_lightning.modules.accounting.time.perf_counter", lambda: next(clock))
+    account, seconds = StepAccount(), []
+    for pauses in (False, False, True):
+        if pauses:
+            account.pause()
+        account.start()
+        seconds.append(account.end(torch.device("cpu"))["time/step_s"])
+    assert seconds == [2.0, 3.0, 1.0]
+
+
+def test_an_unknown_device_has_no_peak_and_an_impossible_one_is_refused():
+    assert peak_flops_of(torch.device("cpu")) is None
+    with pytest.raises(ValueError, match="peak_flops=0 must be positive"):
+        StepAccount(peak_flops=0)
+
+
+@pytest.mark.parametrize("objective", [SFT, RFT])
+def test_a_step_logs_its_cost(small_folder, processor, mixed_prompts, objective):
+    """Tokens by hand: the prompts' and, for SFT, targets of 1 to 4 digits with their end: 2 + 3 + 4 + 5."""
+    batch = with_examples(mixed_prompts, processor)
+    module = objective(backbone=Backbone(small_folder), optimizer=sgd, peak_flops=1e12)
+    metrics = fit(module, [batch] * 2).callback_metrics
+    for name in ("time/step_s", "perf/tokens_per_s", "perf/mfu", "perf/mfu_equivalent", "perf/host_rss_gb"):
+        assert metrics[name] > 0, name
+    assert metrics["perf/mfu"] <= metrics["perf/mfu_equivalent"] * 1.5
+    if objective is SFT:
+        tokens = int(mixed_prompts.lengths.sum()) + 2 + 3 + 4 + 5
+        assert metrics["perf/tokens_per_s"] * metrics["time/step_s"] == pytest.approx(tokens, rel=1e-3)
+
+
+@pytest.mark.timeout(600)
+def test_host_memory_is_flat_over_500_steps(small_folder, processor, mixed_prompts):
+    """After 100 steps all buffers exist; 400 more GRPO steps may add 16 MB, where the pixels alone would be 200 MB."""
+    from lightning import Callback
+
+    class Memory(Callback):
+        def __init__(self) -> None:
+            self.rss: list[int] = []
+
+        def on_train_batch_end(self, *args) -> None:
+            self.rss.append(host_rss())
+
+    memory = Memory()
+    batch = with_examples(mixed_prompts.select([0, 1]), processor)
+    module = RFT(backbone=Backbone(small_folder), optimizer=sgd, group_size=2, sampling=Sampling(max_new_tokens=4))
+    fit(module, [batch] * 500, callbacks=[memory])
+    assert len(memory.rss) == 500
+    assert memory.rss[-1] - memory.rss[99] < 16e6, [round(rss / 1e6) for rss in memory.rss[::50]]
