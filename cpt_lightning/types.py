@@ -68,8 +68,11 @@ class PromptState:
 
     def select(self, index: Tensor, padding: int) -> PromptState:
         """Of the given prompts, without the first ``padding`` columns."""
-        keys, values = ([layer[index, :, padding:] for layer in layers] for layers in (self.keys, self.values))
-        return PromptState(keys, values, self.hidden[index], self.next_position[index])
+        # index_select: the backward of advanced indexing adds up element by element on the CPU.
+        keys, values = (
+            [layer.index_select(0, index)[:, :, padding:] for layer in layers] for layers in (self.keys, self.values)
+        )
+        return PromptState(keys, values, self.hidden.index_select(0, index), self.next_position[index])
 
 
 @dataclass

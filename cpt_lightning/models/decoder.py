@@ -44,8 +44,9 @@ class PatternLayer(Qwen2_5_VLDecoderLayer):
         if wanted is None:
             heads = self._attend(pattern, inputs, inputs, angles, angles)
         else:
-            heads = self._attend(pattern, inputs[:, wanted], inputs, tuple(x[:, wanted] for x in angles), angles)
-            hidden_states = hidden_states[:, wanted]
+            asking = (inputs.index_select(1, wanted), tuple(x[:, wanted] for x in angles))
+            heads = self._attend(pattern, asking[0], inputs, asking[1], angles)
+            hidden_states = hidden_states.index_select(1, wanted)
         hidden_states = hidden_states + self.self_attn.o_proj(heads)
         return hidden_states + self.mlp(_normalized(hidden_states, self.post_attention_layernorm))
 

@@ -1,9 +1,15 @@
 """Completion text -> parsed answer -> score."""
 
-from cpt_lightning.rewards.answers import extract_answer, normalize_text
-from cpt_lightning.rewards.rewards import Reward, RewardPart, grade, has_format, permutation_hits, score
+from cpt_lightning.rewards.answers import extract_answer
+from cpt_lightning.rewards.formats import has_format
+from cpt_lightning.rewards.grading import grade, permutation_hits
+from cpt_lightning.rewards.lengths import OverlongPenalty
+from cpt_lightning.rewards.letters import with_option_text
+from cpt_lightning.rewards.normalization import normalize_text
+from cpt_lightning.rewards.rewards import Reward, RewardPart, score
 
 __all__ = [
+    "OverlongPenalty",
     "Reward",
     "RewardPart",
     "extract_answer",
@@ -12,4 +18,5 @@ __all__ = [
     "normalize_text",
     "permutation_hits",
     "score",
+    "with_option_text",
 ]

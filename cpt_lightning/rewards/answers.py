@@ -1,4 +1,4 @@
-"""Completion text -> the answer it gives, and the normal form in which answers are compared.
+"""Completion text -> the answer it gives.
 
 Everything here runs in time linear in its input: completions are whatever a policy under training writes.
 """
@@ -6,22 +6,12 @@ Everything here runs in time linear in its input: completions are whatever a pol
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 _BRACES = re.compile(r"\\boxed\s*\{|\\[{}\\]|[{}]")
 _THINK_TAG = re.compile(r"<(/?)think>", re.IGNORECASE)
 _ANSWER_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 _LEAD_IN = re.compile(r"\banswer\s*(?:is|:|=)(?:\s*:)?\s*", re.IGNORECASE)
-
-_TO_TWENTY = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty"
-)
-_NUMBER_WORDS = {"none": "0"} | {word: str(number) for number, word in enumerate(_TO_TWENTY.split())}
-_ARTICLES = {"a", "an", "the"}
-_QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2212": "-", "\u2013": "-"})
-_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-_PERIOD = re.compile(r"\.(?!\d)")
-_PUNCTUATION = re.compile(r"(?<!\d)[:/]|[:/](?!\d)|(?<=\w)-|-(?![\d.])|[;\[\]\"{}()=+\\_<>@`,?!*|~]")
 _WRAPPED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|bm|mbox)\s*\{([^{}]*)\}")
 _FORMULA = re.compile(r"\$([^$]*)\$")
 _MARKS = re.compile(r"\\[()\[\]]|\*\*|\$(?!\d)")
@@ -99,6 +89,20 @@ def after_lead_in(answer: str) -> str | None:
     return answer[lead_ins[-1].end() :].strip() if lead_ins else None
 
 
+def readings(answer: str) -> Iterator[str]:
+    """The ways to read an answer: as a whole, and what follows "the answer is", to its end and to that of its line.
+
+    >>> list(readings("The answer is red."))
+    ['The answer is red.', 'red.']
+    """
+    stated = after_lead_in(answer)
+    yield answer
+    if stated:
+        yield stated
+        if "\n" in stated:
+            yield stated.split("\n", 1)[0]
+
+
 def without_markup(answer: str) -> str:
     r"""The answer without the marks of bold type, formulas and ``\text{}`` around its words.
 
@@ -106,32 +110,3 @@ def without_markup(answer: str) -> str:
     'blue'
     """
     return _MARKS.sub("", _FORMULA.sub(r"\1", _WRAPPED.sub(r"\1", answer))).strip()
-
-
-def without_thousands_commas(text: str) -> str:
-    """``1,234,567`` as ``1234567``; other commas stay."""
-    return _THOUSANDS.sub("", text.replace("{,}", ","))
-
-
-def normalize_text(text: str) -> str:
-    """The form in which two short answers that mean the same are equal, as the VQA evaluation has it.
-
-    Lower case, without articles and punctuation, number words as digits, contractions without their apostrophe. Unlike
-    the VQA code a leading minus and a colon or slash between digits stay, so that -5 is not 5 and 10:35 is a time.
-    An answer that consists of nothing else keeps its articles and punctuation.
-
-    >>> normalize_text("  The T-shirt isn't Red. ")
-    't shirt isnt red'
-    >>> normalize_text("Two, 1,000 or -5.5?")
-    '2 1000 or -5.5'
-    """
-    lowered = " ".join(text.translate(_QUOTES).lower().split())
-    plain = _PERIOD.sub("", without_thousands_commas(lowered).replace("'", ""))
-    words = _PUNCTUATION.sub(" ", plain).split()
-    kept = [_NUMBER_WORDS.get(word, word) for word in words if word not in _ARTICLES]
-    return " ".join(kept or words) or lowered
-
-
-def number_of_word(word: str) -> str | None:
-    """The digits of a number word up to twenty, or ``None``."""
-    return _NUMBER_WORDS.get(word.lower())

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Literal, get_args
 
-from cpt_lightning.rewards.answers import after_lead_in, extract_answer, normalize_text, without_markup
-from cpt_lightning.rewards.numbers import Number, find_number, parse_number, spelled_plainly
+from cpt_lightning.rewards.answers import after_lead_in, extract_answer, readings, without_markup
+from cpt_lightning.rewards.formulas import characters, grade_formula, is_formula
+from cpt_lightning.rewards.letters import grade_letter
+from cpt_lightning.rewards.normalization import is_unanswerable, normalize_text
+from cpt_lightning.rewards.numbers import TOLERANCE, Number, find_number, parse_number
 from cpt_lightning.types import Gold
 
-Kind = Literal["exact", "text", "letter", "number", "math", "yes_no", "vqa", "permutation", "permutation_hits"]
+Kind = Literal[
+    "exact", "text", "letter", "number", "math", "yes_no", "short_answer", "vqa", "relaxed", "permutation",
+    "permutation_hits",
+]  # fmt: skip
 KINDS: tuple[str, ...] = get_args(Kind)
 MAX_ANSWER_LENGTH = 2000
 """Characters; of a longer answer (a whole reply without box or tags) only the end is read, where conclusions stand."""
+RELAXED_TOLERANCE = 0.05
 
-_LONE_LETTER = re.compile(r"[(\[]?\s*([A-Za-z])\s*[)\]]?[.:]?")
-_LETTER_FIRST = re.compile(r"(?:[(\[]([A-Za-z])[)\]]|([A-Z])[.):])(?:\s|$)")
-_NAMED_LETTER = re.compile(r"\b(?:[Oo]ption|[Cc]hoice)\s+[(\[]?([A-Z])\b")
-_BRACKETED_LETTER = re.compile(r"[(\[]([A-Za-z])[)\]]")
-_STANDING_LETTER = re.compile(r"(?<![\w'])(?!A\s+(?!or\b|and\b|is\b)[a-z]|I\b(?!\s*$))([A-Z])(?![\w'])")
-_POLARITY = re.compile(r"\b(yes|no|true|false)\b", re.IGNORECASE)
-_LEADING_POLARITY = re.compile(r"\W*(yes|no|true|false)\b\s*(?:[,.;:!-]|$)", re.IGNORECASE)
-_WORDS_ONLY = re.compile(r"[^\W\d_][^\W\d_'\s-]*(?:[\s'-]+[^\W\d_]+)*")
+_NO = r"no(?=\s*(?:[,.;:!-]|$|\s+(?:there|it|this|that|they|he|she|the)\b))"  # as an answer, unlike in "no tissue"
+_TRUE = r"(?<!not )(?<!n't )true"
+_POLARITY = re.compile(rf"\b(?:(yes|{_TRUE})|false|{_NO}|(?:is|are|was|were) no)\b", re.IGNORECASE)
+_LEADING_POLARITY = re.compile(rf"\W*(?:(yes|true)\b\s*(?:[,.;:!-]|$)|false\b\s*(?:[,.;:!-]|$)|{_NO})", re.IGNORECASE)
+_LONE_POLARITY = re.compile(r"\W*(?:(yes|true)|no|false)\W*", re.IGNORECASE)
 _INTEGER = re.compile(r"\d+")
 
 
@@ -33,15 +37,19 @@ def grade(completion: str, gold: Gold, kind: str) -> float:
     tagged, bare, or after "the answer is". Of several reference answers any will do, except where said.
 
     - ``exact``: the same characters.
-    - ``text``: equal after :func:`~cpt_lightning.rewards.answers.normalize_text`.
-    - ``letter``: the same option letter, as "B", "(b)", "B. Juneau", "Option B" or "the answer is (B)". Reference
-      answers beside the letter are option texts: ``["B", "Juneau"]`` accepts both.
+    - ``text``: equal after :func:`~cpt_lightning.rewards.normalization.normalize_text`.
+    - ``letter``: the same option letter, as "B", "(b)", "B. Juneau", "Option B" or "the answer is (B)"; or the option's
+      text where the reference has it, as "B. Juneau" or ``["B", "Juneau"]``.
     - ``number``: the same number (whole numbers exactly, others to 1e-4, percent and units allowed), also as the only
       number of a sentence; ``text`` where the reference is no number.
-    - ``math``: the same formula but for spelling, or the same value; ``text`` where the reference is words.
+    - ``math``: the same formula but for spelling, the same value, or equal by algebra; ``text`` where the reference is
+      words.
     - ``yes_no``: the same polarity (true and false are yes and no); ``text`` where the reference is neither.
+    - ``short_answer``: what VQA sets mix, by the reference: ``yes_no`` for a mere yes or no, ``number``, "unanswerable"
+      in any of the usual ways, else ``text``.
     - ``vqa``: soft accuracy over all human answers, min(matches / 3, 1) averaged over leaving one answer out (Antol et
       al. 2015; with n < 4 answers, n - 1 stands for the 3; one answer must be matched).
+    - ``relaxed``: a number within 5 % (ChartQA, Masry et al. 2022); ``text`` where the reference is no number.
     - ``permutation``: 1 if every index is right (R_acc of arXiv 2506.23508).
     - ``permutation_hits``: fraction of right indices (R_hit there); 0 for a sequence of another length.
 
@@ -68,120 +76,69 @@ def permutation_hits(completion: str, gold: Gold) -> float:
     return grade(completion, gold, "permutation_hits")
 
 
-def _readings(answer: str) -> Iterator[str]:
-    """The answer itself, its first line and its last, and what follows "the answer is"."""
-    yield answer
-    stated = after_lead_in(answer)
-    if stated:
-        yield stated
-        yield stated.split("\n", 1)[0]
+def _any_of(grade_one: Callable[[str, str], float]) -> Callable[[str, list[str]], float]:
+    """The best grade over several reference answers."""
+    return lambda answer, golds: max(grade_one(answer, gold) for gold in golds)
 
 
-def _text(answer: str, golds: list[str]) -> float:
-    wanted = {normalize_text(without_markup(gold)) for gold in golds}
-    return float(any(normalize_text(reading) in wanted for reading in _readings(answer) if reading))
+def _text(answer: str, gold: str) -> float:
+    wanted = normalize_text(without_markup(gold))
+    return float(any(normalize_text(reading) == wanted for reading in readings(answer) if reading))
 
 
-def _letter(answer: str, golds: list[str]) -> float:
-    letters = {letter for gold in golds if (letter := _lone_letter(gold))}
-    if not letters:
-        raise ValueError(f"reference answer {golds!r} has no option letter; kind 'letter' needs one such as 'B'")
-    texts = [gold for gold in golds if not _lone_letter(gold)]
-    return float(find_letter(answer) in letters or bool(texts and _text(answer, texts)))
+def _number(answer: str, gold: str, tolerance: float = TOLERANCE) -> float:
+    number = parse_number(gold)
+    if number is None:
+        return _text(answer, gold)
+    given = _stated_number(answer)
+    return float(given is not None and given.equals(number, tolerance))
 
 
-def _lone_letter(text: str) -> str | None:
-    match = _LONE_LETTER.fullmatch(text.strip())
-    return match[1].upper() if match else None
+def _relaxed(answer: str, gold: str) -> float:
+    return _number(answer, gold, RELAXED_TOLERANCE)
 
 
-def find_letter(answer: str) -> str | None:
-    """The one option letter that an answer gives, upper case, or ``None``.
-
-    >>> [find_letter(text) for text in ("b", "(C) a dog", "It must be option D.", "A dog", "A or B", "not A, but B")]
-    ['B', 'C', 'D', None, None, None]
-    """
-    for reading in reversed(list(_readings(answer))):
-        letters = _letters(reading)
-        if letters:
-            return letters.pop() if len(letters) == 1 else None
-    return None
-
-
-def _letters(text: str) -> set[str]:
-    """The option letters that a text gives, by the plainest sign of one that there is."""
-    lone, first = _lone_letter(text), _LETTER_FIRST.match(text)
-    if lone or first:
-        return {lone or (first[1] or first[2]).upper()}  # type: ignore[index]  # one of the two matched
-    for pattern in (_NAMED_LETTER, _BRACKETED_LETTER, _STANDING_LETTER):
-        letters = {letter.upper() for letter in pattern.findall(text)}
-        if letters:
-            return letters
-    return set()
-
-
-def _number(answer: str, golds: list[str]) -> float:
-    numbers = [number for gold in golds if (number := parse_number(gold))]
-    given = _first_number(answer) if numbers else None
-    if given is not None and any(given.equals(number) for number in numbers):
-        return 1.0
-    texts = [gold for gold in golds if parse_number(gold) is None]
-    return _text(answer, texts) if texts else 0.0
-
-
-def _first_number(answer: str) -> Number | None:
-    for reading in reversed(list(_readings(answer))):
+def _stated_number(answer: str) -> Number | None:
+    for reading in reversed(list(readings(answer))):
         number = parse_number(reading) or find_number(reading)
         if number is not None:
             return number
     return None
 
 
-def _math(answer: str, golds: list[str]) -> float:
-    return max(_math_equal(answer, gold) for gold in golds)
+def _math(answer: str, gold: str) -> float:
+    if not is_formula(gold):
+        return _text(answer, gold) or float(characters(answer) == characters(gold))  # Geometry3K has "A D and B E"
+    return grade_formula(answer, gold) or float(gold.isalpha() and _text(answer, gold))  # "no" is a word, and n times o
 
 
-def _math_equal(answer: str, gold: str) -> float:
-    if _WORDS_ONLY.fullmatch(gold.strip()):
-        return _text(answer, [gold])
-    wanted, value = _formula(gold), parse_number(_right_side(gold))
-    for reading in _readings(answer):
-        if _formula(reading) == wanted or _formula(_right_side(reading)) == wanted:
-            return 1.0
-        given = parse_number(_right_side(reading))
-        if value and given and value.equals(given):
-            return 1.0
-    return 0.0
-
-
-def _right_side(formula: str) -> str:
-    return formula.rsplit("=", 1)[-1].rsplit(" is ", 1)[-1]
-
-
-def _formula(text: str) -> str:
-    """A formula's characters without what does not change it: spaces, a full stop, braces around one character."""
-    plain = "".join(spelled_plainly(text).rstrip(". ").split())
-    return re.sub(r"\{(\w)\}", r"\1", plain)
-
-
-def _yes_no(answer: str, golds: list[str]) -> float:
-    polarities = {polarity for gold in golds if (polarity := _polarity(gold)) is not None}
-    given = next((p for reading in _readings(answer) if (p := _polarity(reading)) is not None), None)
-    texts = [gold for gold in golds if _polarity(gold) is None]
-    return float(given in polarities if polarities else False) or (_text(answer, texts) if texts else 0.0)
+def _yes_no(answer: str, gold: str) -> float:
+    wanted = _LEADING_POLARITY.match(gold)
+    if wanted is None:
+        return _text(answer, gold)
+    given = next((polarity for reading in readings(answer) if (polarity := _polarity(reading)) is not None), None)
+    return float(given == bool(wanted[1]))
 
 
 def _polarity(text: str) -> bool | None:
-    """Yes or no, as the text's first word set off by punctuation or as the only one of the two that it holds."""
+    """Yes or no, as the text's first word set off by punctuation or as the only one of the two that it says."""
     leading = _LEADING_POLARITY.match(text)
-    words = [leading[1]] if leading else _POLARITY.findall(text)
-    polarities = {word.lower() in ("yes", "true") for word in words}
+    found = [leading] if leading else _POLARITY.finditer(text)
+    polarities = {bool(match[1]) for match in found}
     return polarities.pop() if len(polarities) == 1 else None
+
+
+def _short_answer(answer: str, gold: str) -> float:
+    if _LONE_POLARITY.fullmatch(gold):  # not "Yes, the bus": "Yes, the car" is another answer
+        return _yes_no(answer, gold)
+    if is_unanswerable(gold):
+        return float(any(is_unanswerable(reading) for reading in readings(answer)))
+    return _text(answer, gold) if ":" in gold else _number(answer, gold)  # 4:23 is a time, and not 8:46
 
 
 def _vqa(answer: str, golds: list[str]) -> float:
     answers = [normalize_text(without_markup(gold)) for gold in golds]
-    return max(_soft_accuracy(normalize_text(reading), answers) for reading in _readings(answer))
+    return max(_soft_accuracy(normalize_text(reading), answers) for reading in readings(answer))
 
 
 def _soft_accuracy(answer: str, golds: list[str]) -> float:
@@ -193,15 +150,11 @@ def _soft_accuracy(answer: str, golds: list[str]) -> float:
     return sum(min(1.0, others / enough) for others in left_out) / len(golds)
 
 
-def _permutation(answer: str, golds: list[str]) -> float:
-    return float(_permutation_hits(answer, golds) == 1.0)
+def _permutation(answer: str, gold: str) -> float:
+    return float(_permutation_hits(answer, gold) == 1.0)
 
 
-def _permutation_hits(answer: str, golds: list[str]) -> float:
-    return max(_hits(answer, gold) for gold in golds)
-
-
-def _hits(answer: str, gold: str) -> float:
+def _permutation_hits(answer: str, gold: str) -> float:
     wanted = [int(index) for index in _INTEGER.findall(gold)]
     if not wanted:
         raise ValueError(f"reference answer {gold!r} has no indices; kind 'permutation' needs some such as '2, 1, 3'")
@@ -214,12 +167,14 @@ def _hits(answer: str, gold: str) -> float:
 
 
 _GRADERS: dict[str, Callable[[str, list[str]], float]] = {
-    "text": _text,
-    "letter": _letter,
-    "number": _number,
-    "math": _math,
-    "yes_no": _yes_no,
+    "text": _any_of(_text),
+    "letter": grade_letter,
+    "number": _any_of(_number),
+    "math": _any_of(_math),
+    "yes_no": _any_of(_yes_no),
+    "short_answer": _any_of(_short_answer),
     "vqa": _vqa,
-    "permutation": _permutation,
-    "permutation_hits": _permutation_hits,
+    "relaxed": _any_of(_relaxed),
+    "permutation": _any_of(_permutation),
+    "permutation_hits": _any_of(_permutation_hits),
 }

@@ -3,50 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
 
-from cpt_lightning.rewards.answers import last_boxed
-from cpt_lightning.rewards.grading import KINDS, Kind, grade, permutation_hits
+from cpt_lightning.rewards.formats import FORMAT_STYLES, FormatStyle, has_format
+from cpt_lightning.rewards.grading import KINDS, Kind, grade
+from cpt_lightning.rewards.lengths import OverlongPenalty
 from cpt_lightning.types import Example, Gold
-
-__all__ = ["KINDS", "Reward", "RewardPart", "grade", "has_format", "permutation_hits", "score"]
-
-FormatStyle = Literal["none", "think_answer", "think_boxed"]
-FORMAT_STYLES: tuple[str, ...] = get_args(FormatStyle)
-
-_TAG = re.compile(r"</?(?:think|answer)>")
-
-
-def has_format(completion: str, style: str) -> bool:
-    r"""Whether the completion keeps to the style: exactly, with nothing repeated.
-
-    ``think_answer``: ``<think>..</think><answer>..</answer>`` with only white space around and between (arXiv
-    2506.23508). ``think_boxed``: a think block, then a reply that holds a ``\boxed{}`` (arXiv 2507.05386). The answer
-    must not be blank. ``none``: every completion does.
-
-    Raises:
-        ValueError: Unknown style.
-
-    >>> has_format("<think>round</think><answer>circle</answer>", "think_answer")
-    True
-    """
-    if style not in FORMAT_STYLES:
-        raise ValueError(f"format {style!r} is unknown; there are {', '.join(FORMAT_STYLES)}")
-    if style == "none":
-        return True
-    text = completion.strip()
-    tags = _TAG.findall(text)
-    if not text.startswith("<think>"):
-        return False
-    if style == "think_boxed":
-        return tags == ["<think>", "</think>"] and bool((last_boxed(text.split("</think>")[1]) or "").strip())
-    if tags != ["<think>", "</think>", "<answer>", "</answer>"] or not text.endswith("</answer>"):
-        return False
-    between, _, rest = text.split("</think>")[1].partition("<answer>")
-    return not between.strip() and bool(rest.removesuffix("</answer>").strip())
 
 
 @dataclass
@@ -71,8 +34,8 @@ class Reward:
     answer is right, in any style.
 
     Args:
-        kind: How answers are compared: ``text``, ``exact``, ``letter``, ``number``, ``math``, ``yes_no``, ``vqa``,
-            ``permutation`` or ``permutation_hits``.
+        kind: How answers are compared: ``text``, ``exact``, ``letter``, ``number``, ``math``, ``yes_no``,
+            ``short_answer``, ``vqa``, ``relaxed``, ``permutation`` or ``permutation_hits``.
         format: Style that is rewarded: ``none``, ``think_answer`` or ``think_boxed``.
         accuracy_weight: Weight of the accuracy, where there is a format.
         format_weight: Weight of the format, where there is one.
@@ -98,7 +61,7 @@ class Reward:
             raise ValueError(f"reward format {self.format!r} is unknown; there are {', '.join(FORMAT_STYLES)}")
         if self.format == "none" and self.accuracy_needs_format:
             raise ValueError("accuracy_needs_format needs a format; set it to think_answer or think_boxed")
-        taken = {"total", "accuracy", "format"} & set(self.extra)
+        taken = {"total", "accuracy", "format", "overlong"} & set(self.extra)
         if taken:
             raise ValueError(f"extra reward part {min(taken)!r} has the name of a part of its own; rename it")
         weights = {"accuracy_weight": self.accuracy_weight, "format_weight": self.format_weight}
@@ -129,21 +92,35 @@ class Reward:
         return parts
 
 
-def score(completions: Sequence[str], examples: Sequence[Example]) -> list[dict[str, float]]:
+def score(
+    completions: Sequence[str],
+    examples: Sequence[Example],
+    overlong: OverlongPenalty | None = None,
+    num_tokens: Sequence[int] = (),
+) -> list[dict[str, float]]:
     """What each completion earns from its example's reward.
 
     Args:
         completions: N texts; with N = B * G those of one example stand together.
         examples: The B rows they answer.
+        overlong: Adds its part ``overlong`` to every total.
+        num_tokens: N lengths, which it needs.
 
     Raises:
         RuntimeError: A reward raised, or gave no finite ``total``; the message names the task and the row.
-        ValueError: N is not a multiple of B.
+        ValueError: N is not a multiple of B, or a penalty comes without N lengths.
     """
     if bool(completions) != bool(examples) or (examples and len(completions) % len(examples)):
         raise ValueError(f"{len(completions)} completions cannot be shared out among {len(examples)} examples")
+    if overlong and len(num_tokens) != len(completions):
+        raise ValueError(f"{len(num_tokens)} lengths for {len(completions)} completions; a penalty needs all")
     group_size = len(completions) // max(1, len(examples))
-    return [_score(text, examples[index // group_size]) for index, text in enumerate(completions)]
+    scores = [_score(text, examples[index // group_size]) for index, text in enumerate(completions)]
+    if overlong:
+        for parts, length in zip(scores, num_tokens, strict=True):
+            parts["overlong"] = overlong(int(length))
+            parts["total"] += parts["overlong"]
+    return scores
 
 
 def _score(completion: str, example: Example) -> dict[str, float]:

@@ -138,10 +138,10 @@ class _Ragged:
 
     def pad(self, row: Tensor) -> Tensor:
         """``[G, heads, T, D]`` of ``[heads, C, D]``."""
-        padded = row if self._places is None else row[:, self._places]
+        padded = row if self._places is None else row.index_select(1, self._places)
         return padded.unflatten(1, (-1, self.longest)).transpose(0, 1)
 
     def unpad(self, padded: Tensor) -> Tensor:
         """``[heads, C, D]`` of ``[G, heads, T, D]``."""
         row = padded.transpose(0, 1).flatten(1, 2)
-        return row if self._places is None else row[:, self._kept]
+        return row if self._places is None else row.index_select(1, self._kept)

@@ -64,9 +64,9 @@ def _group_hidden(model: QwenVL, prompts: Prompts, completions: Completions) -> 
     branches = GroupBranches(state, prompts.lengths, completions.mask)
     ids = completions.ids[completions.mask][branches.is_input]
     if not len(ids):  # every completion is a single token
-        return state.hidden[branches.sources]
+        return state.hidden.index_select(0, branches.sources)
     hidden = hidden_states(model, embed(model, ids[None]), branches.positions, branches)[0]
-    return torch.cat([state.hidden, hidden])[branches.sources]
+    return torch.cat([state.hidden, hidden]).index_select(0, branches.sources)
 
 
 def _single_hidden(model: QwenVL, prompts: Prompts, completions: Completions) -> Tensor:

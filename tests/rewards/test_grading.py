@@ -1,0 +1,118 @@
+"""Grading answers as models write them, kind by kind."""
+
+import pytest
+
+from cpt_lightning.rewards import grade
+from cpt_lightning.rewards.grading import KINDS
+
+GOLDS = {"letter": "B", "permutation": "2, 1", "permutation_hits": "2, 1", "number": "5", "math": "5", "yes_no": "yes"}
+
+
+@pytest.mark.parametrize(
+    "completion, gold, kind, right",
+    [
+        # yes_no
+        *[
+            (said, "yes", "yes_no", 1)
+            for said in (
+                "yes",
+                "Yes.",
+                "YES, there is a dog",
+                "True",
+                "The answer is yes",
+                "It is true",
+                "So, yes, it is",
+            )
+        ],
+        *[
+            (said, "yes", "yes_no", 0)
+            for said in ("no", "yes or no", "maybe", "", "nowhere", "yesterday", "False", "It is not true")
+        ],
+        *[
+            (said, "no", "yes_no", 1)
+            for said in (
+                "No, there is not.",
+                "No there is not",
+                "There is no dog.",
+                "there are no dogs",
+                "The answer is no.",
+            )
+        ],
+        *[(said, "no", "yes_no", 0) for said in ("yes", "no tissue recognizable", "not", "none", "know")],
+        ("No.", "No, it is not", "yes_no", 1),
+        ("no", "view with no tissue recognizable", "yes_no", 0),  # a phrase, not a polarity
+        ("Thymus.", "thymus", "yes_no", 1),
+        # short_answer: by what the reference is
+        *[(said, "Yes", "short_answer", 1) for said in ("yes", "Yes, the bus", "True")],
+        *[(said, "Yes, the bus", "short_answer", right) for said, right in (("yes, the bus.", 1), ("Yes", 0))],
+        ("Yes, the car", "Yes, the bus", "short_answer", 0),
+        *[(said, "3", "short_answer", 1) for said in ("3", "Three", "There are 3 of them.", "three red cars")],
+        *[(said, "3", "short_answer", 0) for said in ("13", "3 or 4", "no")],
+        *[
+            (said, "unanswerable", "short_answer", 1)
+            for said in ("Unanswerable.", "It cannot be determined", "unknown")
+        ],
+        *[(said, "unanswerable", "short_answer", 0) for said in ("no", "red", "an unknown man")],
+        ("unanswerable", "red", "short_answer", 0),
+        *[(said, "4:23", "short_answer", right) for said, right in (("4:23", 1), ("8:46", 0), ("0.174", 0))],
+        *[(said, "A purple car", "short_answer", right) for said, right in (("purple car.", 1), ("car", 0))],
+        ("5", ["unanswerable", "5"], "short_answer", 1),
+        # text, exact, permutation
+        ("A Red circle.", "red circle", "text", 1),
+        ("The answer is red.", "red", "text", 1),
+        ("green", ["red", "Green"], "text", 1),
+        ("red circle", "red", "text", 0),
+        ("1", "01", "text", 0),
+        ("", "red", "text", 0),
+        ("<answer>Red</answer>", "Red", "exact", 1),
+        ("red", "Red", "exact", 0),
+        *[
+            (said, "3, 1, 2", "permutation", 1)
+            for said in ("3, 1, 2", "[3,1,2]", "312", "3 1 2", "The order is: 3 1 2.")
+        ],
+        *[(said, "3, 1, 2", "permutation", 0) for said in ("3, 2, 1", "3, 1", "3, 1, 2, 4", "", "9" * 5000, "none")],
+        ("3, 2, 1", "3, 1, 2", "permutation_hits", 1 / 3),
+        ("3, 1", "3, 1, 2", "permutation_hits", 0),
+        ("3, 1, 2", "3, 1, 2", "permutation_hits", 1),
+    ],
+)
+def test_answers_are_graded_as_a_person_would(completion, gold, kind, right):
+    assert grade(completion, gold, kind) == pytest.approx(right)
+
+
+@pytest.mark.parametrize("matches, accuracy", [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
+def test_vqa_accuracy_of_ten_answers_averages_over_leaving_one_out(matches, accuracy):
+    """With m of 10 matching: m subsets keep m - 1 of them, 10 - m keep m; m = 3: (3 * 2/3 + 7 * 1) / 10 = 0.9."""
+    golds = ["The cat"] * matches + ["dog"] * (10 - matches)
+    assert grade("cat.", golds, "vqa") == pytest.approx(accuracy)
+
+
+def test_vqa_accuracy_of_a_few_answers_needs_no_three_matches():
+    """One answer must be matched; of two, one other person is enough: (0/1 + 1/1) / 2."""
+    assert grade("cat", "cat", "vqa") == grade("cat", ["cat"], "vqa") == 1
+    assert grade("cat", ["cat", "dog"], "vqa") == pytest.approx(0.5)
+    assert grade("cat", ["cat", "cat"], "vqa") == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reference_answer_is_right_in_every_style(kind):
+    gold = GOLDS.get(kind, "red")
+    styles = ["{}", " {}\n", "<think>7 C no</think><answer>{}</answer>", "<think>7 C no</think>\\boxed{{{}}}"]
+    for style in styles:
+        assert grade(style.format(gold), gold, kind) == 1, style
+
+
+@pytest.mark.parametrize(
+    "gold, kind, message",
+    [
+        ("red", "letter", "no option letter"),
+        ("red", "permutation", "no indices"),
+        ("", "text", "empty"),
+        ([], "vqa", "empty"),
+        (["red", " "], "text", "empty"),
+        ("red", "colour", "there are exact, text"),
+    ],
+)
+def test_a_reference_that_does_not_suit_its_kind_is_refused(gold, kind, message):
+    with pytest.raises(ValueError, match=message):
+        grade("red", gold, kind)
