@@ -101,7 +101,9 @@ def _window_attention(
     for size in sizes:
         # [windows, size] places of the tokens of all windows of this size
         place = cu_seq_lens_q[:-1][lengths == size, None] + torch.arange(size, device=lengths.device)
-        q, k, v = (_cut(x, size) if len(sizes) == 1 else x[0, :, place].transpose(0, 1) for x in (query, key, value))
+        # index_select: the backward of advanced indexing adds up element by element on the CPU.
+        rows = (x if len(sizes) == 1 else x.index_select(2, place.flatten()) for x in (query, key, value))
+        q, k, v = (_cut(row, size) for row in rows)
         outputs.append(attention(q, k, v).transpose(1, 2).flatten(0, 1))
         places.append(place.flatten())
     if len(sizes) == 1:
