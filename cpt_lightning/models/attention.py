@@ -7,18 +7,11 @@ only. Here every decoder layer hands its queries, keys and values to a pattern, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as attention
-from transformers import AttentionInterface
-
-if TYPE_CHECKING:
-    from cpt_lightning.models.qwen_vl import QwenVL
-
-WINDOWS = "windows_like_flash"
-"""Attention of the vision tower. With "flash" in its name transformers hands over all windows at once."""
 
 
 class Pattern(Protocol):
@@ -78,43 +71,3 @@ def _later(num_queries: int, num_keys: int, like: Tensor) -> Tensor:
     return torch.full((num_queries, num_keys), -torch.inf, dtype=like.dtype, device=like.device).triu(
         num_keys - num_queries + 1
     )
-
-
-def use_window_attention(model: QwenVL) -> None:
-    """Makes the vision tower attend within all its windows at once."""
-    model.model.visual.config._attn_implementation = WINDOWS
-
-
-def _window_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: None,
-    cu_seq_lens_q: Tensor,
-    **kwargs,
-) -> tuple[Tensor, None]:
-    """Full attention within each window ``cu[i]:cu[i + 1]`` of the only row; windows of one size are one batch."""
-    lengths = cu_seq_lens_q.diff()
-    sizes = lengths.unique().tolist()
-    outputs, places = [], []
-    for size in sizes:
-        # [windows, size] places of the tokens of all windows of this size
-        place = cu_seq_lens_q[:-1][lengths == size, None] + torch.arange(size, device=lengths.device)
-        # index_select: the backward of advanced indexing adds up element by element on the CPU.
-        rows = (x if len(sizes) == 1 else x.index_select(2, place.flatten()) for x in (query, key, value))
-        q, k, v = (_cut(row, size) for row in rows)
-        outputs.append(attention(q, k, v).transpose(1, 2).flatten(0, 1))
-        places.append(place.flatten())
-    if len(sizes) == 1:
-        return outputs[0].unsqueeze(0), None
-    output = torch.cat(outputs)
-    return output.new_empty(output.shape).index_copy(0, torch.cat(places), output).unsqueeze(0), None
-
-
-def _cut(row: Tensor, size: int) -> Tensor:
-    """``[windows, heads, size, D]`` from ``[1, heads, windows * size, D]``."""
-    return row[0].unflatten(1, (-1, size)).transpose(0, 1)
-
-
-AttentionInterface.register(WINDOWS, _window_attention)

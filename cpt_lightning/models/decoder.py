@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn.functional import rms_norm
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer, Qwen2_5_VLRMSNorm
+from torch import Tensor, nn
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
 
 from cpt_lightning.models.attention import Pattern
+from cpt_lightning.models.norms import use_fast_norms
 
 if TYPE_CHECKING:
     from cpt_lightning.models.qwen_vl import QwenVL
+
+FEW_TOKENS = 128
+"""Up to so many the weights are the long side of a product."""
 
 
 def use_patterns(model: QwenVL) -> None:
@@ -22,6 +24,7 @@ def use_patterns(model: QwenVL) -> None:
     if not isinstance(layers[0], PatternLayer):
         for layer in layers:
             layer.__class__ = PatternLayer  # the same weights, hooks and checkpointing, another forward
+        use_fast_norms(model.model.language_model)
 
 
 class PatternLayer(Qwen2_5_VLDecoderLayer):
@@ -38,7 +41,7 @@ class PatternLayer(Qwen2_5_VLDecoderLayer):
                 hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings, **kwargs
             )
         pattern: Pattern = attention_mask
-        inputs = _normalized(hidden_states, self.input_layernorm)
+        inputs = self.input_layernorm(hidden_states)
         angles = _signed(*position_embeddings)
         wanted = pattern.wanted if self._is_last else None
         if wanted is None:
@@ -47,8 +50,13 @@ class PatternLayer(Qwen2_5_VLDecoderLayer):
             asking = (inputs.index_select(1, wanted), tuple(x[:, wanted] for x in angles))
             heads = self._attend(pattern, asking[0], inputs, asking[1], angles)
             hidden_states = hidden_states.index_select(1, wanted)
-        hidden_states = hidden_states + self.self_attn.o_proj(heads)
-        return hidden_states + self.mlp(_normalized(hidden_states, self.post_attention_layernorm))
+        hidden_states = hidden_states + _projected(heads, self.self_attn.o_proj)
+        return hidden_states + self._mlp(self.post_attention_layernorm(hidden_states))
+
+    def _mlp(self, hidden: Tensor) -> Tensor:
+        mlp = self.mlp
+        gated = mlp.act_fn(_projected(hidden, mlp.gate_proj)) * _projected(hidden, mlp.up_proj)
+        return _projected(gated, mlp.down_proj)
 
     @property
     def _is_last(self) -> bool:
@@ -66,40 +74,29 @@ class PatternLayer(Qwen2_5_VLDecoderLayer):
         layer = self.self_attn
         query, key, value = (
             projected.unflatten(-1, (-1, layer.head_dim))
-            for projected in (layer.q_proj(asking), layer.k_proj(answering), layer.v_proj(answering))
+            for projected in (
+                _projected(asking, layer.q_proj),
+                _projected(answering, layer.k_proj),
+                _projected(answering, layer.v_proj),
+            )
         )
         query, key = _rotated(query, *asking_angles), _rotated(key, *answering_angles)
         output = pattern.attend(layer.layer_idx, *(x.transpose(1, 2) for x in (query, key, value)))
         return output.transpose(1, 2).flatten(2)
 
 
-def _normalized(hidden: Tensor, norm: Qwen2_5_VLRMSNorm) -> Tensor:
-    if hidden.is_cpu and hidden.dtype == torch.float32 and torch.is_grad_enabled():
-        return _RMSNorm.apply(hidden, norm.weight, norm.variance_epsilon)
-    return rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
+def _projected(hidden: Tensor, layer: nn.Module) -> Tensor:
+    """``layer(hidden)``; of few tokens on the CPU by the product the other way round, whose long side is shared out.
 
-
-class _RMSNorm(torch.autograd.Function):
-    """RMSNorm (Zhang and Sennrich, arXiv 1910.07467) on the CPU, where torch 2.13 takes backward apart into 15 passes.
-
-    With n = x / rms(x) and y = w * n: dx = (g - n * mean(g * n)) / rms(x) for g = w * dy, and dw = sum(dy * n).
+    A layer that is more than a matrix (an adapter's, a quantized one) is left to itself.
     """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, epsilon):
-        scale = torch.linalg.vecdot(hidden, hidden).div_(hidden.shape[-1]).add_(epsilon).rsqrt_().unsqueeze(-1)
-        normalized = hidden * scale
-        ctx.save_for_backward(normalized, weight, scale)
-        return normalized * weight
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        normalized, weight, scale = ctx.saved_tensors
-        grad_weight = (grad * normalized).flatten(0, -2).sum(dim=0) if ctx.needs_input_grad[1] else None
-        grad = grad * weight
-        mean = torch.linalg.vecdot(grad, normalized).div_(grad.shape[-1]).unsqueeze(-1)
-        return torch.addcmul(grad, normalized, mean, value=-1).mul_(scale), grad_weight, None
+    few = hidden.is_cpu and hidden.shape[:-1].numel() <= FEW_TOKENS and not torch.is_grad_enabled()
+    if not few or type(layer) is not nn.Linear or torch.is_autocast_enabled("cpu"):
+        return layer(hidden)
+    columns = hidden.flatten(0, -2).T
+    bias = layer.bias
+    product = layer.weight @ columns if bias is None else torch.addmm(bias[:, None], layer.weight, columns)
+    return product.T.unflatten(0, hidden.shape[:-1])
 
 
 def _signed(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from cpt_lightning.models.attention import Pattern, use_window_attention
+from cpt_lightning.models.attention import Pattern
 from cpt_lightning.models.decoder import use_patterns
+from cpt_lightning.models.vision import use_fast_vision
 from cpt_lightning.types import Prompts
 
 QwenVL: TypeAlias = Qwen2_5_VLForConditionalGeneration
@@ -38,7 +39,7 @@ def encode_images(model: QwenVL, prompts: Prompts) -> Tensor | None:
     """
     if prompts.image_features is not None or prompts.pixel_values is None:
         return prompts.image_features
-    use_window_attention(model)
+    use_fast_vision(model)
     output = model.model.get_image_features(prompts.pixel_values, prompts.image_grid_thw, return_dict=True)
     return torch.cat(tuple(output.pooler_output))
 

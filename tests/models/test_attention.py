@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from cpt_lightning.models.attention import use_window_attention
 from cpt_lightning.models.decoder import use_patterns
 from cpt_lightning.models.qwen_vl import QwenVL, encode_images
+from cpt_lightning.models.vision import use_fast_vision
 from cpt_lightning.types import Prompts
 
 
@@ -22,7 +22,7 @@ def test_image_features_are_those_of_transformers(small_model: QwenVL, mixed_pro
 
     small_model.set_attn_implementation("eager")
     expected, expected_gradient = features()
-    use_window_attention(small_model)
+    use_fast_vision(small_model)
     found, gradient = features()
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(gradient, expected_gradient, atol=1e-4, rtol=1e-4)
