@@ -10,7 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from cpt_lightning.callbacks.matrix import AccuracyMatrix, Cell, Scores
+from cpt_lightning.callbacks.matrix import FURTHER, AccuracyMatrix, Cell, Scores
 
 FILENAME = "accuracy_matrix.json"
 
@@ -22,7 +22,8 @@ class ContinualLearning(Callback):
     the untrained base; it comes from a ``trainer.validate`` before ``trainer.fit``, which ``cpt fit`` runs. Without one
     there is no such row and no metric that needs it. After every task ``accuracy_matrix.json`` in the log directory is
     written anew; the record is also part of the checkpoint, so that a resumed run goes on with it and measures nothing
-    twice.
+    twice. The record also keeps each task's and probe's fingerprint; a checkpoint whose scores were measured with other
+    questions, references or rewards is refused.
 
     Logs ``continual/average_accuracy``, ``continual/forgetting_measure``, ``continual/backward_transfer``,
     ``continual/forward_transfer``, ``continual/learning``, ``continual/mean_average_accuracy``, ``continual/worst_dip``
@@ -46,13 +47,16 @@ class ContinualLearning(Callback):
         self.print_table = print_table
         self.zero_shot: Scores | None = None
         self.rows: list[Scores] = []
+        self.fingerprints: dict[str, str] = {}
         self._resumed: dict | None = None
         self._last_validation: Scores | None = None
 
     def matrix(self, trainer: Trainer) -> AccuracyMatrix:
         """The record so far."""
         stream = trainer.datamodule
-        return AccuracyMatrix(stream.task_names, stream.probe_names, stream.stages, self.zero_shot, self.rows)
+        return AccuracyMatrix(
+            stream.task_names, stream.probe_names, stream.stages, self.zero_shot, self.rows, self.fingerprints
+        )
 
     # -- recording -------------------------------------------------------------------------------------------------
 
@@ -79,6 +83,7 @@ class ContinualLearning(Callback):
                 raise ValueError(
                     f"the checkpoint belongs to another stream: its {part} are {before}, now they are {now}"
                 )
+        self._check_fingerprints(self._resumed.get("fingerprints", {}))
         if len(self.rows) == len(matrix.stages):
             rank_zero_info("all stages of the stream were learned before this checkpoint; nothing is left to learn")
 
@@ -150,17 +155,30 @@ class ContinualLearning(Callback):
             raise ValueError("ContinualLearning needs a stream of tasks: call trainer.fit(module, datamodule=stream)")
         if stage == "fit":
             self._check_evaluation(trainer)
+            names = [*stream.task_names, *stream.probe_names]
+            self.fingerprints = {name: stream.fingerprint(name, stream.evaluate_on) for name in names}
         self._stream = {"tasks": stream.task_names, "probes": stream.probe_names, "stages": stream.stages}
 
     def state_dict(self) -> dict:
         """The record, as plain lists and numbers."""
-        return {**self._stream, "zero_shot": self.zero_shot, "rows": self.rows}
+        record = {"zero_shot": self.zero_shot, "rows": self.rows, "fingerprints": self.fingerprints}
+        return {**self._stream, **record}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Goes on with the record of a checkpoint."""
         self.zero_shot = state_dict["zero_shot"]
         self.rows = list(state_dict["rows"])
         self._resumed = state_dict
+
+    def _check_fingerprints(self, before: Mapping[str, str]) -> None:
+        """Refuses to go on with scores that were measured otherwise; earlier checkpoints do not say how."""
+        for name, now in self.fingerprints.items():
+            if before.get(name, now) != now:
+                raise ValueError(
+                    f"task '{name}' is evaluated otherwise than in the checkpoint (fingerprint {before[name]}, now "
+                    f"{now}), and the matrix would mix two measurements: restore its prompt, reward, rows and "
+                    "data.evaluate_on, or begin a new run"
+                )
 
     def _check_evaluation(self, trainer: Trainer) -> None:
         if not trainer.fast_dev_run and (trainer.check_val_every_n_epoch != 1 or trainer.limit_val_batches == 0):
@@ -171,11 +189,12 @@ class ContinualLearning(Callback):
 
 
 def _scores_of(name: str, logged: Mapping[str, Tensor]) -> Cell:
-    """What a cell of the matrix holds; the accuracy with a forced prefix is there if the module measures it."""
+    """What a cell of the matrix holds: accuracy, number of samples, and what else was measured."""
     scores: Cell = {
         "accuracy": round(float(logged[f"val/{name}/accuracy"]), 6),  # a float32 has no more
         "num_samples": int(logged[f"val/{name}/num_samples"]),
     }
-    if (forced := logged.get(f"val/{name}/forced_accuracy")) is not None:
-        scores["forced_accuracy"] = float(forced)
+    for part in FURTHER:
+        if (value := logged.get(f"val/{name}/{part}")) is not None:
+            scores[part] = round(float(value), 6)
     return scores

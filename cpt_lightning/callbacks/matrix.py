@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import Literal, NotRequired, TypedDict, get_args
 
 from rich.console import Console
 from rich.table import Table
@@ -30,11 +30,24 @@ METRICS: tuple[Callable[..., float], ...] = (
 
 
 class Cell(TypedDict):
-    """One measurement; ``forced_accuracy`` where the module also forces a prefix."""
+    """One measurement.
+
+    ``forced_accuracy`` is there where the module also forces a prefix; ``precision``, ``recall``, ``f1`` and
+    ``yes_ratio`` where the questions are answered by yes or no.
+    """
 
     accuracy: float
     num_samples: int
     forced_accuracy: NotRequired[float]
+    precision: NotRequired[float]
+    recall: NotRequired[float]
+    f1: NotRequired[float]
+    yes_ratio: NotRequired[float]
+
+
+Further = Literal["forced_accuracy", "precision", "recall", "f1", "yes_ratio"]
+FURTHER: tuple[Further, ...] = get_args(Further)
+"""What a cell holds where it was measured."""
 
 
 Scores = dict[str, Cell]
@@ -51,6 +64,8 @@ class AccuracyMatrix:
         stages: Tasks of each stage of the stream.
         zero_shot: Scores of the untrained base, if it was evaluated.
         rows: Scores after each stage so far.
+        fingerprints: By task or probe, what decides its scores besides the model (questions, references, reward) as 12
+            hexadecimal digits; scores compare where they are equal. Files of earlier versions have none.
     """
 
     tasks: list[str]
@@ -58,6 +73,7 @@ class AccuracyMatrix:
     stages: list[list[str]]
     zero_shot: Scores | None = None
     rows: list[Scores] = field(default_factory=list)
+    fingerprints: dict[str, str] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -114,6 +130,7 @@ class AccuracyMatrix:
             "tasks": self.tasks,
             "probes": self.probes,
             "stages": self.stages,
+            "fingerprints": self.fingerprints,
             "rows": [*base, *after],
             "metrics": self.metrics(),
         }
@@ -131,8 +148,14 @@ class AccuracyMatrix:
             )
         rows = list(data["rows"])
         zero_shot = rows.pop(0)["scores"] if rows and rows[0]["after"] is None else None
-        scores = [row["scores"] for row in rows]
-        return cls(list(data["tasks"]), list(data["probes"]), [list(s) for s in data["stages"]], zero_shot, scores)
+        return cls(
+            tasks=list(data["tasks"]),
+            probes=list(data["probes"]),
+            stages=[list(stage) for stage in data["stages"]],
+            zero_shot=zero_shot,
+            rows=[row["scores"] for row in rows],
+            fingerprints=dict(data.get("fingerprints", {})),
+        )
 
     def save(self, path: str | Path) -> None:
         """Writes the JSON form; a reader never sees half of it."""

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, cast
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torchmetrics import SumMetric
 
 from cpt_lightning.models import Backbone
 from cpt_lightning.modules.accounting import Accounted
 from cpt_lightning.modules.schedules import TaskSchedule
-from cpt_lightning.rewards import score
+from cpt_lightning.rewards import score, with_ratios
 from cpt_lightning.rollouts import Sampling, completion_logprobs, sample_groups
 from cpt_lightning.rollouts.sampling import keyed_generator
 from cpt_lightning.types import Batch, Completions, Evaluation, Prompts
@@ -105,21 +104,23 @@ class PostTraining(Accounted):
         if isinstance(schedule, TaskSchedule):
             schedule.start_task(self.steps_of_task)
 
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Logs the learning rate of the coming step."""
-        self.log("train/lr", float(optimizer.param_groups[0]["lr"]))
-
     @property
     def steps_of_task(self) -> int:
         """Optimizer steps of the task that is being learned."""
         return -(-int(self.trainer.num_training_batches) // self.trainer.accumulate_grad_batches)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """Clips by norm; a gradient that is not finite is dropped, so that the step changes nothing."""
+        """Clips by norm; a gradient that is not finite is dropped, so that the step changes nothing.
+
+        Logs the gradient's norm and the learning rate of the coming step.
+        """
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         limit = torch.inf if self.max_grad_norm is None else self.max_grad_norm
         norm = nn.utils.clip_grad_norm_(parameters, limit)
         self.log("train/grad_norm", norm)
+        # Not in on_before_optimizer_step: once another hook logs, Lightning (2.6) drops what training_step had logged
+        # before its optimizer step in the first batch of an epoch.
+        self.log("train/lr", float(optimizer.param_groups[0]["lr"]))
         if torch.isfinite(norm):
             self._nonfinite_in_a_row = 0
             return
@@ -197,12 +198,16 @@ class PostTraining(Accounted):
         return cast(SumMetric, self.sums[key])
 
     def _log_scores(self, stage: str) -> None:
-        totals = {key: self._sum(key).compute() for key in sorted(self.sums)}
+        sums: dict[str, dict[str, Tensor]] = {}
+        for key in sorted(self.sums):
+            task, _, name = key.rpartition("/")
+            sums.setdefault(task, {})[name] = self._sum(key).compute()
         self.sums.clear()
-        for key, total in totals.items():
-            num_samples = totals[f"{key.rpartition('/')[0]}/num_samples"]
-            value = total if key.endswith("/num_samples") else total / num_samples
-            self.log(f"{stage}/{key}", value.float())
+        for task, totals in sums.items():
+            num_samples = totals.pop("num_samples")
+            means = with_ratios({name: (total / num_samples).item() for name, total in totals.items()})
+            for name, value in {**means, "num_samples": num_samples.item()}.items():
+                self.log(f"{stage}/{task}/{name}", value)
 
     # -- shared by objectives ------------------------------------------------------------------------------------
 

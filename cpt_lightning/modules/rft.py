@@ -26,7 +26,7 @@ from cpt_lightning.functional import (
 from cpt_lightning.models.qwen_vl import encode_images, has_dropout, vision_is_frozen
 from cpt_lightning.modules.reference import Reference, ReferenceKind
 from cpt_lightning.modules.updates import Loss, ManualUpdates, UpdateStats
-from cpt_lightning.rewards import score
+from cpt_lightning.rewards import YES_NO_COUNTS, OverlongPenalty, score
 from cpt_lightning.rollouts import Sampling, run_prompts, sample_groups
 from cpt_lightning.rollouts.sampling import keyed_generator
 from cpt_lightning.types import Batch, Completions, Prompts, Rollout
@@ -79,6 +79,9 @@ class RFT(ManualUpdates):
             token sums by ``sampling.max_new_tokens`` (Dr. GRPO).
         kl_coef: Weight of the KL term (k3 estimator) that holds the policy to the reference; 0 needs no reference.
         reference: ``task_start`` is the model as it was when the task began (paper A), ``base`` as it was loaded.
+        overlong_margin: Tokens before ``sampling.max_new_tokens`` over which a penalty for the length grows from 0 to
+            -1, added to the reward (DAPO, arXiv 2503.14476, eq. 13) and logged as ``train/reward/overlong``; off by
+            default.
         **kwargs: Options of :class:`PostTraining`.
     """
 
@@ -97,6 +100,7 @@ class RFT(ManualUpdates):
         reduction: Reduction = "token_mean",
         kl_coef: float = 0.0,
         reference: ReferenceKind = "task_start",
+        overlong_margin: int | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -115,6 +119,11 @@ class RFT(ManualUpdates):
                 raise ValueError(f"{name}={value} must not be negative")
         if dual_clip is not None and dual_clip <= 1:
             raise ValueError(f"dual_clip={dual_clip} bounds ratios above 1, so it must be above 1 (paper A: 3.0)")
+        if overlong_margin is not None and not 1 <= overlong_margin <= sampling.max_new_tokens:
+            raise ValueError(
+                f"overlong_margin={overlong_margin} must be a number of tokens from 1 to "
+                f"sampling.max_new_tokens={sampling.max_new_tokens}; null switches the penalty off"
+            )
         _check_positive(
             updates_per_rollout=updates_per_rollout,
             passes_per_rollout=passes_per_rollout,
@@ -132,6 +141,7 @@ class RFT(ManualUpdates):
         self.reduction: Reduction = reduction
         self.kl_coef = kl_coef
         self.reference_kind: ReferenceKind = reference
+        self.overlong = None if overlong_margin is None else OverlongPenalty(sampling.max_new_tokens, overlong_margin)
 
     # -- the algorithm -------------------------------------------------------------------------------------------
 
@@ -168,8 +178,9 @@ class RFT(ManualUpdates):
             self.account.add_tokens(prompts, completions)
         with self.timed("reward"):
             examples = [example for example in prompts.examples for _ in range(self.group_size)]
-            scores = score(texts, examples)
-        names = sorted({name for each in scores for name in each})
+            scores = score(texts, examples, self.overlong, completions.lengths.tolist())
+        # The counts are for precision and recall of an evaluation; tasks without them would draw their means to 0 here.
+        names = sorted({name for each in scores for name in each}.difference(YES_NO_COUNTS))
         parts = {name: torch.tensor([each.get(name, 0.0) for each in scores], device=self.device) for name in names}
         parts = {name: part.view(-1, self.group_size) for name, part in parts.items()}
         return Rollout(prompts, completions, texts, rewards=parts.pop("total"), reward_parts=parts)

@@ -7,8 +7,10 @@ from cpt_lightning.rewards.lengths import OverlongPenalty
 from cpt_lightning.rewards.letters import with_option_text
 from cpt_lightning.rewards.normalization import normalize_text
 from cpt_lightning.rewards.rewards import Reward, RewardPart, score
+from cpt_lightning.rewards.yes_no import YES_NO_COUNTS, with_ratios
 
 __all__ = [
+    "YES_NO_COUNTS",
     "OverlongPenalty",
     "Reward",
     "RewardPart",
@@ -19,4 +21,5 @@ __all__ = [
     "permutation_hits",
     "score",
     "with_option_text",
+    "with_ratios",
 ]

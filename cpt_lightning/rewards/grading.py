@@ -8,25 +8,21 @@ from typing import Literal, get_args
 
 from cpt_lightning.rewards.answers import after_lead_in, extract_answer, readings, without_markup
 from cpt_lightning.rewards.formulas import characters, grade_formula, is_formula
-from cpt_lightning.rewards.letters import grade_letter
+from cpt_lightning.rewards.letters import grade_letter, is_option_letter
 from cpt_lightning.rewards.normalization import is_unanswerable, normalize_text
 from cpt_lightning.rewards.numbers import TOLERANCE, Number, find_number, parse_number
+from cpt_lightning.rewards.yes_no import find_polarity, is_mere_polarity, polarity_of_reference
 from cpt_lightning.types import Gold
 
 Kind = Literal[
-    "exact", "text", "letter", "number", "math", "yes_no", "short_answer", "vqa", "relaxed", "permutation",
-    "permutation_hits",
+    "exact", "text", "letter", "number", "math", "yes_no", "short_answer", "letter_or_short_answer", "vqa", "relaxed",
+    "permutation", "permutation_hits",
 ]  # fmt: skip
 KINDS: tuple[str, ...] = get_args(Kind)
 MAX_ANSWER_LENGTH = 2000
 """Characters; of a longer answer (a whole reply without box or tags) only the end is read, where conclusions stand."""
 RELAXED_TOLERANCE = 0.05
 
-_NO = r"no(?=\s*(?:[,.;:!-]|$|\s+(?:there|it|this|that|they|he|she|the)\b))"  # as an answer, unlike in "no tissue"
-_TRUE = r"(?<!not )(?<!n't )true"
-_POLARITY = re.compile(rf"\b(?:(yes|{_TRUE})|false|{_NO}|(?:is|are|was|were) no)\b", re.IGNORECASE)
-_LEADING_POLARITY = re.compile(rf"\W*(?:(yes|true)\b\s*(?:[,.;:!-]|$)|false\b\s*(?:[,.;:!-]|$)|{_NO})", re.IGNORECASE)
-_LONE_POLARITY = re.compile(r"\W*(?:(yes|true)|no|false)\W*", re.IGNORECASE)
 _INTEGER = re.compile(r"\d+")
 
 
@@ -47,6 +43,10 @@ def grade(completion: str, gold: Gold, kind: str) -> float:
     - ``yes_no``: the same polarity (true and false are yes and no); ``text`` where the reference is neither.
     - ``short_answer``: what VQA sets mix, by the reference: ``yes_no`` for a mere yes or no, ``number``, "unanswerable"
       in any of the usual ways, else ``text``.
+    - ``letter_or_short_answer``: for sets of multiple choice and open questions, such as MMMU: ``letter`` where the
+      first reference is a capital letter alone, "B" or "(B)", else ``short_answer``. Nothing else tells the rows apart:
+      an open question whose reference is a capital letter, point "C" say, is graded as a choice, where "c", "(C)" and
+      "Option C" are right as well; "B. Juneau" as one reference is a short answer.
     - ``vqa``: soft accuracy over all human answers, min(matches / 3, 1) averaged over leaving one answer out (Antol et
       al. 2015; with n < 4 answers, n - 1 stands for the 3; one answer must be matched).
     - ``relaxed``: a number within 5 % (ChartQA, Masry et al. 2022); ``text`` where the reference is no number.
@@ -113,27 +113,20 @@ def _math(answer: str, gold: str) -> float:
 
 
 def _yes_no(answer: str, gold: str) -> float:
-    wanted = _LEADING_POLARITY.match(gold)
-    if wanted is None:
-        return _text(answer, gold)
-    given = next((polarity for reading in readings(answer) if (polarity := _polarity(reading)) is not None), None)
-    return float(given == bool(wanted[1]))
-
-
-def _polarity(text: str) -> bool | None:
-    """Yes or no, as the text's first word set off by punctuation or as the only one of the two that it says."""
-    leading = _LEADING_POLARITY.match(text)
-    found = [leading] if leading else _POLARITY.finditer(text)
-    polarities = {bool(match[1]) for match in found}
-    return polarities.pop() if len(polarities) == 1 else None
+    wanted = polarity_of_reference(gold)
+    return _text(answer, gold) if wanted is None else float(find_polarity(answer) == wanted)
 
 
 def _short_answer(answer: str, gold: str) -> float:
-    if _LONE_POLARITY.fullmatch(gold):  # not "Yes, the bus": "Yes, the car" is another answer
+    if is_mere_polarity(gold):  # not "Yes, the bus": "Yes, the car" is another answer
         return _yes_no(answer, gold)
     if is_unanswerable(gold):
         return float(any(is_unanswerable(reading) for reading in readings(answer)))
     return _text(answer, gold) if ":" in gold else _number(answer, gold)  # 4:23 is a time, and not 8:46
+
+
+def _letter_or_short_answer(answer: str, golds: list[str]) -> float:
+    return _GRADERS["letter" if is_option_letter(golds[0]) else "short_answer"](answer, golds)
 
 
 def _vqa(answer: str, golds: list[str]) -> float:
@@ -173,6 +166,7 @@ _GRADERS: dict[str, Callable[[str, list[str]], float]] = {
     "math": _any_of(_math),
     "yes_no": _any_of(_yes_no),
     "short_answer": _any_of(_short_answer),
+    "letter_or_short_answer": _letter_or_short_answer,
     "vqa": _vqa,
     "relaxed": _any_of(_relaxed),
     "permutation": _any_of(_permutation),

@@ -10,6 +10,7 @@ from cpt_lightning.types import Gold
 
 _LONE = re.compile(r"[(\[]?\s*([A-Za-z])\s*[)\]]?[.:]?")
 _FIRST = re.compile(r"(?:[(\[]([A-Za-z])[)\]]|([A-Z])[.):])(?:\s+|$)")
+_CAPITAL = re.compile(r"[(\[]?[A-Z][)\]]?[.:]?")
 _OWN_LINE = re.compile(r"^[(\[]?([A-Z])[)\]]?[.:]?$", re.MULTILINE)
 _NAMED = re.compile(r"\b(?:[Oo]ption|[Cc]hoice)\s+[(\[]?(?:([A-Z])\b|([a-z])(?=[)\].,;:]|\s*$))")
 _BRACKETED = re.compile(r"(?<!\w)[(\[]([A-Za-z])[)\]]")
@@ -51,6 +52,15 @@ def _letters_and_texts(golds: list[str]) -> tuple[set[str], set[str]]:
         raise ValueError(f"reference answer {golds!r} has no option letter; kind 'letter' needs one such as 'B'")
     texts = [golds[0].strip()[lettered.end() :] if lettered else golds[0], *golds[1:]]
     return letters, {normalize_option(without_markup(text)) for text in texts if text and not _LONE.fullmatch(text)}
+
+
+def is_option_letter(gold: str) -> bool:
+    """Whether a reference answer is a capital letter alone; not "x", nor "E. coli", which open questions have.
+
+    >>> [is_option_letter(gold) for gold in ("B", "(B)", "b", "B. Juneau", "7")]
+    [True, True, False, False, False]
+    """
+    return _CAPITAL.fullmatch(gold.strip()) is not None
 
 
 def find_letter(answer: str) -> str | None:

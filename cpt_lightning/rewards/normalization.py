@@ -16,13 +16,19 @@ _SPACED_RATIO = re.compile(r"(?<=\d) ?([:/]) ?(?=\d)")
 _QUOTED_OR_ARTICLE = re.compile(r"^\"([^\"]+)\"$|^(?:an?|the) (?=.)")
 _PERIOD = re.compile(r"\.(?!\d)")
 _PUNCTUATION = re.compile(r"(?<!\d)[:/]|[:/](?!\d)|(?<=\w)-|-(?![\d.])|[;\[\]\"{}()=+\\_<>@`,?!*|~]")
+_TELL = r"(?:answer|determine|identify|know|read|say|see|tell)"
+_TOLD = r"(?:answered|determined|identified|known|read|said|seen|told)"
 _UNANSWERABLE = re.compile(
-    r"(?:(?:it|this|that|question|image|picture|answer) is |its )?(?:"
-    r"unanswerable|not answerable|unsuitable(?: image)?|unknown|unclear|not (?:clear|visible|possible to (?:say|tell))|"
-    r"impossible to (?:answer|determine|say|tell)|(?:insufficient|not enough) (?:information|info|data|context))|"
-    r"(?:(?:i|it|this|question|answer) )?(?:cannot|can not|cant|could not|couldnt) "
-    r"(?:answer|determine|say|see|tell|be (?:answered|determined|seen))|"
-    r"(?:i am |im )?(?:unable to (?:answer|determine|say|see|tell)|not sure)|(?:i )?(?:do not|dont) know|no answer"
+    r"(?:(?:(?:it|this|that|there|answer|question|image|picture) is |its )?(?:"
+    r"unanswerable|not answerable|unsuitable(?: image)?|unknown|unclear|not (?:clear|visible)|"
+    rf"(?:not possible|impossible) to {_TELL}|"
+    rf"(?:insufficient|not enough) (?:information|info|data|context)(?: to {_TELL})?)|"
+    r"(?:(?:i|it|this|that|question|answer) )?(?:cannot|can not|cant|could not|couldnt) "
+    rf"(?:{_TELL}|be {_TOLD})|"
+    rf"(?:i am |im )?(?:(?:unable|not able) to {_TELL}|not sure)|(?:i )?(?:do not|dont) know|no answer)"
+    # what it cannot be told from
+    r"(?: (?:this|that|it|question))?(?: (?:from|in|by|with|based on|given) (?:(?:this|given|provided) )?"
+    r"(?:image|picture|photo|information|context))?"
 )
 
 
@@ -63,8 +69,8 @@ def _lowered(text: str) -> str:
 def is_unanswerable(text: str) -> bool:
     """Whether the whole text says that the question has no answer, in one of the usual ways.
 
-    >>> is_unanswerable("Unanswerable."), is_unanswerable("It cannot be determined."), is_unanswerable("an unknown man")
-    (True, True, False)
+    >>> [is_unanswerable(text) for text in ("It cannot be determined from the image.", "Unclear", "an unknown man")]
+    [True, True, False]
     """
     return _UNANSWERABLE.fullmatch(normalize_text(text)) is not None
 

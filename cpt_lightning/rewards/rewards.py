@@ -9,7 +9,11 @@ from dataclasses import dataclass, field
 from cpt_lightning.rewards.formats import FORMAT_STYLES, FormatStyle, has_format
 from cpt_lightning.rewards.grading import KINDS, Kind, grade
 from cpt_lightning.rewards.lengths import OverlongPenalty
+from cpt_lightning.rewards.yes_no import YES_NO_COUNTS, YES_NO_RATIOS, yes_no_counts
 from cpt_lightning.types import Example, Gold
+
+RESERVED = {"total", "accuracy", "format", "overlong", "forced_accuracy", "num_samples", *YES_NO_COUNTS, *YES_NO_RATIOS}
+"""Names of parts and metrics that results have already."""
 
 
 @dataclass
@@ -31,11 +35,13 @@ class Reward:
 
     The total is the weighted sum of accuracy, format and the extra parts; without a format accuracy counts in full
     (arXiv 2507.05386: 0.9 and 0.1, and accuracy alone for the arm without reasoning). Accuracy asks only whether the
-    answer is right, in any style.
+    answer is right, in any style. Kind ``yes_no`` also gives what a set's precision and recall are made of
+    (:data:`~cpt_lightning.rewards.yes_no.YES_NO_COUNTS`), which is no part of the total and which RFT leaves out.
 
     Args:
         kind: How answers are compared: ``text``, ``exact``, ``letter``, ``number``, ``math``, ``yes_no``,
-            ``short_answer``, ``vqa``, ``relaxed``, ``permutation`` or ``permutation_hits``.
+            ``short_answer``, ``letter_or_short_answer``, ``vqa``, ``relaxed``, ``permutation`` or ``permutation_hits``;
+            see :func:`~cpt_lightning.rewards.grading.grade`.
         format: Style that is rewarded: ``none``, ``think_answer`` or ``think_boxed``.
         accuracy_weight: Weight of the accuracy, where there is a format.
         format_weight: Weight of the format, where there is one.
@@ -45,6 +51,15 @@ class Reward:
     Raises:
         ValueError: Unknown kind or format, a weight that is negative or not a number, ``accuracy_needs_format`` without
             a format, or an extra part with a name that is taken.
+
+    The jigsaw reward of arXiv 2506.23508, R_hit + R_acc + R_fmt; in YAML: ``reward: {kind: permutation, format:
+    think_answer, accuracy_weight: 1.0, format_weight: 1.0, extra: {hit: {function:
+    cpt_lightning.rewards.permutation_hits}}}``.
+
+    >>> from cpt_lightning.rewards import permutation_hits
+    >>> reward = Reward("permutation", "think_answer", 1.0, 1.0, extra={"hit": RewardPart(permutation_hits)})
+    >>> reward("<think>.</think><answer>2 1 3 4</answer>", "2, 1, 4, 3")
+    {'total': 1.5, 'accuracy': 0.0, 'format': 1.0, 'hit': 0.5}
     """
 
     kind: Kind = "text"
@@ -61,9 +76,9 @@ class Reward:
             raise ValueError(f"reward format {self.format!r} is unknown; there are {', '.join(FORMAT_STYLES)}")
         if self.format == "none" and self.accuracy_needs_format:
             raise ValueError("accuracy_needs_format needs a format; set it to think_answer or think_boxed")
-        taken = {"total", "accuracy", "format", "overlong"} & set(self.extra)
-        if taken:
-            raise ValueError(f"extra reward part {min(taken)!r} has the name of a part of its own; rename it")
+        for name in self.extra:
+            if name in RESERVED or not name or "/" in name:
+                raise ValueError(f"extra reward part {name!r} has a name that results use otherwise; rename it")
         weights = {"accuracy_weight": self.accuracy_weight, "format_weight": self.format_weight}
         for name, weight in weights.items():
             if not (math.isfinite(weight) and weight >= 0):
@@ -89,6 +104,8 @@ class Reward:
             if not math.isfinite(parts[name]):
                 raise ValueError(f"the extra reward part {name!r} is {parts[name]}")
             parts["total"] += part.weight * parts[name]
+        if self.kind == "yes_no":
+            parts |= yes_no_counts(grade(completion, "yes", self.kind), gold)
         return parts
 
 

@@ -2,7 +2,9 @@
 
 import io
 import json
+import re
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +12,10 @@ from rich.console import Console
 
 from cpt_lightning.callbacks import AccuracyMatrix, ContinualLearning, SampleLog
 from cpt_lightning.callbacks.files import keep_lines
+from cpt_lightning.callbacks.matrix import FURTHER, Cell
 from cpt_lightning.functional.accuracy_matrix import forgetting_measure, forward_transfer
+from cpt_lightning.rewards.yes_no import YES_NO_RATIOS
+from cpt_lightning.tasks import Prompt
 from tests.fakes import LinearModule, make_trainer, number_stream
 
 
@@ -173,6 +178,68 @@ def test_checkpoints_are_named_after_tasks_and_load_with_weights_only(tmp_path):
     assert len(record["rows"]) == 2 and record["tasks"] == ["a", "b", "c"]
 
 
+# -- what else a cell holds, and what it was measured with -------------------------------------------------------------
+
+
+def test_precision_and_the_like_stand_in_the_cell_but_not_in_the_table(tmp_path):
+    """The module logs them of task b alone; the other cells stay as they are."""
+
+    class Module(LinearModule):
+        def on_validation_epoch_end(self):
+            super().on_validation_epoch_end()
+            self.log_dict({f"val/b/{name}": 0.25 for name in YES_NO_RATIOS})
+
+    _, trainer = run(tmp_path, module=Module())
+    for row in read_matrix(tmp_path)["rows"]:
+        assert set(row["scores"]["a"]) == {"accuracy", "num_samples"}
+        further = {name: row["scores"]["b"][name] for name in YES_NO_RATIOS}
+        assert further == {"precision": 0.25, "recall": 0.25, "f1": 0.25, "yes_ratio": 0.25}
+    matrix = AccuracyMatrix.load(tmp_path / "accuracy_matrix.json")
+    assert matrix.rows == trainer.callbacks[0].rows
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(matrix.table())
+    assert "25.0" not in console.export_text()
+
+
+def test_fingerprints_of_the_evaluated_split_stand_in_the_record_and_its_checkpoints(tmp_path):
+    stream = number_stream(evaluate_on="val")
+    run(tmp_path, stream=stream)
+    expected = {name: stream.fingerprint(name, "val") for name in "abcp"}
+    assert read_matrix(tmp_path)["fingerprints"] == expected
+    assert all(re.fullmatch("[0-9a-f]{12}", fingerprint) for fingerprint in expected.values())
+    assert AccuracyMatrix.load(tmp_path / "accuracy_matrix.json").fingerprints == expected
+    state = torch.load(tmp_path / "1_a.ckpt", weights_only=True)
+    assert state["callbacks"]["ContinualLearning"]["fingerprints"] == expected
+
+
+def asked_otherwise(name: str):
+    """The stream of the other tests, but for the prompt of one task or probe."""
+    stream = number_stream()
+    stream.everything[name] = replace(stream.everything[name], prompt=Prompt(suffix="Answer 0 or 1."))
+    return stream
+
+
+@pytest.mark.parametrize("name", ["a", "p"])
+def test_a_run_does_not_go_on_where_a_task_or_probe_is_measured_otherwise(tmp_path, name):
+    run(tmp_path)
+    before, now = number_stream().fingerprint(name, "test"), asked_otherwise(name).fingerprint(name, "test")
+    trainer = make_trainer(tmp_path / "other", asked_otherwise(name))
+    with pytest.raises(ValueError, match=f"'{name}' is evaluated otherwise.*{before}, now {now}.*restore its prompt"):
+        trainer.fit(LinearModule(), asked_otherwise(name), ckpt_path=str(tmp_path / "1_a.ckpt"))
+    assert not (tmp_path / "other" / "accuracy_matrix.json").exists()
+
+
+def test_a_checkpoint_from_before_there_were_fingerprints_is_gone_on_with(tmp_path):
+    run(tmp_path)
+    state = torch.load(tmp_path / "1_a.ckpt", weights_only=True)
+    del state["callbacks"]["ContinualLearning"]["fingerprints"]
+    torch.save(state, tmp_path / "earlier.ckpt")
+    trainer = make_trainer(tmp_path / "other", number_stream())
+    trainer.fit(LinearModule(), number_stream(), ckpt_path=str(tmp_path / "earlier.ckpt"))
+    resumed, whole = read_matrix(tmp_path / "other"), read_matrix(tmp_path)
+    assert resumed == whole and len(resumed["fingerprints"]) == 4
+
+
 # -- the record itself -------------------------------------------------------------------------------------------------
 
 MATRIX = AccuracyMatrix(
@@ -184,6 +251,7 @@ MATRIX = AccuracyMatrix(
         {name: {"accuracy": score, "num_samples": 100} for name, score in zip("abp", scores, strict=True)}
         for scores in [(0.9, 0.3, 0.1), (0.7, 0.8, 0.2)]
     ],
+    fingerprints={name: 6 * f"{name}0" for name in "abp"},
 )
 
 
@@ -210,6 +278,18 @@ def test_json_is_read_back_and_other_versions_are_refused(tmp_path):
     with pytest.raises(ValueError, match="version 2.*reads version 1"):
         AccuracyMatrix.from_json({**MATRIX.to_json(), "version": 2})
     assert [path.name for path in tmp_path.iterdir()] == ["accuracy_matrix.json"]
+
+
+def test_a_file_from_before_there_were_fingerprints_is_read():
+    earlier = MATRIX.to_json()
+    del earlier["fingerprints"]
+    matrix = AccuracyMatrix.from_json(earlier)
+    assert matrix == replace(MATRIX, fingerprints={})
+    assert matrix.rows == MATRIX.rows
+
+
+def test_a_cell_has_room_for_all_that_is_reported_of_yes_no_questions():
+    assert set(YES_NO_RATIOS) < set(FURTHER) < set(Cell.__annotations__)
 
 
 def test_the_table_shows_every_cell_and_intervals_when_asked():

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from cpt_lightning.models import Backbone
 from cpt_lightning.modules import SFT, TaskSchedule
+from cpt_lightning.rewards import Reward, score
 from cpt_lightning.rollouts import Sampling
 from tests.training import fit, with_examples
 
@@ -61,6 +62,46 @@ def test_a_forced_prefix_is_measured_beside_the_free_answer(small_folder, proces
     shown = validate(module, [with_examples(mixed_prompts, processor, reward)])
     assert shown["val/demo/accuracy"] == 0
     assert shown["val/demo/forced_accuracy"] == 1
+
+
+def test_precision_recall_f1_and_yes_ratio_are_those_of_the_whole_set_however_it_is_batched(
+    small_folder, processor, mixed_prompts
+):
+    """Ten answers by hand, in batches of 4 + 4 + 2, of 1 and of 4 + 3 + 3, with a filler that must not count.
+
+    References yes: 6, of which yes is said to 3 (TP), no to 2, "a dog" to 1. References no: 4, of which yes is said to
+    1 (FP), no to 3. Accuracy (3 + 3)/10, precision 3/4, recall 3/6, F1 = 2 * (3/4 * 1/2) / (3/4 + 1/2) = 3/5, yes-ratio
+    4/10. The mean of the first batches' precisions, 1, 1/2 and 1, would be .83.
+    """
+    said = ["yes", "Yes.", "no", "a dog", "Yes, it is", "yes", "no", "No.", "no", "no"]
+    gold = ["yes", "yes", "yes", "yes", "yes", "no", "no", "no", "yes", "no"]
+    expected = {
+        "accuracy": 0.6,
+        "precision": 0.75,
+        "recall": 0.5,
+        "f1": 0.6,
+        "yes_ratio": 0.4,
+        "total": 0.6,
+        "num_samples": 10,
+    }
+    for sizes in ([4, 4, 2], [1] * 10, [4, 3, 3]):
+        batches, starts = [], [sum(sizes[:index]) for index in range(len(sizes))]
+        for start, size in zip(starts, sizes, strict=True):
+            batch = with_examples(mixed_prompts.select(range(size)), processor, Reward("yes_no"))
+            for row, example in enumerate(batch.prompts.examples, start):
+                example.gold = gold[row]
+            batches.append(batch)
+        filler = with_examples(mixed_prompts.select([0]), processor, Reward("yes_no"))
+        filler.prompts.examples[0].gold, filler.prompts.valid = "no", torch.tensor([False])
+        answers = iter([*said, "yes"])
+
+        class Scripted(SFT):
+            def _answer(self, prompts, sampling, key, answers=answers):
+                texts = [next(answers) for _ in prompts.examples]
+                return texts, score(texts, prompts.examples)
+
+        shown = validate(Scripted(backbone=Backbone(small_folder)), [*batches, filler])
+        assert shown == pytest.approx({f"val/demo/{name}": value for name, value in expected.items()})
 
 
 def test_a_fresh_optimizer_holds_only_what_is_trained(small_folder):

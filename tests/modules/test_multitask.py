@@ -70,6 +70,21 @@ def test_micro_batches_and_several_updates_see_every_row(small_folder, two_tasks
     assert largest_difference(whole, small) < 1e-6
 
 
+def test_reinforced_rows_lose_for_their_length_as_in_rft(small_folder, two_tasks):
+    """Completions of a random model end by chance; at a margin of all 6 tokens each one has lost length / 6.
+
+    It is logged from the first batch on, as is what else is logged before the optimizer's step.
+    """
+    module = MultiTask(backbone=Backbone(small_folder), objectives={"b": "rft"}, overlong_margin=6, **RFT_OPTIONS)
+    rollouts = []
+    collect = module.collect
+    module.collect = lambda *args: rollouts.append(collect(*args)) or rollouts[-1]
+    trainer = fit(module, [two_tasks])
+    mean_length = rollouts[0].completions.lengths.float().mean().item()
+    assert trainer.callback_metrics["train/reward/overlong"] == pytest.approx(-mean_length / 6)
+    assert {"train/reward", "train/grad_norm", "train/lr", "time/rollout_s"} <= set(trainer.callback_metrics)
+
+
 def test_a_negative_weight_is_refused():
     with pytest.raises(ValueError, match="must not be negative"):
         MultiTask(weights={"a": -1.0})

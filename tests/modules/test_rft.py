@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from cpt_lightning.models import Backbone, Lora
 from cpt_lightning.modules import RFT
+from cpt_lightning.rewards import Reward
 from cpt_lightning.rollouts import Sampling
 from cpt_lightning.types import Rollout
 from tests.naive import naive_logprobs
@@ -208,6 +209,35 @@ def test_a_frozen_vision_tower_runs_once_per_step(small_folder, processor, mixed
     assert len(calls) == 1
 
 
+def test_over_long_completions_lose_what_the_margin_says(small_folder, processor, mixed_prompts):
+    """At most 6 tokens, margin 4, so DAPO's penalty is (2 - length) / 4 from 2 tokens on: 6 tokens lose 1, 5 lose 3/4.
+
+    The reward of ``with_examples`` is its accuracy, so the total is accuracy + penalty.
+    """
+    module = make(small_folder, overlong_margin=4)
+    rollouts = catch_rollouts(module)
+    trainer = fit(module, [with_examples(mixed_prompts, processor)])
+    rollout = rollouts[0]
+    by_length = torch.tensor([0, 0, 0, -0.25, -0.5, -0.75, -1.0])
+    penalties = by_length[rollout.completions.lengths].view(-1, 4)
+    assert torch.equal(rollout.reward_parts["overlong"], penalties)
+    assert torch.equal(rollout.rewards, rollout.reward_parts["accuracy"] + penalties)
+    assert penalties.min() == -1
+    logged = trainer.callback_metrics
+    assert logged["train/reward/overlong"] == pytest.approx(penalties.mean().item())
+    assert logged["train/reward"] == pytest.approx(rollout.rewards.mean().item())
+
+
+def test_the_counts_behind_precision_and_recall_are_no_part_of_a_rollout(small_folder, processor, mixed_prompts):
+    module = make(small_folder)
+    rollouts = catch_rollouts(module)
+    batch = with_examples(mixed_prompts, processor, Reward("yes_no", "think_answer"))
+    trainer = fit(module, [batch])
+    assert set(rollouts[0].reward_parts) == {"accuracy", "format"}
+    parts = {name for name in trainer.callback_metrics if name.startswith("train/reward/")}
+    assert parts == {"train/reward/accuracy", "train/reward/format"}
+
+
 def test_reward_rises_where_a_token_is_rewarded(small_folder, processor, mixed_prompts):
     """Reward for the letter a: after some steps of plain GRPO there are more of them."""
 
@@ -238,6 +268,8 @@ def test_reward_rises_where_a_token_is_rewarded(small_folder, processor, mixed_p
         ({"updates_per_rollout": 0}, "updates_per_rollout=0"),
         ({"micro_batch_prompts": 0}, "micro_batch_prompts=0"),
         ({"max_grad_norm": 0}, "max_grad_norm=0"),
+        ({"overlong_margin": 0}, "overlong_margin=0 must be .* from 1 to sampling.max_new_tokens=64"),
+        ({"overlong_margin": 9, "sampling": Sampling(8)}, "overlong_margin=9"),
     ],
 )
 def test_impossible_settings_are_refused_in_the_constructor(options, message):

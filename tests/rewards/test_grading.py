@@ -36,9 +36,22 @@ GOLDS = {"letter": "B", "permutation": "2, 1", "permutation_hits": "2, 1", "numb
                 "There is no dog.",
                 "there are no dogs",
                 "The answer is no.",
+                "There is not a dog in the image.",
+                "There aren't any dogs.",
+                "There isn\u2019t.",
             )
         ],
-        *[(said, "no", "yes_no", 0) for said in ("yes", "no tissue recognizable", "not", "none", "know")],
+        *[
+            (said, "no", "yes_no", 0)
+            for said in (
+                "yes",
+                "no tissue recognizable",
+                "not",
+                "none",
+                "know",
+                "There is not enough light to tell",
+            )
+        ],
         ("No.", "No, it is not", "yes_no", 1),
         ("no", "view with no tissue recognizable", "yes_no", 0),  # a phrase, not a polarity
         ("Thymus.", "thymus", "yes_no", 1),
@@ -50,13 +63,38 @@ GOLDS = {"letter": "B", "permutation": "2, 1", "permutation_hits": "2, 1", "numb
         *[(said, "3", "short_answer", 0) for said in ("13", "3 or 4", "no")],
         *[
             (said, "unanswerable", "short_answer", 1)
-            for said in ("Unanswerable.", "It cannot be determined", "unknown")
+            for said in (
+                "Unanswerable.",
+                "It cannot be determined",
+                "unknown",
+                "It is not possible to determine.",
+                "The question cannot be answered based on the image.",
+                "I\u2019m unable to read this from the picture.",
+                "There is not enough information to answer.",
+            )
         ],
-        *[(said, "unanswerable", "short_answer", 0) for said in ("no", "red", "an unknown man")],
+        *[
+            (said, "unanswerable", "short_answer", 0)
+            for said in ("no", "red", "an unknown man", "not possible", "a picture", "It can be read")
+        ],
         ("unanswerable", "red", "short_answer", 0),
         *[(said, "4:23", "short_answer", right) for said, right in (("4:23", 1), ("8:46", 0), ("0.174", 0))],
         *[(said, "A purple car", "short_answer", right) for said, right in (("purple car.", 1), ("car", 0))],
         ("5", ["unanswerable", "5"], "short_answer", 1),
+        # letter_or_short_answer: by what the first reference is
+        *[
+            (said, "B", "letter_or_short_answer", 1)
+            for said in ("B", "(b)", "Option B", "The answer is (B).", "B. red")
+        ],
+        *[(said, "B", "letter_or_short_answer", 0) for said in ("C", "B or C", "red", "banana", "2", "")],
+        ("Juneau", ["B", "Juneau"], "letter_or_short_answer", 1),
+        ("(B)", "(B)", "letter_or_short_answer", 1),
+        *[(said, "12 cm", "letter_or_short_answer", 1) for said in ("12", "12.0 cm", "It is 12 centimeters.")],
+        *[(said, ["6.5", "$6.50"], "letter_or_short_answer", r) for said, r in (("$6.5", 1), ("6.4", 0), ("B", 0))],
+        *[(said, "E. coli", "letter_or_short_answer", r) for said, r in (("e. coli", 1), ("E", 0), ("coli", 0))],
+        *[(said, "x", "letter_or_short_answer", right) for said, right in (("x", 1), ("Option X", 0))],
+        # an open question about a point C is graded as a choice
+        *[(said, "C", "letter_or_short_answer", right) for said, right in (("c", 1), ("Option C", 1), ("point D", 0))],
         # text, exact, permutation
         ("A Red circle.", "red circle", "text", 1),
         ("The answer is red.", "red", "text", 1),

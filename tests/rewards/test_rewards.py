@@ -4,6 +4,7 @@ import math
 import pickle
 
 import pytest
+from jsonargparse import ArgumentParser
 
 from cpt_lightning.rewards import Reward, RewardPart, permutation_hits, score
 from cpt_lightning.types import Example
@@ -34,6 +35,23 @@ def test_the_jigsaw_reward_of_paper_b_is_hits_and_accuracy_and_format():
     assert reward("<think>.</think><answer>2 1 3 4</answer>", "2, 1, 4, 3")["total"] == pytest.approx(1.5)
 
 
+def test_the_jigsaw_reward_of_paper_b_is_written_in_yaml():
+    """Hits of 2 of 4 weigh 1, as do accuracy and format: 0.5 + 0 + 1."""
+    parser = ArgumentParser()
+    parser.add_argument("--reward", type=Reward)
+    config = parser.parse_string("""
+        reward:
+          kind: permutation
+          format: think_answer
+          accuracy_weight: 1.0
+          format_weight: 1.0
+          extra: {hit: {function: cpt_lightning.rewards.permutation_hits, weight: 1.0}}
+    """)
+    reward = parser.instantiate(config).reward
+    parts = reward("<think>.</think><answer>2 1 3 4</answer>", "2, 1, 4, 3")
+    assert parts == {"total": 1.5, "accuracy": 0.0, "format": 1.0, "hit": 0.5}
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -43,6 +61,9 @@ def test_the_jigsaw_reward_of_paper_b_is_hits_and_accuracy_and_format():
         ({"format_weight": math.nan}, "format_weight is nan"),
         ({"accuracy_needs_format": True}, "needs a format"),
         ({"extra": {"total": RewardPart(permutation_hits)}}, "'total'"),
+        ({"extra": {"recall": RewardPart(permutation_hits)}}, "'recall' has a name that results use otherwise"),
+        ({"extra": {"num_samples": RewardPart(permutation_hits)}}, "'num_samples'"),
+        ({"extra": {"a/b": RewardPart(permutation_hits)}}, "'a/b'"),
         ({"extra": {"hits": RewardPart(permutation_hits, math.inf)}}, "'hits' is inf"),
     ],
 )
