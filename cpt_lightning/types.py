@@ -205,7 +205,8 @@ class Batch:
     Args:
         prompts: B prompts.
         targets: B reference completions for SFT, or ``None`` (evaluation; RFT on rows without a target).
-        num_skipped: Rows left out of this batch because their prompt was longer than the limit.
+        num_skipped: Rows left out because their prompt was longer than the limit or an image was refused; in
+            evaluation those that keep their place as invalid filler.
     """
 
     prompts: Prompts

@@ -31,6 +31,15 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> None:
+    """`datasets` writes below ``tmp_path``, silently."""
+    import datasets
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
 @pytest.fixture(scope="session")
 def processor() -> PromptProcessor:
     """The embedded base's tokenizer and image processor."""

@@ -48,7 +48,7 @@ def task_of(batch: Batch) -> str:
 
 
 class SkippedRows(Callback):
-    """Counts the rows that training left out because their prompt was too long: ``train/skipped_rows`` and a line."""
+    """Counts the rows that training left out, for a long prompt or a bad image: ``train/skipped_rows`` and a line."""
 
     def __init__(self) -> None:
         self._num_skipped = 0
@@ -60,7 +60,9 @@ class SkippedRows(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch: Batch, *_) -> None:
         """Counts."""
         self._num_skipped += batch.num_skipped
-        if trainer.datamodule.max_prompt_tokens is not None:
+        stream = trainer.datamodule
+        may_skip = any(task.bad_images == "skip" for task in stream.everything.values())
+        if may_skip or stream.max_prompt_tokens is not None:
             self.log("train/skipped_rows", float(batch.num_skipped), batch_size=1)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -69,5 +71,6 @@ class SkippedRows(Callback):
             stream = trainer.datamodule
             rank_zero_info(
                 f"{stream.stage_names[trainer.current_epoch]}: {self._num_skipped} rows were left out on this rank: "
-                f"their prompts are longer than data.max_prompt_tokens={stream.max_prompt_tokens}"
+                f"their prompts are longer than data.max_prompt_tokens={stream.max_prompt_tokens}, or their images "
+                "were refused (bad_images: skip); cpt inspect names them"
             )

@@ -15,6 +15,8 @@ from cpt_lightning.data.collate import Collate, Processor
 from cpt_lightning.data.loader import StageLoader, StreamBatches
 from cpt_lightning.data.sampler import EvaluationSampler, Mixing, Share, StageSampler, num_steps
 from cpt_lightning.tasks import Split, Task
+from cpt_lightning.tasks.fingerprint import fingerprint
+from cpt_lightning.tasks.prompts import Style
 from cpt_lightning.types import Example
 
 
@@ -39,6 +41,8 @@ class TaskStream(L.LightningDataModule):
             ``test`` to report. ``cpt test`` always takes ``test``.
         max_prompt_tokens: Training rows with a longer prompt are left out, counted and logged; nothing is cut.
             Evaluation asks every row, so that accuracies stay comparable.
+        style: Asks every task and probe in this style, in place of its own (see ``Prompt.style``), and rewards keeping
+            to it: ``think_boxed`` or ``think_answer`` with reasoning, ``direct`` without.
         target: Replaces the ``target`` of every task: what SFT learns.
         mixing: How often the tasks of a mixed stage are drawn: by ``size``, ``uniform``, or a temperature between
             (shares proportional to size to the power 1/temperature).
@@ -60,6 +64,7 @@ class TaskStream(L.LightningDataModule):
         eval_prompts_per_step: int = 64,
         evaluate_on: Literal["val", "test"] = "test",
         max_prompt_tokens: int | None = None,
+        style: Style | None = None,
         target: str | None = None,
         mixing: Mixing = "size",
         num_workers: int = 0,
@@ -74,6 +79,8 @@ class TaskStream(L.LightningDataModule):
         if odd := [name for name in [*tasks, *probes] if not name or set(name) & set("/+")]:
             raise ValueError(f"{odd[0]!r} cannot be the name of a task or probe: '/' and '+' have a meaning in results")
         self.everything = {**tasks, **probes}
+        if style is not None:
+            self.everything = {name: task.in_style(style) for name, task in self.everything.items()}
         if target is not None:
             self.everything = {name: replace(task, target=target) for name, task in self.everything.items()}
         self.stages = [[stage] if isinstance(stage, str) else list(stage) for stage in (stages or tasks)]
@@ -90,6 +97,7 @@ class TaskStream(L.LightningDataModule):
         self._check_numbers()
         self._processor: Processor | None = None
         self._examples: dict[tuple[str, Split], Sequence[Example]] = {}
+        self._fingerprints: dict[tuple[str, Split], str] = {}
 
     # -- what the stream consists of -------------------------------------------------------------------------------
 
@@ -118,6 +126,15 @@ class TaskStream(L.LightningDataModule):
         if (name, split) not in self._examples:
             self._examples[name, split] = self.everything[name].examples(split, name)
         return self._examples[name, split]
+
+    def fingerprint(self, name: str, split: Split) -> str:
+        """Equal where scores on a task or probe compare: where the same was asked and graded alike.
+
+        See :func:`cpt_lightning.tasks.fingerprint.fingerprint`.
+        """
+        if (name, split) not in self._fingerprints:
+            self._fingerprints[name, split] = fingerprint(self.everything[name], split, name)
+        return self._fingerprints[name, split]
 
     def num_steps(self, stage: int) -> int:
         """Batches of a stage."""
@@ -196,7 +213,9 @@ class TaskStream(L.LightningDataModule):
     def _evaluation_loader(self, split: Split) -> DataLoader:
         names = [*self.task_names, *self.probe_names]
         sampler = EvaluationSampler(self._sizes(names, split), self.eval_prompts_per_step, self._share)
-        batches = StreamBatches(self._split(split, names), Collate(self.processor, with_targets=False))
+        batches = StreamBatches(
+            self._split(split, names), Collate(self.processor, with_targets=False), keep_places=True
+        )
         return DataLoader(batches, sampler=sampler, batch_size=None, num_workers=self.num_workers)
 
     def _check_stages(self, tasks: list[str], given: Sequence[str | list[str]] | None) -> None:

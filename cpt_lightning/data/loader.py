@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from torch.utils.data import DataLoader, Dataset
 
 from cpt_lightning.data.collate import Collate
 from cpt_lightning.data.sampler import RowRef, StageSampler
+from cpt_lightning.tasks import SkippedRow
 from cpt_lightning.types import Batch, Example
 
 
@@ -17,16 +19,36 @@ class StreamBatches(Dataset[Batch]):
     Args:
         rows: Examples of each task, by its name.
         collate: Makes the batch.
+        keep_places: Whether a row that its task skips, because of an image, keeps its place as invalid filler, as
+            evaluation needs: then all ranks have the same batches. Otherwise it is left out.
     """
 
-    def __init__(self, rows: Mapping[str, Sequence[Example]], collate: Collate) -> None:
+    def __init__(self, rows: Mapping[str, Sequence[Example]], collate: Collate, keep_places: bool = False) -> None:
         self.rows = rows
         self.collate = collate
+        self.keep_places = keep_places
 
     def __getitem__(self, refs: Sequence[RowRef]) -> Batch:
-        """Raises ``ValueError`` for whatever is wrong with a row, naming task and row."""
-        examples = [self.rows[ref.task][ref.row] for ref in refs]
-        return self.collate(examples, [ref.valid for ref in refs])
+        """The batch; skipped rows are counted in it.
+
+        Raises:
+            ValueError: Something is wrong with a row; the message names task and row. Or every row is skipped.
+        """
+        examples, valid, skipped = [], [], []
+        for ref in refs:
+            try:
+                examples.append(self.rows[ref.task][ref.row])
+                valid.append(ref.valid)
+            except SkippedRow as error:
+                skipped.append(error)
+                if self.keep_places:
+                    examples.append(error.filler)
+                    valid.append(False)
+        if not examples:
+            message = f"every row of a batch of {len(refs)} has an image that is refused; {skipped[0]}"
+            raise ValueError(message) from skipped[0]
+        batch = self.collate(examples, valid)
+        return replace(batch, num_skipped=batch.num_skipped + len(skipped))
 
 
 class StageLoader(DataLoader):

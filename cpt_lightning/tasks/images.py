@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import base64
 import os
+import re
+import warnings
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-ImageInput = str | os.PathLike[str] | bytes | dict | Image.Image
-"""A path, an encoded file's bytes, the hub's ``{"bytes": ..., "path": ...}``, or a decoded picture."""
+ImageInput = str | os.PathLike[str] | bytes | dict | Image.Image | Callable[[], Image.Image]
+"""A path, an encoded file's bytes, these in base64 (bare or as a data URI), the hub's ``{"bytes": ..., "path": ...}``,
+a decoded picture, or what makes one when it is asked for."""
 
 MIN_SIDE = 28
 """Pixels; one visual token of Qwen2.5-VL covers 2 x 2 patches of 14 pixels."""
 MAX_PIXELS = 100_000_000
 MAX_ASPECT_RATIO = 200
 """Qwen2.5-VL's own limit on the longer side over the shorter."""
+
+_DATA_URI = re.compile(r"data:image/[\w.+-]+;base64,")
+# What the first bytes of JPEG, PNG, GIF, WebP, TIFF (both byte orders) and BMP are in base64.
+_BASE64 = re.compile(r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR|SUkqA|TU0AK|Qk[0-3])[A-Za-z0-9+/\s]{60,}={0,2}\s*")
 
 
 class ImageError(ValueError):
@@ -27,7 +36,7 @@ def load_image(image: ImageInput, min_side: int = MIN_SIDE) -> Image.Image:
     """The picture upright in RGB: EXIF orientation applied, transparency on white, 16 bits scaled to 8.
 
     Args:
-        image: A path, an encoded file's bytes, ``{"bytes": ..., "path": ...}`` or a decoded picture.
+        image: Any :data:`ImageInput`.
         min_side: Fewest pixels a side may have.
 
     Raises:
@@ -37,15 +46,29 @@ def load_image(image: ImageInput, min_side: int = MIN_SIDE) -> Image.Image:
     if isinstance(file, Image.Image):
         return _decode(file, name, min_side)
     try:
-        opened = Image.open(file)
+        with warnings.catch_warnings():
+            # Pillow warns from 89 megapixels on and refuses from 179 on; the limit here lies between.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            opened = Image.open(file)
     except FileNotFoundError as error:
         raise ImageError(f"image {name} does not exist; correct the path or the images' folder") from error
     except Image.DecompressionBombError as error:
-        raise ImageError(f"image {name}: {error}") from error
+        raise ImageError(
+            f"image {name}: {error}; {MAX_PIXELS:,} in all are allowed: scale it down or take the row out"
+        ) from error
     except (OSError, ValueError, SyntaxError) as error:
         raise ImageError(f"image {name} cannot be read: {error}") from error
     with opened:
         return _decode(opened, name, min_side)
+
+
+def is_encoded(text: str) -> bool:
+    """Whether a text is a picture in base64, bare or as a data URI, rather than a path.
+
+    >>> is_encoded("data:image/png;base64,iVBORw0KGgo="), is_encoded("/9j/holiday.jpg")
+    (True, False)
+    """
+    return bool(_DATA_URI.match(text) or _BASE64.fullmatch(text))
 
 
 def _file_of(image: ImageInput) -> tuple[Path | BytesIO | Image.Image, str]:
@@ -57,6 +80,13 @@ def _file_of(image: ImageInput) -> tuple[Path | BytesIO | Image.Image, str]:
         if not path:
             raise ImageError(f"image has neither 'bytes' nor 'path', only {', '.join(map(str, image)) or 'nothing'}")
         image = path
+    if isinstance(image, str) and is_encoded(image):
+        try:
+            return BytesIO(base64.b64decode(_DATA_URI.sub("", image, count=1))), "(base64)"
+        except ValueError as error:
+            raise ImageError(f"image (base64) cannot be read: {error}") from error
+    if callable(image):
+        image = image()
     if isinstance(image, Image.Image):
         filename = getattr(image, "filename", "")  # only pictures that Pillow itself opened have one
         return image, f"'{filename}'" if filename else "(picture)"
@@ -64,7 +94,7 @@ def _file_of(image: ImageInput) -> tuple[Path | BytesIO | Image.Image, str]:
         return BytesIO(image), "(bytes)"
     if not isinstance(image, (str, os.PathLike)):
         raise ImageError(f"image is a {type(image).__name__}; give a path, bytes, a picture or {{'bytes', 'path'}}")
-    if "://" in str(image)[:10]:
+    if "://" in str(image)[:10]:  # looked for at the start only: a long text is no path
         raise ImageError(f"image '{image}' is a web address; download it and give its path")
     path = Path(image).expanduser()
     return path, f"'{path}'"

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import numpy as np
 from PIL import Image
 
-from cpt_lightning.tasks.images import ImageError, load_image
+from cpt_lightning.tasks.images import load_image
 from cpt_lightning.tasks.splits import check_fractions, cut_by_group
 from cpt_lightning.tasks.task import SPLITS, LazySequence, Row, Source, Split, check_split
 
@@ -104,7 +104,7 @@ class Jigsaw(Source):
         check_fractions(self.val_fraction, self.test_fraction)
 
     def split(self, split: Split) -> Sequence[Row]:
-        """The puzzles of a split, one for each of its pictures, cut when they are read."""
+        """The puzzles of a split, one for each of its pictures, cut when it is shown."""
         check_split(split)
         indices = self._cut[split].tolist()
         if not indices:
@@ -125,15 +125,14 @@ class Jigsaw(Source):
 
     def _row(self, split: Split, indices: list[int], index: int) -> Row:
         picture = self._pictures[indices[index]]
-        row_id = f"{self.folder}/{picture.as_posix()}"
-        try:
-            image = load_image(Path(self.folder).expanduser() / picture)
-        except ImageError as error:
-            raise ImageError(f"{row_id}: {error}") from error
         count = self.num_rows * self.num_cols
         order = shuffle_order(count, (self.seed, SPLITS.index(split), index))
         question = _QUESTION.format(
             rows=self.num_rows, cols=self.num_cols, count=count, wanted=_WANTED[self.convention]
         )
         answer = ", ".join(map(str, answer_indices(order, self.convention)))
-        return Row(row_id, question, answer, [shuffle_pieces(image, order, self.num_rows, self.num_cols)])
+        shuffled = partial(self._shuffled, Path(self.folder).expanduser() / picture, order)
+        return Row(f"{self.folder}/{picture.as_posix()}", question, answer, [shuffled])
+
+    def _shuffled(self, picture: Path, order: np.ndarray) -> Image.Image:
+        return shuffle_pieces(load_image(picture), order, self.num_rows, self.num_cols)

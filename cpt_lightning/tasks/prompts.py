@@ -25,6 +25,8 @@ INSTRUCTIONS: dict[str, str] = {
 """Instruction that each style puts after the question. ``direct`` and ``letter`` are the tails of paper A's SFT rows
 (arXiv 2507.05386); the think styles ask for what the rewards' formats of the same names check."""
 
+_HAS_OPTIONS = re.compile(r"^\(?A[.):]\s.*\n\(?B[.):]\s", re.MULTILINE)
+
 _SPECIAL_TOKEN = re.compile(r"<\|\w+\|>")
 _LEADING_MARKERS = re.compile(r"(?:\s*<image>)*\s*")
 
@@ -37,8 +39,9 @@ class Prompt:
         system: System turn; ``None`` takes the row's own, else the chat template's default.
         prefix: Text before the question, after images that lead it.
         suffix: Text after the question.
-        style: Instruction after the suffix: ``none``, ``direct`` (a word or phrase), ``letter`` (an option's letter),
-            ``think_answer`` (think, then ``<answer>`` tags) or ``think_boxed`` (think, then ``\boxed{}``).
+        style: Instruction after the suffix: ``none``, ``direct`` (a word or phrase; an option's letter where the
+            question lists options), ``letter`` (an option's letter), ``think_answer`` (think, then ``<answer>`` tags)
+            or ``think_boxed`` (think, then ``\boxed{}``).
 
     Raises:
         ValueError: Unknown style, or an ``<image>`` marker or chat token in one of the texts.
@@ -82,7 +85,8 @@ class Prompt:
         if num_markers == 0:
             question = IMAGE_MARKER * num_images + question
         lead = _LEADING_MARKERS.match(question).end()  # type: ignore[union-attr]  # matches the empty string
-        text = question[:lead] + self.prefix + question[lead:] + self.suffix + INSTRUCTIONS[self.style]
+        style = "letter" if self.style == "direct" and _HAS_OPTIONS.search(question) else self.style
+        text = question[:lead] + self.prefix + question[lead:] + self.suffix + INSTRUCTIONS[style]
         turns = [] if system is None else [{"role": "system", "content": [{"type": "text", "text": system}]}]
         return [*turns, {"role": "user", "content": _content(text)}]
 

@@ -6,22 +6,27 @@ import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from string import Formatter
-from typing import Generic, Literal, TypeVar, overload
+from typing import Generic, Literal, TypeVar, get_args, overload
 
 import numpy as np
+from PIL import Image
 
 from cpt_lightning.rewards import Reward
+from cpt_lightning.rewards.formats import FormatStyle
 from cpt_lightning.tasks.images import ImageError, ImageInput, load_image
-from cpt_lightning.tasks.prompts import Prompt, refuse_special_tokens
+from cpt_lightning.tasks.prompts import Prompt, Style, refuse_special_tokens
 from cpt_lightning.types import Example, Gold
 
 T = TypeVar("T")
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+BadImages = Literal["fail", "skip"]
+BLANK_SIDE = 56
+"""Pixels a side of the pictures of a row that only fills up a batch."""
 
 
 def check_split(split: str) -> None:
@@ -65,6 +70,19 @@ class Row:
             raise ValueError(f"{self.row_id}: empty answer {self.answer!r}; fill it in or take the row out")
         if "answer" in self.fields:
             raise ValueError(f"{self.row_id}: the field 'answer' would hide the row's answer; give it another name")
+
+
+class SkippedRow(ImageError):
+    """A row of a task with ``bad_images: skip`` one of whose images is refused.
+
+    Args:
+        message: What is wrong, naming task, row and file.
+        filler: The row with blank pictures, which may fill up a batch in its place but must not count.
+    """
+
+    def __init__(self, message: str, filler: Example) -> None:
+        super().__init__(message)
+        self.filler = filler
 
 
 class LazySequence(Sequence[T], Generic[T]):
@@ -123,9 +141,12 @@ class Task:
         num_val: Likewise for the validation split.
         num_test: Likewise for the test split.
         seed: Draws the subsets.
+        bad_images: What happens to a row with an image that is missing, broken or of a size the model cannot take:
+            ``fail`` stops the run and names it; ``skip`` leaves it out of training, counted, and of the accuracy.
+        licence: Terms under which the data may be used, as its publisher states them; ``cpt inspect`` shows it.
 
     Raises:
-        ValueError: A count below 1, a negative seed, or a malformed template.
+        ValueError: A count below 1, a negative seed, an unknown policy, or a malformed template.
     """
 
     source: Source
@@ -136,6 +157,8 @@ class Task:
     num_val: int | None = None
     num_test: int | None = None
     seed: int = 0
+    bad_images: BadImages = "fail"
+    licence: str | None = None
 
     def __post_init__(self) -> None:
         for split in SPLITS:
@@ -144,8 +167,17 @@ class Task:
                 raise ValueError(f"num_{split} is {count}; give at least 1, or leave it out to take every row")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; give 0 or more")
+        if self.bad_images not in get_args(BadImages):
+            raise ValueError(f"bad_images {self.bad_images!r} is unknown; there are {', '.join(get_args(BadImages))}")
         if self.target is not None:
             check_template(self.target)
+
+    def in_style(self, style: Style) -> Task:
+        """The same task asked in another style, and rewarded for keeping to it where the style has a format."""
+        format_: FormatStyle = style if style == "think_answer" or style == "think_boxed" else "none"
+        needs_format = self.reward.accuracy_needs_format and format_ != "none"
+        reward = replace(self.reward, format=format_, accuracy_needs_format=needs_format)
+        return replace(self, prompt=replace(self.prompt, style=style), reward=reward)
 
     def examples(self, split: Split, name: str) -> Sequence[Example]:
         """The split's examples, lazily: text is filled in and images are decoded when an item is fetched.
@@ -156,15 +188,41 @@ class Task:
 
         Raises:
             ValueError: Unknown split, a split without rows, or fewer rows than ``num_<split>`` asks for. Fetching an
-                item raises it for whatever is wrong with that row, naming task and row.
+                item raises it for whatever is wrong with that row, naming task and row; of its images,
+                :class:`SkippedRow` if ``bad_images`` is ``skip``.
         """
+        rows, indices = self._rows(split, name)
+        return LazySequence(len(indices), partial(self._example, rows, indices, name))
+
+    def asked(self, split: Split, name: str) -> Sequence[tuple[list[dict], Gold]]:
+        """Chat turns and reference answer of each of the split's examples, without looking at its images.
+
+        Args:
+            split: ``"train"``, ``"val"`` or ``"test"``.
+            name: The task's name in the stream; errors carry it.
+
+        Raises:
+            ValueError: As for :meth:`examples`, images apart.
+        """
+        rows, indices = self._rows(split, name)
+
+        def ask(index: int) -> tuple[list[dict], Gold]:
+            row = rows[int(indices[index])]
+            return self._messages(row), row.answer
+
+        return LazySequence(len(indices), ask)
+
+    def _rows(self, split: Split, name: str) -> tuple[Sequence[Row], np.ndarray]:
+        """The source's rows of a split, and which of them the task takes."""
         try:
             check_split(split)
             rows = self.source.split(split)
-            indices = self._subset(len(rows), split)
+            return rows, self._subset(len(rows), split)
         except ValueError as error:
             raise ValueError(f"task '{name}': {error}") from error
-        return LazySequence(len(indices), partial(self._example, rows, indices, name))
+
+    def _messages(self, row: Row) -> list[dict]:
+        return self.prompt.messages(row.question, len(row.images), system=row.system)
 
     def _num_rows(self, split: Split) -> int | None:
         return {"train": self.num_train, "val": self.num_val, "test": self.num_test}[split]
@@ -185,19 +243,26 @@ class Task:
             row = rows[int(indices[index])]
         except ValueError as error:  # the source has named the row
             raise ValueError(f"task '{name}', {error}") from error
+        where = f"task '{name}', {row.row_id}"
         try:
-            return Example(
+            example = Example(
                 task=name,
                 row_id=row.row_id,
-                messages=self.prompt.messages(row.question, len(row.images), system=row.system),
-                images=[load_image(image) for image in row.images],
+                messages=self._messages(row),
                 gold=row.answer,
                 target=self._target(row),
                 reward=self.reward,
             )
         except ValueError as error:
-            kind = ImageError if isinstance(error, ImageError) else ValueError
-            raise kind(f"task '{name}', {row.row_id}: {error}") from error
+            raise ValueError(f"{where}: {error}") from error
+        try:
+            return replace(example, images=[load_image(image) for image in row.images])
+        except ImageError as error:
+            if self.bad_images == "fail":
+                raise ImageError(f"{where}: {error}") from error
+            # Pictures all the same: a rank that had none would not run the vision tower while others wait for it.
+            blank = replace(example, images=[Image.new("RGB", (BLANK_SIDE, BLANK_SIDE)) for _ in row.images])
+            raise SkippedRow(f"{where}: {error}", blank) from error
 
     def _target(self, row: Row) -> str:
         template = "{answer}" if self.target is None else self.target

@@ -202,3 +202,10 @@ def test_a_broken_row_is_named_from_a_worker_too(num_workers):
 def test_the_batches_move_to_a_device():
     batch = next(iter(standing_alone().train_dataloader())).to(torch.device("meta"))
     assert batch.prompts.input_ids.is_meta and batch.targets.ids.is_meta
+
+
+def test_a_stream_asks_every_task_and_probe_in_its_style():
+    stream = number_stream(style="think_boxed")
+    assert {task.prompt.style for task in stream.everything.values()} == {"think_boxed"}
+    assert {task.reward.format for task in stream.everything.values()} == {"think_boxed"}
+    assert stream.fingerprint("a", "test") != number_stream().fingerprint("a", "test")

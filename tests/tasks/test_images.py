@@ -1,5 +1,8 @@
 """Whatever a data set calls an image becomes the same upright RGB picture, or an error that names it."""
 
+import base64
+import struct
+import zlib
 from io import BytesIO
 from pathlib import Path
 
@@ -8,6 +11,7 @@ import pytest
 from PIL import Image
 
 from cpt_lightning.tasks import ImageError, load_image
+from cpt_lightning.tasks.images import is_encoded
 
 
 def encoded(image, form="PNG", **options):
@@ -39,6 +43,54 @@ def test_a_picture_is_the_same_from_path_bytes_hub_dict_and_memory(tmp_path):
         image = load_image(way)
         assert image.mode == "RGB"
         assert np.array_equal(np.asarray(image), np.asarray(half_and_half()))
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"])
+@pytest.mark.parametrize("lead", ["", "data:image/png;base64,", "data:image/jpeg;base64,"])
+def test_base64_is_recognised_bare_and_as_data_uri(form, lead):
+    text = lead + base64.b64encode(encoded(half_and_half(), form)).decode()
+    assert is_encoded(text)
+    image = load_image(text)
+    assert image.size == (40, 30)
+    assert np.abs(np.asarray(image, dtype=int) - np.asarray(half_and_half(), dtype=int)).mean() < 8  # JPEG's loss
+
+
+def test_base64_may_be_broken_into_lines():
+    assert load_image(base64.encodebytes(encoded(half_and_half())).decode()).size == (40, 30)
+
+
+@pytest.mark.parametrize(
+    "path", ["/9j/a.jpg", "R0lGOD.gif", "images/1.png", "data/image/1.png", "Qk0", "/9j/" + "a/" * 20]
+)
+def test_paths_are_not_taken_for_base64(path):
+    assert not is_encoded(path)
+
+
+def test_a_picture_may_be_made_when_it_is_asked_for():
+    assert load_image(half_and_half).size == (40, 30)
+
+
+def claimed(width, height):
+    """A PNG file that claims a size and holds no pixels."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("width, height", [(10_001, 10_000), (13_000, 13_000), (100_000, 100_000)])
+def test_a_huge_picture_is_refused_by_what_its_header_says(width, height):
+    """100 megapixels are the limit; Pillow warns from 89 on and refuses from 179 on, with a text of its own."""
+    with pytest.raises(ImageError, match=r"image 'a.png'.*100,000,000 in all are allowed: scale it down"):
+        load_image({"bytes": claimed(width, height), "path": "a.png"})
+
+
+def test_a_large_picture_below_the_limit_gives_no_warning():
+    """It is decoded, and only then found to be empty."""
+    with pytest.raises(ImageError, match=r"image \(bytes\) cannot be decoded"):
+        load_image(claimed(9_600, 9_500))
 
 
 def test_a_picture_taken_sideways_is_turned_upright():
@@ -133,6 +185,8 @@ def test_a_file_is_closed_after_reading(tmp_path):
         (encoded(half_and_half(27, 100)), "27 x 100 pixels; the model needs 28 a side"),
         (encoded(half_and_half(28, 28 * 201)), "28 x 5628 pixels; the model takes at most 200:1"),
         ("https://example.com/a.png", "is a web address; download it"),
+        ("data:image/png;base64,AAA", r"image \(base64\) cannot be read"),
+        ("data:image/png;base64,AAAA", r"image \(base64\) cannot be read"),
         ({"url": "a.png"}, "neither 'bytes' nor 'path', only url"),
         ({}, "only nothing"),
         (None, "image is a NoneType; give a path"),

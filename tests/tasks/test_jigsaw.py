@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cpt_lightning.tasks import Jigsaw, Reward, Task
+from cpt_lightning.tasks import Jigsaw, Reward, Task, load_image
 from cpt_lightning.tasks.jigsaw import answer_indices, shuffle_order, shuffle_pieces
 
 
@@ -42,8 +42,8 @@ def test_both_conventions_by_hand():
 def test_the_answer_restores_the_picture(folder, convention, rows, cols):
     source = Jigsaw(str(folder), rows, cols, convention)
     for row in source.split("train"):
-        picture = Image.open(row.row_id)
-        (shuffled,) = row.images
+        picture = load_image(row.row_id)
+        shuffled = load_image(row.images[0])
         assert shuffled.size == (61 // cols * cols, 47 // rows * rows)
         originals = tiles(picture.crop((0, 0, *shuffled.size)), rows, cols)
         shown = tiles(shuffled, rows, cols)
@@ -102,3 +102,4 @@ def test_splits_and_pictures_that_are_not_there_are_named(folder, tmp_path):
     task = Task(Jigsaw(str(folder), val_fraction=0, test_fraction=0))
     with pytest.raises(ValueError, match="task 'jigsaw', .*00.png: image .* cannot be read"):
         list(task.examples("train", "jigsaw"))
+    assert len(task.asked("train", "jigsaw")[0][0]) == 1  # what is asked does not need the picture

@@ -81,3 +81,17 @@ def test_a_template_with_an_image_marker_is_refused(name):
 def test_an_unknown_style_names_the_known_ones():
     with pytest.raises(ValueError, match="'cot' is unknown; there are none, direct"):
         Prompt(style="cot")
+
+
+@pytest.mark.parametrize(
+    ("question", "tail"),
+    [
+        ("Which?\nA. ice\nB. fire", "Answer with the option's letter from the given choices directly."),
+        ("Which?\n(A) ice\n(B) fire", "Answer with the option's letter from the given choices directly."),
+        ("A. Smith\nwrote what?", "Answer the question using a single word or phrase."),
+        ("What is plan A. or B. about?", "Answer the question using a single word or phrase."),
+    ],
+)
+def test_a_direct_answer_is_a_letter_where_the_question_lists_options(question, tail):
+    content = Prompt(style="direct").messages(question, 0)[0]["content"]
+    assert content[0]["text"] == f"{question}\n{tail}"

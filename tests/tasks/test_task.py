@@ -8,7 +8,7 @@ from jsonargparse import ArgumentParser
 from PIL import Image
 
 from cpt_lightning.rewards import Reward, permutation_hits
-from cpt_lightning.tasks import LazySequence, Prompt, Row, Source, Task
+from cpt_lightning.tasks import LazySequence, Prompt, Row, SkippedRow, Source, Task
 from cpt_lightning.tasks.task import fill_template, most_frequent, template_slots
 
 
@@ -111,6 +111,7 @@ def test_a_subset_is_seeded_keeps_the_order_and_grows_by_adding():
         ({"num_train": 0}, "num_train is 0; give at least 1"),
         ({"num_test": -3}, "num_test is -3"),
         ({"seed": -1}, "seed is -1"),
+        ({"bad_images": "drop"}, "bad_images 'drop' is unknown; there are fail, skip"),
         ({"target": "{answer"}, "a literal brace is written twice"),
         ({"target": r"\boxed{answer}!{}"}, "not a plain slot name"),
         ({"target": "{answer.__class__}"}, "not a plain slot name"),
@@ -154,6 +155,24 @@ def test_a_bad_row_is_named_with_its_task(row, options, message):
         only(Task(Listed([row]), **options))
 
 
+def test_a_row_with_a_bad_image_is_skipped_where_the_task_says_so():
+    """The filler is asked like the row, with a blank picture in place of every one."""
+    row = Row("a.json:3", "Is <image> like <image>?", "1", ["gone.png", Image.new("RGB", (30, 30))])
+    with pytest.raises(SkippedRow, match="task 'numbers', a.json:3: image 'gone.png' does not exist") as raised:
+        only(Task(Listed([row]), bad_images="skip"))
+    filler = raised.value.filler
+    assert (filler.row_id, filler.gold, filler.target) == ("a.json:3", "1", "1")
+    assert [part["type"] for part in filler.messages[0]["content"]] == ["text", "image", "text", "image", "text"]
+    assert [image.getextrema() for image in filler.images] == [((0, 0),) * 3] * 2
+
+
+def test_skipping_is_for_images_only():
+    row = Row("a.json:3", "<image>x?", "1")
+    with pytest.raises(ValueError, match="1 <image> markers for 0 images") as raised:
+        only(Task(Listed([row]), bad_images="skip"))
+    assert not isinstance(raised.value, SkippedRow)
+
+
 @pytest.mark.parametrize("answer", ["", "  ", [], ["a", ""]])
 def test_an_empty_answer_is_refused(answer):
     with pytest.raises(ValueError, match="list:0: empty answer"):
@@ -187,6 +206,7 @@ tasks:
       extra: {hits: {function: cpt_lightning.rewards.permutation_hits, weight: 0.5}}
     target: "<answer>{answer}</answer>"
     num_train: 20
+    bad_images: skip
   colours:
     source: {class_path: cpt_lightning.tasks.EasyVQA, init_args: {questions: [color]}}
 """
@@ -204,6 +224,7 @@ def test_tasks_are_written_in_yaml_and_survive_a_round_trip():
     shapes = tasks["shapes"]
     assert list(tasks) == ["shapes", "colours"]
     assert (type(shapes), shapes.num_train, shapes.source.questions) == (Task, 20, ["shape"])
+    assert (shapes.bad_images, tasks["colours"].bad_images) == ("skip", "fail")
     assert shapes.reward.extra["hits"].function is permutation_hits
     assert shapes.prompt == Prompt(prefix="Look. ", style="think_answer")
     assert (tasks["colours"].reward, tasks["colours"].prompt) == (Reward(), Prompt())
@@ -228,3 +249,18 @@ def test_a_misspelt_option_is_refused_when_parsed(change, message):
     config["tasks"]["shapes"].update(change)
     with pytest.raises(Exception, match=message):
         parser().parse_object(config)
+
+
+@pytest.mark.parametrize(
+    ("style", "format_style", "needs_format"),
+    [("think_boxed", "think_boxed", True), ("think_answer", "think_answer", True), ("direct", "none", False)],
+)
+def test_a_task_in_another_style_is_asked_and_rewarded_in_it(style, format_style, needs_format):
+    """Weights, kind and texts stay; without a format there is nothing that accuracy could need."""
+    reward = Reward("number", "think_answer", accuracy_weight=0.7, format_weight=0.3, accuracy_needs_format=True)
+    task = Task(Listed(rows()), Prompt(suffix=" Say."), reward, num_train=3)
+    styled = task.in_style(style)
+    assert (styled.prompt.style, styled.prompt.suffix, styled.num_train) == (style, " Say.", 3)
+    assert (styled.reward.format, styled.reward.accuracy_needs_format) == (format_style, needs_format)
+    assert (styled.reward.kind, styled.reward.accuracy_weight) == ("number", 0.7)
+    assert (task.prompt.style, task.reward.format) == ("none", "think_answer")

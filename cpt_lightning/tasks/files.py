@@ -1,0 +1,137 @@
+"""Files and folders of rows: JSON, JSON lines, parquet, arrow, saved data sets, image folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cpt_lightning.tasks.records import ArrowRecords, ListedRecords, Record, Records
+from cpt_lightning.tasks.tables import Part, Table
+
+_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+_NOT_ROWS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
+
+
+def open_files(paths: Sequence[str]) -> Table:
+    """The rows of several files or folders, one after another.
+
+    Args:
+        paths: Files ending in ``.json`` (a list of rows, or an object with one such list), ``.jsonl`` (a row per line),
+            ``.parquet`` or ``.arrow``; or folders: saved by ``save_to_disk``, of images with ``metadata.csv`` or
+            ``metadata.jsonl``, or of such files, taken in alphabetical order.
+
+    Raises:
+        ValueError: A file is malformed; the message names it and the line or row.
+    """
+    return Table([part for path in paths for part in _parts(path)])
+
+
+def check_files(paths: Sequence[str]) -> None:
+    """Refuses files that are missing or of a kind that cannot be read, and folders that hold none.
+
+    Raises:
+        ValueError: As said, naming the file.
+    """
+    for name in paths:
+        path = Path(name).expanduser()
+        if not path.exists():
+            raise ValueError(f"file {name!r} does not exist (relative paths start at {Path.cwd()})")
+        if not path.is_dir() and path.suffix.lower() not in _READERS:
+            raise ValueError(f"file {name!r} is none of {', '.join(_READERS)}")
+        if (path / "dataset_dict.json").is_file():
+            splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+            raise ValueError(f"folder {name!r} holds the splits {', '.join(splits)}; name one, as '{name}/{splits[0]}'")
+        if path.is_dir() and not (is_saved(path) or _has_metadata(path) or _files_of(path)):
+            raise ValueError(f"folder {name!r} holds no saved data set, no metadata.csv and no {', '.join(_READERS)}")
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether a folder was written by ``save_to_disk`` and holds one split."""
+    return (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+
+
+def _parts(name: str) -> list[Part]:
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        return [Part(_READERS[path.suffix.lower()](path), f"{name}:", path.parent)]
+    if is_saved(path):
+        return [Part(_read_saved(path), f"{name}:", path)]
+    if _has_metadata(path):
+        return [Part(_read_images(path), f"{name}:", path)]
+    return [part for file in _files_of(path) for part in _parts(f"{name.rstrip('/')}/{file.name}")]
+
+
+def _files_of(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in _READERS and file.name not in _NOT_ROWS)
+
+
+def _has_metadata(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _METADATA)
+
+
+def _read_json(path: Path) -> Records:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:  # malformed JSON, or not UTF-8
+        raise ValueError(f"{path}: not a JSON file: {error}") from error
+    if isinstance(rows, dict):  # {"info": ..., "questions": [...]}, as CLEVR and the VQA sets have it
+        lists = [value for value in rows.values() if isinstance(value, list)]
+        if len(lists) != 1:
+            raise ValueError(
+                f"{path}: holds an object with {', '.join(rows)}; a list of rows is expected, or an object with one "
+                "list (for a row per line name it .jsonl)"
+            )
+        rows = lists[0]
+    if not isinstance(rows, list):
+        raise ValueError(f"{path}: holds a {type(rows).__name__}; a list of rows is expected")
+    return ListedRecords(rows)
+
+
+def _read_json_lines(path: Path) -> Records:
+    rows: list[Record] = []
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"{path}: line {number} is not JSON: {error}") from error
+    return ListedRecords(rows)
+
+
+# `datasets` takes over a second to import, and files of text do not need it.
+
+
+def _read_parquet(path: Path) -> Records:
+    from datasets import Dataset
+
+    return ArrowRecords(Dataset.from_parquet(str(path)))
+
+
+def _read_arrow(path: Path) -> Records:
+    from datasets import Dataset
+
+    return ArrowRecords(Dataset.from_file(str(path)))
+
+
+def _read_saved(folder: Path) -> Records:
+    from datasets import load_from_disk
+
+    return ArrowRecords(load_from_disk(str(folder)))
+
+
+def _read_images(folder: Path) -> Records:
+    from datasets import load_dataset
+
+    # Named outright, all files are one split: a sub-folder called "train" would otherwise become one of its own.
+    return ArrowRecords(load_dataset("imagefolder", data_files={"train": [f"{folder}/**"]}, split="train"))
+
+
+_READERS: dict[str, Callable[[Path], Records]] = {
+    ".json": _read_json,
+    ".jsonl": _read_json_lines,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+}
