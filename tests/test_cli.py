@@ -214,7 +214,7 @@ def test_help_and_version_need_neither_torch_nor_lightning(capsys):
     code = "import sys; from cpt_lightning.cli import main\ntry: main(['-h'])\nexcept SystemExit: print(*sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     shown, modules = result.stdout.rsplit("\n\n", 1)
-    assert all(verb in shown for verb in ("fit", "validate", "test", "predict"))
+    assert all(verb in shown for verb in ("fit", "validate", "test", "predict", "inspect"))
     assert not {"torch", "lightning", "transformers", "jsonargparse"} & set(modules.split())
     with pytest.raises(SystemExit):
         main(["--version"])
@@ -226,7 +226,7 @@ def test_no_verb_and_an_unknown_verb_get_the_usage(capsys):
         with pytest.raises(SystemExit) as stop:
             main(args)
         assert stop.value.code == 2
-    assert "unknown verb 'train'; there are fit, validate, test, predict" in capsys.readouterr().err
+    assert "unknown verb 'train'; there are fit, validate, test, predict, inspect" in capsys.readouterr().err
 
 
 def test_help_of_a_verb_and_of_a_class(capsys):

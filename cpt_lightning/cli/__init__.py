@@ -1,4 +1,4 @@
-"""The command line: ``cpt fit|validate|test|predict``."""
+"""The command line: ``cpt fit|validate|test|predict|inspect``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ VERBS = {
     "validate": "evaluate the base, or a checkpoint, on every task and probe",
     "test": "the same on the test split",
     "predict": "write down what the model answers, with verdicts",
+    "inspect": "show what the model will be asked: rows, lengths, answers, examples; needs no weights and no GPU",
 }
 
 USAGE = f"""usage: cpt VERB -c CONFIG.yaml [--ckpt_path CHECKPOINT] [--OPTION VALUE ...]
@@ -23,6 +24,7 @@ for example:
   cpt fit -c configs/demo/grpo.yaml --model.group_size 16                  any option of any class, overridden
   cpt fit -c configs/demo/grpo.yaml --print_config                         the resolved configuration
   cpt fit -c configs/demo/grpo.yaml --ckpt_path runs/demo_grpo/last.ckpt   go on where a run ended
+  cpt inspect -c configs/demo/grpo.yaml                                    look at the data first
   cpt fit --help                                                           all options of a verb
   cpt fit --model.help RFT                                                 those of a model, or other class
 """
@@ -56,6 +58,12 @@ def main(args: list[str] | None = None) -> None:
         print(f"cpt: unknown verb {args[0]!r}; there are {', '.join(VERBS)}\n\n{USAGE}", file=sys.stderr)
         raise SystemExit(2)
 
+    if args[0] == "inspect":
+        from cpt_lightning.cli.inspect.command import InspectCLI
+
+        return InspectCLI(args[1:]).inspect()
+
     from cpt_lightning.cli.lightning_cli import CPTCLI
 
     CPTCLI(args)
+    return None

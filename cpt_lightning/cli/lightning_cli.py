@@ -28,6 +28,8 @@ TRAINER_DEFAULTS = {
     "log_every_n_steps": 1,
 }
 
+PARSER_OPTIONS = {"prog": "cpt", "description": "Continual post-training of multimodal language models."}
+
 LIBRARY_NOISE = (
     "`isinstance.treespec, LeafSpec.` is deprecated",  # lightning 2.6 and torch
 )
@@ -48,9 +50,11 @@ class CPTCLI(LightningCLI):
 
     Args:
         args: What follows ``cpt`` on the command line.
+        run: Whether these name a verb of the Trainer, which is run.
+        **parser_options: Of the parser, in place of its own.
     """
 
-    def __init__(self, args: list[str]):
+    def __init__(self, args: list[str], run: bool = True, **parser_options: Any):
         self.args = args
         os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # lightning 2.6 calls it by old names
         for message in LIBRARY_NOISE:
@@ -63,10 +67,11 @@ class CPTCLI(LightningCLI):
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},  # a resumed run goes on in its folder
             seed_everything_default=0,
-            parser_kwargs={"prog": "cpt", "description": "Continual post-training of multimodal language models."},
+            parser_kwargs={**PARSER_OPTIONS, **parser_options},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             args=args,
+            run=run,
         )
 
     # -- arguments -------------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ from pathlib import Path
 
 MARKS = ("config.yaml", "accuracy_matrix.json")
 """What tells a run's folder from another."""
+INSPECTION = "inspect"
+"""Folder in a run's, for what ``cpt inspect`` leaves there; with nothing else in it the run's folder is free."""
 
 
 def run_directory(wanted: str, ckpt_path: str | None, named: bool) -> Path:
@@ -27,7 +29,7 @@ def run_directory(wanted: str, ckpt_path: str | None, named: bool) -> Path:
             return home
     folder = Path(wanted)
     names = (folder.with_name(f"{folder.name}_{number}") for number in count(2))
-    while folder.is_dir() and any(folder.iterdir()):
+    while folder.is_dir() and any(entry.name != INSPECTION for entry in folder.iterdir()):
         folder = next(names)
     return folder
 

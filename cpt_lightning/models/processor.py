@@ -156,6 +156,19 @@ class PromptProcessor(Qwen2_5_VLProcessor):
         counts = iter((grid.prod(dim=1) // self.image_processor.merge_size**2).tolist())
         return re.sub(re.escape(self.image_token), lambda _: self.image_token * next(counts), text)
 
+    def count_tokens(self, messages: list[dict], sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        """Tokens of a prompt and how many of them are its images', from the images' sizes alone: no pixel is touched.
+
+        Args:
+            messages: A chat, as :meth:`encode` takes it.
+            sizes: Width and height of each image.
+        """
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        num_tokens = len(self.tokenizer.encode(text, add_special_tokens=False))
+        patches = [self.image_processor.get_number_of_image_patches(height, width) for width, height in sizes]
+        num_image_tokens = sum(count // self.image_processor.merge_size**2 for count in patches)
+        return num_tokens - len(sizes) + num_image_tokens, num_image_tokens
+
     def encode_targets(self, texts: Sequence[str]) -> Completions:
         """Reference completions with the end-of-turn token, right-padded."""
         # Special tokens in a target are text to learn, not commands: a data set must not be able to end the turn early.

@@ -1,0 +1,155 @@
+"""``cpt inspect``: parses what ``cpt fit`` parses, loads no weights, and reports on every task and probe."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+from lightning import Trainer
+from lightning.pytorch.cli import LightningArgumentParser
+
+from cpt_lightning.cli.inspect.stream import Unopened, inspect_stream
+from cpt_lightning.cli.inspect.tables import console, overview, problem_panel
+from cpt_lightning.cli.lightning_cli import CPTCLI
+from cpt_lightning.cli.run_directory import INSPECTION
+from cpt_lightning.models.processor import PromptProcessor
+from cpt_lightning.tasks import SPLITS, Split, Task
+
+DESCRIPTION = """\
+Shows what the model will be asked, before a GPU is paid for it. No weights are loaded, only the tokenizer and the image
+processor of the backbone, so that the numbers of tokens are those of the run.
+
+Of every task and probe: the rows of each split, image sizes, prompt and target lengths in tokens, rows that would be
+left out or would stop the run, the answers and what always giving the most frequent one would earn, and examples as the
+model gets them: chat template, image tokens, reference answer, SFT target, and what that target earns under the task's
+own reward. <run_dir>/inspect/ gets a contact sheet of each task (<task>.png) and all numbers (report.json). Ends with 1
+if it finds what would stop a run or spoil its numbers.
+
+for example:
+  cpt inspect -c configs/demo/grpo.yaml                                  the stream of a config
+  cpt inspect --data configs/streams/toy_five.yaml                       a stream alone, measured with the embedded base
+  cpt inspect -c configs/demo/grpo.yaml --inspect.max_rows null          every row
+  cpt inspect -c configs/demo/grpo.yaml --data.max_prompt_tokens 24      what an option of `cpt fit` would do
+"""
+
+
+@dataclass
+class Inspection:
+    """What to look at.
+
+    Args:
+        num_examples: Examples of each task that are printed.
+        max_rows: Rows of each split that are measured, evenly spaced; ``null`` measures all.
+        split: The only split to look at; all by default.
+        num_thumbnails: Rows on the contact sheet.
+
+    Raises:
+        ValueError: A number below its least.
+    """
+
+    num_examples: int = 2
+    max_rows: int | None = 256
+    split: Split | None = None
+    num_thumbnails: int = 12
+
+    def __post_init__(self) -> None:
+        least = {"num_examples": 0, "max_rows": 1, "num_thumbnails": 0}
+        for name, lowest in least.items():
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise ValueError(f"inspect.{name}={value}; give at least {lowest}")
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """The splits to look at."""
+        return SPLITS if self.split is None else (self.split,)
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """jsonargparse's, with the lines of the description as they are."""
+
+
+class InspectCLI(CPTCLI):
+    """Makes the stream that the arguments describe, and inspects it.
+
+    Args:
+        args: What follows ``cpt inspect`` on the command line.
+    """
+
+    def __init__(self, args: list[str]):
+        super().__init__(
+            args,
+            run=False,  # no verb of the Trainer; the options stand at the top, as in the files
+            prog="cpt inspect",
+            usage="cpt inspect -c CONFIG.yaml [--inspect.OPTION VALUE ...] [--OPTION VALUE ...]",
+            description=DESCRIPTION,
+            formatter_class=HelpFormatter,
+        )
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """This verb's own options come first in the help."""
+        parser.add_class_arguments(Inspection, "inspect")
+        super().add_default_arguments_to_parser(parser)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The options of ``cpt fit``, so that its configs parse; a stream alone is measured with the embedded base."""
+        super().add_arguments_to_parser(parser)
+        parser.add_method_arguments(Trainer, "fit", skip=self.subcommands()["fit"])
+        parser.set_defaults({"model": {"class_path": "cpt_lightning.modules.SFT"}})
+
+    def _set_seed(self) -> None:
+        """Nothing: sources have seeds of their own, and nothing is drawn besides."""
+
+    def before_instantiate_classes(self) -> None:
+        """A task whose files are missing is reported, and the others inspected."""
+        for group in ("tasks", "probes"):
+            for task in (self.config.data[group] or {}).values():
+                if (error := _failure(task)) is not None:
+                    unopened = f"{Unopened.__module__}.{Unopened.__qualname__}"
+                    task.source = Namespace(class_path=unopened, init_args=Namespace(error=error))
+
+    def instantiate_trainer(self, **kwargs: Any) -> None:
+        """None is needed."""
+
+    def inspect(self) -> None:
+        """Measures, prints, writes.
+
+        Raises:
+            SystemExit: With 1, if there is something to mend.
+        """
+        options: Inspection = self.config_init.inspect
+        folder = Path(self.config.run_dir) / INSPECTION
+        folder.mkdir(parents=True, exist_ok=True)
+        out = console()
+        report = inspect_stream(self.datamodule, self._processor(), self.model.backbone.path, options, folder, out)
+        path = folder / "report.json"
+        path.write_text(json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        out.print(overview(report), problem_panel(report.problems), f"\nall numbers: {path}", sep="\n")
+        if report.problems:
+            raise SystemExit(1)
+
+    def _processor(self) -> PromptProcessor:
+        try:
+            return self.model.processor
+        except OSError as error:
+            path = self.model.backbone.path
+            self.parser.error(
+                f"the tokenizer and image processor of backbone.path={path!r} cannot be loaded: {error}\n"
+                "--model.backbone.path tiny counts with the embedded base's instead"
+            )
+            raise
+
+
+def _failure(task: Namespace) -> str | None:
+    """Why a task cannot be made, in its own words; ``None`` if it can."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--task", type=Task)
+    try:
+        parser.instantiate_classes(Namespace(task=task))
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None

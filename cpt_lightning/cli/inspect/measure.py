@@ -1,0 +1,218 @@
+"""The rows of a split -> what there is to know of them: sizes, lengths, answers, and what is wrong."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from cpt_lightning.cli.inspect.report import Answers, Complaint, Shown, SplitReport, Spread
+from cpt_lightning.models.processor import PromptProcessor
+from cpt_lightning.rewards import Reward, score
+from cpt_lightning.tasks import SkippedRow
+from cpt_lightning.tasks.task import most_frequent
+from cpt_lightning.types import Example
+
+NUM_FREQUENT = 3
+"""Answers that are named with their shares."""
+
+_QUOTED = re.compile(r"'[^']*'")
+_NUMBER = re.compile(r"\d[\d,.]*")
+_IMAGE_RUN = re.compile(r"(?:<\|image_pad\|>)+")
+
+
+def spaced(num_rows: int, num_wanted: int | None) -> list[int]:
+    """Indices of evenly spaced rows, the first and the last among them.
+
+    >>> spaced(10, 4), spaced(3, None)
+    ([0, 3, 6, 9], [0, 1, 2])
+    """
+    count = num_rows if num_wanted is None else min(num_rows, num_wanted)
+    return np.linspace(0, num_rows - 1, count).round().astype(int).tolist()
+
+
+class Complaints:
+    """Counts what is wrong with rows, by reason."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, Complaint] = {}
+
+    def add(self, what: str, message: str) -> None:
+        """Takes note of a row: what it has in common with others, and what is said of it."""
+        self._found.setdefault(what, Complaint(what, 0, message)).count += 1
+
+    def sorted(self) -> list[Complaint]:
+        """The most frequent first."""
+        return sorted(self._found.values(), key=lambda complaint: -complaint.count)
+
+
+def reason(message: str) -> str:
+    """What the errors of rows with the same fault have in common: all but names and numbers.
+
+    >>> reason("task 'a', rows.jsonl:17: image 'x.png' is 20 x 400 pixels; the model needs 28 a side")
+    'image is N x N pixels; the model needs N a side'
+    """
+    fault = re.sub(r"^task '[^']*', .*?: ", "", message)
+    return " ".join(_NUMBER.sub("N", _QUOTED.sub("", fault)).split())
+
+
+@dataclass
+class Measured:
+    """What the rows of a split turn out to be; one row's pictures are in memory at a time.
+
+    Args:
+        processor: Counts tokens.
+        examples: The rows that can be read, without their images.
+        sizes: Width and height of each row's images.
+        tokens: Tokens of each prompt, and those of images among them.
+        skipped: Rows that are left out because of an image.
+        refused: Rows that would stop a run.
+    """
+
+    processor: PromptProcessor
+    examples: list[Example] = field(default_factory=list)
+    sizes: list[list[tuple[int, int]]] = field(default_factory=list)
+    tokens: list[tuple[int, int]] = field(default_factory=list)
+    skipped: Complaints = field(default_factory=Complaints)
+    refused: Complaints = field(default_factory=Complaints)
+
+    def add(self, rows: Sequence[Example], index: int) -> None:
+        """Reads and measures a row."""
+        try:
+            example = rows[index]
+        except ValueError as error:
+            complaints = self.skipped if isinstance(error, SkippedRow) else self.refused
+            complaints.add(reason(str(error)), str(error))
+            return
+        sizes = [image.size for image in example.images]
+        self.sizes.append(sizes)
+        self.tokens.append(self.processor.count_tokens(example.messages, sizes))
+        self.examples.append(replace(example, images=[]))
+
+    def target_lengths(self) -> list[int]:
+        """Tokens of each SFT target."""
+        targets = [example.target for example in self.examples if example.target is not None]
+        return self.processor.encode_targets(targets).lengths.tolist() if targets else []
+
+
+def measure_split(
+    split: str,
+    rows: Sequence[Example],
+    processor: PromptProcessor,
+    limit: int | None = None,
+    max_rows: int | None = None,
+    advance: Callable[[], object] = lambda: None,
+) -> SplitReport:
+    """Measures a split: all of it but its fingerprint.
+
+    Args:
+        split: Its name.
+        rows: Its examples.
+        processor: Counts tokens.
+        limit: ``data.max_prompt_tokens``.
+        max_rows: Measure so many rows, evenly spaced; all by default.
+        advance: Called after each row.
+    """
+    found, indices = Measured(processor), spaced(len(rows), max_rows)
+    for index in indices:
+        found.add(rows, index)
+        advance()
+    earned, wrong = grade_targets(found.examples)
+    return SplitReport(
+        split,
+        num_rows=len(rows),
+        num_measured=len(indices),
+        images_per_row=Spread.of([len(sizes) for sizes in found.sizes]),
+        image_sizes=_extremes([size for sizes in found.sizes for size in sizes]),
+        prompt_tokens=Spread.of([tokens for tokens, _ in found.tokens]),
+        image_tokens=Spread.of([tokens for _, tokens in found.tokens]),
+        target_tokens=Spread.of(found.target_lengths()),
+        num_too_long=sum(limit is not None and tokens > limit for tokens, _ in found.tokens),
+        skipped=found.skipped.sorted(),
+        refused=found.refused.sorted(),
+        answers=_answers(found.examples),
+        target_earns=earned,
+        wrong_targets=wrong,
+    )
+
+
+def _extremes(sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    ordered = sorted(sizes, key=lambda size: (size[0] * size[1], size))
+    return [ordered[0], ordered[(len(ordered) - 1) // 2], ordered[-1]] if ordered else []
+
+
+def _answers(examples: Sequence[Example]) -> Answers | None:
+    if not examples:
+        return None
+    counts = Counter(most_frequent(example.gold) for example in examples)
+    shares = [(answer, count / len(examples)) for answer, count in counts.most_common(NUM_FREQUENT)]
+    earned = [parts["accuracy"] for example in examples if (parts := _earns(shares[0][0], example))]
+    return Answers(len(counts), shares, sum(earned) / len(examples))
+
+
+def grade_targets(examples: Sequence[Example]) -> tuple[dict[str, float], list[Complaint]]:
+    """What SFT targets earn on average, and those that the task's own reward finds wrong: faults of the data."""
+    complaints, earned = Complaints(), []
+    for example in examples:
+        if example.target is None:
+            continue
+        try:
+            parts = _graded(example.target, example)
+        except RuntimeError as error:  # names the row, and what the reward said of it
+            complaints.add("the reward cannot grade the row", str(error))
+            continue
+        earned.append(parts)
+        if parts["accuracy"] < _attainable(example):
+            what = f"the SFT target earns accuracy {parts['accuracy']:g} under the task's own reward"
+            text = f"target {_short(example.target)}, answer {_short(example.gold)}"
+            complaints.add(what, f"task '{example.task}', {example.row_id}: {text}")
+    names = dict.fromkeys(name for parts in earned for name in parts)
+    return {name: sum(parts.get(name, 0.0) for parts in earned) / len(earned) for name in names}, complaints.sorted()
+
+
+def _attainable(example: Example) -> float:
+    """What a right answer earns: 1, or less where people disagree and accuracy is soft."""
+    if isinstance(example.gold, str):
+        return 1.0
+    earned = [parts["accuracy"] for gold in dict.fromkeys(example.gold) if (parts := _earns(gold, example))]
+    return max(earned, default=0.0) or 1.0
+
+
+def _earns(text: str, example: Example) -> dict[str, float]:
+    """The parts a text earns; none where the reward cannot grade the row, which its target has told already."""
+    try:
+        return _graded(text, example)
+    except RuntimeError:
+        return {}
+
+
+def _graded(text: str, example: Example) -> dict[str, float]:
+    """What is optimised and reported of a text; a reward may also count what a set's precision is made of."""
+    (parts,) = score([text], [example])
+    extra = example.reward.extra if isinstance(example.reward, Reward) else parts
+    return {name: value for name, value in parts.items() if name in ("total", "accuracy", "format") or name in extra}
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}...{text[-15:]}"
+
+
+def show(example: Example, processor: PromptProcessor) -> Shown:
+    """An example as the model gets it: what is decoded here are the very ids of its prompt."""
+    prompt = processor.encode([example.messages], [example.images], [f"task '{example.task}', {example.row_id}"])
+    text = processor.tokenizer.decode(prompt.input_ids[0], clean_up_tokenization_spaces=False)
+    earns = {} if example.target is None else _earns(example.target, example)
+    return Shown(example.row_id, collapse_images(text), example.gold, example.target, earns)
+
+
+def collapse_images(text: str) -> str:
+    """The text with each run of image tokens as one and its length.
+
+    >>> collapse_images("<|vision_start|>" + 3 * "<|image_pad|>" + "<|vision_end|>Look")
+    '<|vision_start|><|image_pad|> x 3<|vision_end|>Look'
+    """
+    return _IMAGE_RUN.sub(lambda run: f"<|image_pad|> x {run[0].count('<|image_pad|>')}", text)
