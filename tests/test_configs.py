@@ -12,7 +12,8 @@ from cpt_lightning.cli import main
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-RUNS = [path for path in CONFIGS if path.parent.name not in ("streams", "strategy")]
+PARTS = ("backbone", "strategy", "streams", "tasks")
+RUNS = [path for path in CONFIGS if path.parent.name not in PARTS]
 DEMOS = sorted((ROOT / "configs" / "demo").glob("*.yaml"))
 
 
@@ -43,11 +44,22 @@ def test_a_config_parses_with_its_command(path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("path", [path for path in CONFIGS if path not in RUNS], ids=lambda path: path.stem)
 def test_a_part_is_used_and_says_by_whom(path):
-    """Streams are named by configs or by other streams; overlays stand in the commands of configs."""
+    """Another config names it, or a command that is tested below."""
     first, *_ = text = path.read_text(encoding="utf-8").splitlines()
     assert first.startswith("# ") and len(text) < 80
-    users = [other for other in CONFIGS if other != path and path.name in other.read_text(encoding="utf-8")]
-    assert users
+    name = f"{path.parent.name}/{path.name}"
+    users = [other for other in CONFIGS if other != path and name in other.read_text(encoding="utf-8")]
+    assert users or name in " ".join(command_of(path))
+
+
+@pytest.mark.parametrize("path", [p for p in CONFIGS if p not in RUNS and command_of(p)], ids=lambda path: path.stem)
+def test_the_command_of_a_part_parses(path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = resolved(command_of(path), capsys)
+    if path.parent.name == "streams":
+        stream = yaml.safe_load(path.read_text())
+        for group in ("tasks", "probes"):
+            assert list(config["data"][group]) == list(stream[group])
 
 
 def test_sequential_and_joint_demo_learn_the_same():
@@ -60,10 +72,38 @@ def test_sequential_and_joint_demo_learn_the_same():
     assert joint["steps"] == sequential["steps"] * len(sequential["tasks"])
 
 
-def test_no_config_is_left_out():
-    """A config that no parametrised test above sees would never be parsed."""
-    used = {name for path in CONFIGS for name in re.findall(r"[\w.]+\.yaml", path.read_text(encoding="utf-8"))}
-    assert len(RUNS) >= 8 and {path.name for path in CONFIGS if path not in RUNS} <= used
+ARMS = {
+    "grpo": {"kl_coef": 0.01},
+    "grpo_no_kl": {"kl_coef": 0.0},
+    "grpo_no_cot": {"style": "direct", "max_new_tokens": 128},
+    "multitask_rft": {"num_stages": 1, "kl_coef": 0.01},
+    "sft": {"style": "direct", "tuning": "full"},
+    "multitask_sft": {"num_stages": 1, "style": "direct"},
+    "lora_sft": {"tuning": "lora", "style": "direct"},
+}
+
+
+@pytest.mark.parametrize("backbone", ["qwen2_5_vl_7b", "qwen2_5_vl_3b"])
+@pytest.mark.parametrize("arm", ARMS)
+def test_the_arms_of_the_paper_are_configs(arm, backbone, capsys, monkeypatch):
+    """Each differs from its neighbours in what it is named after, and the 3B model is one more overlay."""
+    monkeypatch.chdir(ROOT)
+    overlay = [] if backbone == "qwen2_5_vl_7b" else ["-c", f"configs/backbone/{backbone}.yaml"]
+    config = resolved([*command_of(ROOT / f"configs/qwen2_5_vl_7b/{arm}.yaml"), *overlay], capsys)
+    model, data = config["model"]["init_args"], config["data"]
+    found = {
+        "kl_coef": model.get("kl_coef"),
+        "tuning": model["backbone"]["tuning"],
+        "max_new_tokens": model.get("sampling", {}).get("max_new_tokens"),
+        "style": data["style"],
+        "num_stages": len(data["stages"] or data["tasks"]),
+    }
+    assert {name: found[name] for name in ARMS[arm]} == ARMS[arm]
+    assert found["num_stages"] == (1 if "multitask" in arm else 7)
+    assert (
+        model["backbone"]["path"]
+        == {"7b": "Qwen/Qwen2.5-VL-7B-Instruct", "3b": "Qwen/Qwen2.5-VL-3B-Instruct"}[backbone[-2:]]
+    )
 
 
 def test_paper_settings_reach_the_module(capsys, monkeypatch):
