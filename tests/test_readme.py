@@ -28,7 +28,8 @@ def commands() -> list[str]:
 
 def test_every_form_of_command_is_checked_below():
     """A new kind of command in the README needs a test here first."""
-    unknown = [command for command in commands() if not command.startswith(("make ", "cpt "))]
+    known = ("make ", "cpt ", "python benchmarks/", "pip install -e '.[dev]' ")
+    unknown = [command for command in commands() if not command.startswith(known)]
     assert unknown == []
     assert any(command.startswith("cpt fit") for command in commands())
 
@@ -42,6 +43,14 @@ def test_make_targets_exist(command):
 def test_the_two_commands_come_first_and_ci_runs_the_test_command():
     assert re.findall(r"^make \w+", blocks("bash")[0], flags=re.MULTILINE) == ["make demo", "make test"]
     assert re.search(r"^make test", (ROOT / ".ci" / "run").read_text(), flags=re.MULTILINE)
+
+
+def test_benchmarks_that_are_named_exist_with_their_options():
+    for command in commands():
+        if command.startswith("python benchmarks/"):
+            script, *arguments = shlex.split(command)[1:]
+            sources = [(ROOT / script).read_text(), (ROOT / "benchmarks" / "workload.py").read_text()]
+            assert all(f'"{name}"' in "".join(sources) for name in arguments if name.startswith("--"))
 
 
 @pytest.mark.parametrize("command", [command for command in commands() if command.startswith("cpt ")])
