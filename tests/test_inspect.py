@@ -3,16 +3,19 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
+from rich.progress import Progress
 
 from cpt_lightning.cli import main
 from cpt_lightning.cli.inspect.contact_sheet import PICTURE, contact_sheet, wrap
 from cpt_lightning.cli.inspect.measure import collapse_images, measure_split, reason, show
 from cpt_lightning.cli.inspect.report import Spread
+from cpt_lightning.cli.inspect.stream import opening
 from cpt_lightning.cli.run_directory import run_directory
-from cpt_lightning.tasks import Prompt, Reward, Row, Source, Task, ToyWorld
+from cpt_lightning.tasks import HubRows, Prompt, Reward, Row, Source, Task, ToyWorld
 from cpt_lightning.types import Example
 
 CONFIG = """
@@ -145,6 +148,27 @@ def test_refused_images_are_counted_by_reason_and_the_first_is_named(tmp_path, c
     assert (sum(complaint["count"] for complaint in split["skipped"]), split["refused"]) == (3, [])
 
 
+def test_a_split_all_of_whose_rows_would_be_skipped_is_a_problem(tmp_path, charts, capsys):
+    """Train and test are the same file. Where 2 of its 3 rows are left that is said, but no problem."""
+    assert inspect(*charts(("gone.png", "1"), ("narrow.png", "2")), "--data.tasks.charts.bad_images=skip") == 1
+    (problem,) = report_of(tmp_path)["problems"]
+    assert problem.startswith(
+        "task charts, train, test: all 2 measured rows would be skipped for their images; first: "
+    )
+    assert "rows.json:0: image" in problem and "gone.png" in problem
+    assert report_of(tmp_path)["warnings"] == []
+    shown = capsys.readouterr().out
+    assert "1 problem" in shown and "no problem was found" not in shown
+
+    rows = [("gone.png", "1"), ("good.png", "2"), ("good.png", "3")]
+    assert inspect(*charts(*rows), "--data.tasks.charts.bad_images=skip") == 0
+    assert [warning[:39] for warning in report_of(tmp_path)["warnings"]] == [
+        "task charts, train: 33% of the measured",
+        "task charts, test: 33% of the measured ",
+    ]
+    assert "warning: task charts, train: 33%" in capsys.readouterr().out
+
+
 def test_a_task_whose_file_is_missing_is_reported_and_the_others_inspected(tmp_path, charts, capsys):
     args = charts(("good.png", "1"))
     (tmp_path / "rows.json").unlink()
@@ -152,10 +176,17 @@ def test_a_task_whose_file_is_missing_is_reported_and_the_others_inspected(tmp_p
     charts_report, facts = report_of(tmp_path)["tasks"]
     assert all("rows.json' does not exist" in split["error"] for split in charts_report["splits"])
     assert facts["splits"][2]["num_rows"] == 2
-    assert [problem.split(":")[0] for problem in report_of(tmp_path)["problems"]] == [
-        "task charts, train", "task charts, test",
-    ]  # fmt: skip
+    assert [problem.split(":")[0] for problem in report_of(tmp_path)["problems"]] == ["task charts, train, test"]
     assert "train, val, test cannot be opened" in capsys.readouterr().out
+
+
+def test_the_bar_says_which_set_is_being_opened():
+    tasks = {"a": Task(HubRows("me/set", {"train": "train"})), "b": Task(Listed([]))}
+    progress = Progress(disable=True)
+    for name, said in (("a", "opening a (me/set)"), ("b", "opening b")):
+        with opening(SimpleNamespace(everything=tasks), name, progress):
+            assert [task.description for task in progress.tasks] == [said]
+    assert progress.tasks == []
 
 
 def test_a_split_that_is_not_needed_may_be_missing(tmp_path, charts, capsys):
@@ -186,8 +217,9 @@ def test_a_misspelt_option_is_named_as_by_fit(config, capsys):
         assert stop.value.code == 2
         messages.append(capsys.readouterr().err.split("error:")[-1])
     assert all("prompts_per_stp" in message for message in messages)
-    with pytest.raises(ValueError, match="data.stages names 'wrd2'.*did you mean 'word2'"):
-        inspect("-c", config, "--data.stages=[wrd2]")
+    with pytest.raises(SystemExit):
+        main(["inspect", "-c", str(config), "--data.stages=[wrd2]"])
+    assert "cpt inspect: error: data.stages names 'wrd2'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--inspect.max_rows=0", "--inspect.num_examples=-1", "--inspect.split=tset"])
@@ -280,6 +312,8 @@ def test_a_spread_is_of_numbers_that_are_there():
 def test_the_reason_of_an_error_has_no_names():
     said = "task 'a b', my file.jsonl:17: image 'x 3.png' does not exist; correct the path"
     assert reason(said) == "image does not exist; correct the path"
+    said = "task 'a', rows.jsonl:17: column 'q1' holds 'a or b', which is no list of 12 options"
+    assert reason(said) == "column 'q1' holds , which is no list of N options"
 
 
 def test_a_contact_sheet_has_room_for_every_row():

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from cpt_lightning.tasks.images import ImageInput
 from cpt_lightning.tasks.prompts import IMAGE_MARKER
+from cpt_lightning.tasks.records import kind_of
 
 
 class BadRecord(ValueError):
@@ -80,5 +81,5 @@ def as_text(value: object, column: str) -> str:
         BadRecord: It is not; the message names the column.
     """
     if not isinstance(value, str):
-        raise BadRecord(f"column '{column}' holds a {type(value).__name__}, not text")
+        raise BadRecord(f"column '{column}' holds {kind_of(value)}, not text")
     return value

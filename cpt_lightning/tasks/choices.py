@@ -7,6 +7,7 @@ import json
 import re
 from string import ascii_uppercase
 
+from cpt_lightning.tasks.records import is_held
 from cpt_lightning.types import Gold
 
 _NOT_SAID = re.compile(r"[(\[]?\s*[A-Za-z]\s*[)\]]?[.:]?|<image(?: \d+)?>")
@@ -28,6 +29,16 @@ def listed_texts(text: str) -> list | None:
         if isinstance(values, list):
             return values
     return None
+
+
+def has_options(value: object) -> bool:
+    """Whether a column's value brings options, as a list, as text that writes one, or as one option's text.
+
+    >>> [has_options(value) for value in (["a", "b"], "['a']", "March", "[]", [], None)]
+    [True, True, True, False, False, False]
+    """
+    written = listed_texts(value.strip()) if isinstance(value, str) else None
+    return is_held(value if written is None else written)
 
 
 def option_lines(texts: list[str]) -> str:

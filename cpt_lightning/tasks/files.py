@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from cpt_lightning.tasks.records import ArrowRecords, ListedRecords, Record, Records
+from cpt_lightning.tasks.records import ArrowRecords, ListedRecords, Record, Records, kind_of
 from cpt_lightning.tasks.tables import Part, Table
 
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -84,7 +85,7 @@ def _read_json(path: Path) -> Records:
             )
         rows = lists[0]
     if not isinstance(rows, list):
-        raise ValueError(f"{path}: holds a {type(rows).__name__}; a list of rows is expected")
+        raise ValueError(f"{path}: holds {kind_of(rows)}; a list of rows is expected")
     return ListedRecords(rows)
 
 
@@ -107,26 +108,39 @@ def _read_json_lines(path: Path) -> Records:
 def _read_parquet(path: Path) -> Records:
     from datasets import Dataset
 
-    return ArrowRecords(Dataset.from_parquet(str(path)))
+    return _read_arrow_rows(path, Dataset.from_parquet)
 
 
 def _read_arrow(path: Path) -> Records:
     from datasets import Dataset
 
-    return ArrowRecords(Dataset.from_file(str(path)))
+    return _read_arrow_rows(path, Dataset.from_file)
 
 
 def _read_saved(folder: Path) -> Records:
     from datasets import load_from_disk
 
-    return ArrowRecords(load_from_disk(str(folder)))
+    return _read_arrow_rows(folder, load_from_disk)
 
 
 def _read_images(folder: Path) -> Records:
     from datasets import load_dataset
 
     # Named outright, all files are one split: a sub-folder called "train" would otherwise become one of its own.
-    return ArrowRecords(load_dataset("imagefolder", data_files={"train": [f"{folder}/**"]}, split="train"))
+    return _read_arrow_rows(
+        folder, lambda name: load_dataset("imagefolder", data_files={"train": [f"{name}/**"]}, split="train")
+    )
+
+
+def _read_arrow_rows(path: Path, read: Callable[[str], Any]) -> Records:
+    """What a function of ``datasets`` reads from a path; its complaints do not name the file."""
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return ArrowRecords(read(str(path)))
+    except (OSError, ValueError, LookupError, RuntimeError, DatasetsError) as error:
+        cause = error.__cause__ or error  # "An error occurred while generating the dataset" says nothing
+        raise ValueError(f"{path}: cannot be read: {type(cause).__name__}: {' '.join(str(cause).split())}") from error
 
 
 _READERS: dict[str, Callable[[Path], Records]] = {

@@ -1,4 +1,8 @@
-"""What decides a task's score besides the model -> a short name for it: equal names, comparable scores."""
+"""What a task asks and how it grades, in text and settings -> a short name: where names differ, scores do not compare.
+
+Equal names are no proof that they do: the pixels of images and their limits, how an evaluation samples, the code of the
+graders, and text and answers of all but 32 rows are not in it.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ NUM_ROWS = 32
 
 
 def fingerprint(task: Task, split: Split, name: str) -> str:
-    """12 hexadecimal digits that change when the questions, the answers or the grading of a split do.
+    """12 hexadecimal digits of what a split asks and how it is graded, as far as settings and 32 of its rows tell.
 
     They are a SHA-256 of the rendered chat turns and reference answers of up to 32 evenly spaced rows, of the number of
     rows, and of the reward; the same in every process, on every machine and for every Python. Images count by their

@@ -12,7 +12,7 @@ from cpt_lightning.tasks.chats import BadRecord, as_text, read_turns
 from cpt_lightning.tasks.choices import listed_texts, option_lines, right_option
 from cpt_lightning.tasks.images import ImageInput, is_encoded
 from cpt_lightning.tasks.prompts import IMAGE_MARKER
-from cpt_lightning.tasks.records import Record, is_held
+from cpt_lightning.tasks.records import Record, is_held, kind_of
 from cpt_lightning.tasks.task import Row, template_slots
 from cpt_lightning.types import Gold
 
@@ -42,8 +42,8 @@ class Columns:
         options: Column of a list of option texts, or of text that writes such a list; or one column per option. The
             answer is then the right one's index from 0, its letter or its text, and is graded by letter or text. A row
             without options is an open question, whose answer may be text that writes a list of answers.
-        answer: Column of the reference answer, or of a list of them; by default a chat's reply, else ``answer``,
-            ``answers`` or ``solution``.
+        answer: Column of the reference answer, or of a list of them, blank ones of which are dropped; by default a
+            chat's reply, else ``answer``, ``answers`` or ``solution``.
         images: Column of the image or images, or a list of columns with one each (empty ones are skipped); by default
             ``images`` or ``image``; without it rows are text only. ``<image 2>`` in question or options shows the
             second one there, and images that are never named so come first.
@@ -130,7 +130,8 @@ class Columns:
             has_slot = any("options" in template_slots(line) for line in self.question)
             lines += [] if has_slot else [options]
         else:
-            lines = [as_text(*_pick(record, self.question, QUESTION_COLUMNS, "question")), options]
+            value, column = _pick(record, self.question, QUESTION_COLUMNS, "question")
+            lines = [as_text(value, column) if is_held(value) else "", options]
         question = "\n".join(line for line in lines if line)
         if not question.strip():
             raise BadRecord("the question is empty; fill it in, or leave such rows out with columns.required")
@@ -147,7 +148,7 @@ class Columns:
             value = _get(record, self.options, "options")
             written = listed_texts(value.strip()) if isinstance(value, str) else value
             if written is not None and not isinstance(written, (list, tuple)):
-                raise BadRecord(f"column '{self.options}' holds a {type(written).__name__}, not a list of options")
+                raise BadRecord(f"column '{self.options}' holds {kind_of(written)}, not a list of options")
             if isinstance(value, str) and value.strip() and written is None:
                 raise BadRecord(f"column '{self.options}' holds {value!r:.60}, which is no list of options")
             values = list(written or [])
@@ -197,31 +198,33 @@ def _line(line: str, record: Record, options: str) -> str:
 
 
 def _slot(value: object, column: str) -> str:
-    if value is None:
+    if not is_held(value):
         return ""
     if isinstance(value, (list, tuple)):
         return ",".join(_slot(entry, column) for entry in value)
     if not isinstance(value, (str, int, float)):
-        raise BadRecord(f"column '{column}' holds a {type(value).__name__}, which is no text for the question")
-    return str(value) if str(value).strip() else ""
+        raise BadRecord(f"column '{column}' holds {kind_of(value)}, which is no text for the question")
+    return str(value)
 
 
 def _answer(value: object, column: str, may_be_written_out: bool = False) -> Gold:
-    """A reference answer as text, or several: numbers are written out, ``{"answer": ...}`` is unpacked."""
+    """A reference answer as text, or those of several that say something; ``{"answer": ...}`` is unpacked."""
     if may_be_written_out and isinstance(value, str):
         value = listed_texts(value.strip()) or value
     if isinstance(value, (list, tuple)):
-        return [_one_answer(item, column) for item in value]
+        return [_one_answer(item, column) for item in value if is_held(item)]
     return _one_answer(value, column)
 
 
 def _one_answer(value: object, column: str) -> str:
     if isinstance(value, dict) and "answer" in value:  # the VQA sets' own form
         value = value["answer"]
-    if value is None:
+    if not is_held(value):
         return ""  # Row refuses it as empty
     if not isinstance(value, (str, int, float)):
-        raise BadRecord(f"column '{column}' holds a {type(value).__name__}, not an answer")
+        raise BadRecord(f"column '{column}' holds {kind_of(value)}, not an answer")
+    if isinstance(value, float) and value.is_integer():  # what pandas makes of whole numbers where one is missing
+        value = int(value)
     return str(value)
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from cpt_lightning.tasks.files import is_saved
@@ -12,6 +15,9 @@ from cpt_lightning.tasks.records import ArrowRecords
 from cpt_lightning.tasks.sources import TableRows
 from cpt_lightning.tasks.tables import JoinedTable, Part, Table
 from cpt_lightning.tasks.task import SPLITS, Split
+
+HUB_TIMEOUT_S = 10
+"""After which the hub counts as unreachable, at the second try."""
 
 _HUB_ID = re.compile(r"(?:[\w.-]+/)?[\w.-]+")
 
@@ -40,6 +46,7 @@ class HubRows(TableRows):
     On disk it is either the hub's repository as it is (``hf download --repo-type dataset ID --local-dir data/ID``) or
     a folder that ``save_to_disk`` wrote; then nothing is asked of the network. Otherwise it is fetched once, into the
     cache of ``datasets``; ``HF_HUB_OFFLINE=1`` keeps to that cache. Code from the hub is never run.
+    A hub that cannot be reached is not tried again in the same process.
 
     Args:
         path: Its name on the hub, such as ``MMMU/MMMU``, or a folder.
@@ -126,7 +133,10 @@ class HubRows(TableRows):
         if saved:
             return saved
         try:
-            return get_dataset_config_names(str(folder or self._hub_id()), revision=self._revision())
+            if folder:
+                return get_dataset_config_names(str(folder))
+            with _cache_alone_without_hub():
+                return get_dataset_config_names(self._hub_id(), revision=self.revision)
         except (OSError, ValueError, RuntimeError, DatasetsError) as error:
             raise self._failure("its configurations", error) from error
 
@@ -145,7 +155,10 @@ class HubRows(TableRows):
                 return load_from_disk(str(inner / split))
             if inner and is_saved(inner):
                 raise ValueError(f"'{inner}' is a single saved split; give it to FileRows")
-            return load_dataset(str(folder or self._hub_id()), config, split=split, revision=self._revision())
+            if folder:
+                return load_dataset(str(folder), config, split=split)
+            with _cache_alone_without_hub():
+                return load_dataset(self._hub_id(), config, split=split, revision=self.revision)
         except (OSError, ValueError, RuntimeError, DatasetsError) as error:
             raise self._failure(f"split '{config + '/' if config else ''}{split}'", error) from error
 
@@ -154,9 +167,6 @@ class HubRows(TableRows):
             raise FileNotFoundError("it is no folder, and no name on the hub")
         return self.path
 
-    def _revision(self) -> str | None:
-        return None if self._folder() else self.revision
-
     def _failure(self, what: str, error: Exception) -> ValueError:
         """What to tell of a set or split that cannot be had."""
         folder, reason = self._folder(), " ".join(str(error).split())
@@ -164,12 +174,46 @@ class HubRows(TableRows):
             return ValueError(f"data set '{folder}': {what} cannot be read: {reason}")
         if isinstance(error, ValueError) and not isinstance(error, OSError):  # it is there, the split is not
             return ValueError(f"data set '{self.path}' of the hub: {what} cannot be read: {reason}")
+        if isinstance(error, ConnectionError) and (silent := _why_hub_is_silent()):
+            reason = f"it cannot be reached: {silent}"
         local = f"{self.root.rstrip('/')}/{self.path}"
         return ValueError(
             f"data set '{self.path}' is neither on disk (looked for {local} and {self.path} from {Path.cwd()}) "
             f"nor to be had from the hub ({reason}); "
             f"get it with: hf download --repo-type dataset {self.path} --local-dir {local}"
         )
+
+
+@cache  # state of the process, on purpose: that there is no network is true of all sets, and takes its time to learn
+def _why_hub_is_silent() -> str | None:
+    """Why the hub cannot be reached, ``None`` if it can or must not be asked."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import http_backoff
+
+    if constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        http_backoff("HEAD", constants.ENDPOINT, max_retries=1, timeout=HUB_TIMEOUT_S)
+    except Exception as error:  # of whichever HTTP client the installed huggingface_hub is built on
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+@contextmanager
+def _cache_alone_without_hub() -> Iterator[None]:
+    """Within it a hub that cannot be reached is not asked, so that a set is in the cache or missing at once.
+
+    Otherwise huggingface_hub 2.4 tries six times and sleeps 23 s in between, for every split of every set; no argument
+    of ``load_dataset`` reaches these retries.
+    """
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or _why_hub_is_silent() is not None  # read anew at every request
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _listed(specs: str | list[str]) -> list[str]:

@@ -11,7 +11,9 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from cpt_lightning.tasks.records import kind_of
 
 ImageInput = str | os.PathLike[str] | bytes | dict | Image.Image | Callable[[], Image.Image]
 """A path, an encoded file's bytes, these in base64 (bare or as a data URI), the hub's ``{"bytes": ..., "path": ...}``,
@@ -56,6 +58,8 @@ def load_image(image: ImageInput, min_side: int = MIN_SIDE) -> Image.Image:
         raise ImageError(
             f"image {name}: {error}; {MAX_PIXELS:,} in all are allowed: scale it down or take the row out"
         ) from error
+    except UnidentifiedImageError as error:  # of bytes it says where they lie in memory
+        raise ImageError(f"image {name} is not an image that can be read") from error
     except (OSError, ValueError, SyntaxError) as error:
         raise ImageError(f"image {name} cannot be read: {error}") from error
     with opened:
@@ -93,7 +97,7 @@ def _file_of(image: ImageInput) -> tuple[Path | BytesIO | Image.Image, str]:
     if isinstance(image, bytes):
         return BytesIO(image), "(bytes)"
     if not isinstance(image, (str, os.PathLike)):
-        raise ImageError(f"image is a {type(image).__name__}; give a path, bytes, a picture or {{'bytes', 'path'}}")
+        raise ImageError(f"image is {kind_of(image)}; give a path, bytes, a picture or {{'bytes', 'path'}}")
     if "://" in str(image)[:10]:  # looked for at the start only: a long text is no path
         raise ImageError(f"image '{image}' is a web address; download it and give its path")
     path = Path(image).expanduser()

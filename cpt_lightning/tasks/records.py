@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -42,6 +43,8 @@ def is_held(value: object) -> bool:
     >>> [is_held(value) for value in (0, " ", [], [""], {"bytes": None, "path": None}, {"answer": "a"})]
     [True, False, False, False, False, True]
     """
+    if isinstance(value, float):
+        return not math.isnan(value)  # how pandas writes nothing in a column of numbers
     if isinstance(value, str):
         return bool(value.strip())
     if isinstance(value, (list, tuple)):
@@ -49,6 +52,18 @@ def is_held(value: object) -> bool:
     if isinstance(value, dict):
         return any(is_held(entry) for entry in value.values())
     return value is not None
+
+
+def kind_of(value: object) -> str:
+    """What a value is, as an error says it.
+
+    >>> [kind_of(value) for value in (None, 3, [])]
+    ['nothing', 'an int', 'a list']
+    """
+    if value is None:
+        return "nothing"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 
 class ListedRecords(list):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cpt_lightning.tasks.choices import has_options
 from cpt_lightning.tasks.files import check_files, open_files
 from cpt_lightning.tasks.forms import IMAGE_COLUMNS, Columns
 from cpt_lightning.tasks.splits import check_fractions, cut_by_group
@@ -46,7 +47,11 @@ class TableRows(Source):
         """The table of a split that is given."""
 
     def split(self, split: Split) -> Sequence[Row]:
-        """The rows of a split; their text is at hand, their images are paths or encoded."""
+        """The rows of a split; their text is at hand, their images are paths or encoded.
+
+        Raises:
+            ValueError: The source has no such split, or it cannot be opened, which is not tried twice.
+        """
         table, rows = self._table_and_rows(split)
         return LazySequence(len(rows), partial(self._row, table, rows, self._image_folder(self._given(split))))
 
@@ -59,6 +64,19 @@ class TableRows(Source):
         self._table_and_rows(split)
         table, kept = self._kept(self._given(split))
         return len(table) - len(kept)
+
+    def num_without_options(self, split: Split) -> int:
+        """Rows of a split that have none of the options that ``columns.options`` promises: open questions.
+
+        Raises:
+            ValueError: The source has no such split.
+        """
+        names = self.columns.options
+        if names is None:
+            return 0
+        table, rows = self._table_and_rows(split)
+        columns = [table.column(name) or [None] * len(table) for name in ([names] if isinstance(names, str) else names)]
+        return sum(not any(has_options(column[row]) for column in columns) for row in rows)
 
     def _check_options(self) -> None:
         if isinstance(self.image_folder, dict) and (
@@ -105,22 +123,39 @@ class TableRows(Source):
     def _opened(self) -> dict[Split, tuple[Table, np.ndarray]]:
         return {}
 
+    @cached_property
+    def _failures(self) -> dict[Split, str]:
+        return {}
+
     def _kept(self, split: Split) -> tuple[Table, np.ndarray]:
         """The table of a given split, and its rows that ``columns`` does not leave out."""
+        if split in self._failures:
+            raise ValueError(self._failures[split])
         if split not in self._opened:
-            table = self.open(split)
-            kept = np.ones(len(table), dtype=bool)
-            for name in self.columns.required:
-                self._check_column(table, name, "required")
-                kept &= table.held(name)
-            for name, wanted in self.columns.where.items():
-                self._check_column(table, name, "where")
-                values = wanted if isinstance(wanted, list) else [wanted]
-                kept &= np.array([value in values for value in table.column(name) or []], dtype=bool)
-            if len(table) and not kept.any():
-                raise ValueError(f"columns.required and columns.where leave none of {len(table)} rows of {split}")
-            self._opened[split] = table, np.flatnonzero(kept)
+            try:
+                table = self.open(split)
+                self._opened[split] = table, self._choose(table, split)
+            except ValueError as error:
+                # A set that cannot be had takes its time to say so, and is asked for at every turn. The text alone is
+                # kept: the error would hold on to whatever its frames were reading.
+                self._failures[split] = str(error)
+                raise
         return self._opened[split]
+
+    def _choose(self, table: Table, split: Split) -> np.ndarray:
+        """Indices of the rows that ``columns`` does not leave out."""
+        kept = np.ones(len(table), dtype=bool)
+        for name in self.columns.required:
+            self._check_column(table, name, "required")
+            kept &= table.held(name)
+        for name, wanted in self.columns.where.items():
+            self._check_column(table, name, "where")
+            values = wanted if isinstance(wanted, list) else [wanted]
+            held = table.column(name) or [None] * len(table)
+            kept &= np.array([value in values for value in held], dtype=bool)
+        if len(table) and not kept.any():
+            raise ValueError(f"columns.required and columns.where leave none of {len(table)} rows of {split}")
+        return np.flatnonzero(kept)
 
     def _check_column(self, table: Table, name: str, option: str) -> None:
         names = table.names()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cpt_lightning.tasks.records import Record, Records
+from cpt_lightning.tasks.records import Record, Records, kind_of
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Table(Sequence[Record]):
         part, row = self._locate(index)
         record = part.records[row]
         if not isinstance(record, dict):
-            raise ValueError(f"{self.row_id(index)}: the row is a {type(record).__name__}, not an object with columns")
+            raise ValueError(f"{self.row_id(index)}: the row is {kind_of(record)}, not an object with columns")
         return record
 
     def row_id(self, index: int) -> str:
@@ -114,10 +114,20 @@ class JoinedTable(Table):
         """Every column's name, joined ones last."""
         return [*super().names(), *self.columns]
 
+    def column(self, name: str) -> list | None:
+        """Every row's value of a column; a joined one has it from the row of the other table."""
+        if name not in self.columns:
+            return super().column(name)
+        values = self.other.column(name)
+        return values and [None if row is None else values[row] for row in self._rows_of_other()]
+
     def held(self, name: str) -> np.ndarray:
         """``[num_rows]`` whether a column holds something; a joined one does where the other table has the key."""
         if name not in self.columns:
             return super().held(name)
         held = self.other.held(name)
-        rows = [self.rows.get(key) for key in super().column(self.key_column) or [None] * len(self)]
-        return np.array([row is not None and held[row] for row in rows], dtype=bool)
+        return np.array([row is not None and held[row] for row in self._rows_of_other()], dtype=bool)
+
+    def _rows_of_other(self) -> list[int | None]:
+        """Which row of the other table each row is joined with, ``None`` where its key is not there."""
+        return [self.rows.get(key) for key in super().column(self.key_column) or [None] * len(self)]

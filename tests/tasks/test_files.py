@@ -89,6 +89,19 @@ def test_class_labels_are_their_names(tmp_path, cache):
     assert source.num_left_out("train") == 1
 
 
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.arrow"])
+def test_a_damaged_file_is_named(tmp_path, cache, name):
+    (tmp_path / name).write_bytes(b"PAR1 this is cut off")
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/{name}: cannot be read: \w+: ."):
+        FileRows(str(tmp_path / name)).split("train")
+
+
+def test_a_damaged_folder_is_named(saved):
+    (saved / "train" / "state.json").write_text("{}")
+    with pytest.raises(ValueError, match=rf"^{saved}/train: cannot be read: \w+: ."):
+        FileRows(f"{saved}/train").split("train")
+
+
 def test_a_folder_without_rows_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"holds no saved data set, no metadata.csv and no .json, .jsonl"):
         FileRows(str(tmp_path))

@@ -231,14 +231,25 @@ def test_a_cut_is_of_the_rows_that_are_kept(tmp_path):
 @pytest.mark.parametrize(
     "columns, message",
     [
-        (Columns(required=["kind"]), "columns.required: there is no column 'kind', only question, answer"),
-        (Columns(where={"kind": 1}), "columns.where: there is no column 'kind', only question, answer"),
+        (Columns(required=["kind"]), "columns.required: there is no column 'kind', only question, answer, level"),
+        (Columns(where={"kind": 1}), "columns.where: there is no column 'kind', only question, answer, level"),
         (Columns(where={"answer": "b"}), "columns.required and columns.where leave none of 1 rows of train"),
+        (Columns(where={"level": "b"}), "columns.required and columns.where leave none of 1 rows of train"),
     ],
 )
 def test_leaving_out_by_what_is_not_there_is_an_error(tmp_path, columns, message):
     with pytest.raises(ValueError, match=message):
-        source(tmp_path, [{"question": "x?", "answer": "a"}], columns).split("train")
+        source(tmp_path, [{"question": "x?", "answer": "a", "level": None}], columns).split("train")
+
+
+def test_rows_without_options_are_counted(tmp_path):
+    record = {"question": "x?", "answer": "a", "A": None, "B": None}
+    values = [["a", "b"], "['a', 'b']", "[]", [], None]
+    listed = source(tmp_path, [{**record, "o": value} for value in values], Columns(options="o"))
+    assert listed.num_without_options("train") == 3
+    records = [{**record, "A": "a", "B": "b"}, record]
+    assert source(tmp_path, records, Columns(options=["A", "B"])).num_without_options("train") == 1
+    assert source(tmp_path, records, Columns()).num_without_options("train") == 0
 
 
 def test_columns_are_written_in_yaml(tmp_path):

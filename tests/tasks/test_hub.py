@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from cpt_lightning.tasks import Columns, HubRows, Join, Task, load_image
+from cpt_lightning.tasks import Columns, HubRows, Join, Task, hub, load_image
 from tests.tasks.conftest import png
 
 datasets = pytest.importorskip("datasets")
@@ -87,6 +87,37 @@ def test_a_set_that_is_not_there_says_how_to_get_it(data, tmp_path):
         HubRows("./some/where/else", TRAIN_AND_TEST).split("train")
 
 
+def test_a_hub_that_cannot_be_reached_is_tried_once_for_all_sets(data, cache, monkeypatch):
+    """What is in the cache of ``datasets`` is read all the same, and the setting is as before afterwards."""
+    asked, offline = [], []
+
+    def refuse(*args, **options):
+        asked.append(args)
+        raise OSError("no route")
+
+    def load(path, config, split, revision):
+        offline.append(constants.HF_HUB_OFFLINE)
+        if path == "me/cached":
+            return datasets.Dataset.from_list([{"question": "x?", "answer": "a"}])
+        raise ConnectionError(f"Couldn't reach '{path}' on the Hub (OfflineModeIsEnabled)")
+
+    constants = pytest.importorskip("huggingface_hub").constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.utils.http_backoff", refuse)
+    monkeypatch.setattr("datasets.load_dataset", load)
+    hub._why_hub_is_silent.cache_clear()
+    try:
+        for name in ("me/set", "me/other"):
+            source = HubRows(name, TRAIN_AND_TEST)
+            for split in ("train", "test", "train"):
+                with pytest.raises(ValueError, match=f"'{name}' is neither .*cannot be reached: OSError: no route"):
+                    source.split(split)
+        assert len(HubRows("me/cached", TRAIN_AND_TEST).split("train")) == 1
+    finally:
+        hub._why_hub_is_silent.cache_clear()
+    assert (len(asked), offline, constants.HF_HUB_OFFLINE) == (1, [True] * 5, False)
+
+
 @pytest.mark.parametrize("spec, message", [("dev", "split 'dev' .*dev"), ("art/train", "split 'art/train' .*art")])
 def test_a_split_that_is_not_there_is_named(data, spec, message):
     small(data)
@@ -143,7 +174,7 @@ def test_images_stay_encoded_until_a_row_is_shown(data):
     rows = source.split("train")
     assert (len(rows), source.num_left_out("train")) == (2, 1)
     assert rows[1].row_id == "me/set/train/2"
-    with pytest.raises(ValueError, match="task 'a', me/set/train/2: image 'cut.png' cannot be"):
+    with pytest.raises(ValueError, match="task 'a', me/set/train/2: image 'cut.png' is not an image"):
         Task(source).examples("train", "a")[1]
 
 
@@ -198,6 +229,19 @@ def test_a_key_without_its_row_is_named_or_left_out(data):
     source = gqa(columns=Columns(required=["image"]))
     assert ids(source) == ["lmms-lab/GQA/train_balanced_instructions/train/2"]
     assert source.num_left_out("train") == 2
+
+
+def test_rows_are_chosen_by_joined_columns(data):
+    asked = [{"id": str(i), "imageId": f"n{i}", "question": "x?", "answer": "a"} for i in range(3)]
+    shown = [{"id": "n2", "place": "sea"}, {"id": "n1", "place": "hill"}]
+    features = {
+        "train_balanced_instructions": dict.fromkeys(("id", "imageId", "question", "answer"), hub_sets.TEXT),
+        "train_balanced_images": {"id": hub_sets.TEXT, "place": hub_sets.TEXT},
+    }
+    configs = {"train_balanced_instructions": {"train": asked}, "train_balanced_images": {"train": shown}}
+    hub_sets.write_set(data / "lmms-lab/GQA", configs, features)
+    source = gqa(join={"columns": ["place"]}, columns=Columns(where={"place": "sea"}))
+    assert ids(source) == ["lmms-lab/GQA/train_balanced_instructions/train/2"]
 
 
 def test_a_join_by_columns_that_are_not_there_is_refused(data):

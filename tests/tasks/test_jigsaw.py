@@ -100,6 +100,6 @@ def test_splits_and_pictures_that_are_not_there_are_named(folder, tmp_path):
         Jigsaw(str(tmp_path / "empty")).split("train")
     (folder / "00.png").write_bytes(b"broken")
     task = Task(Jigsaw(str(folder), val_fraction=0, test_fraction=0))
-    with pytest.raises(ValueError, match="task 'jigsaw', .*00.png: image .* cannot be read"):
+    with pytest.raises(ValueError, match="task 'jigsaw', .*00.png: image .* is not an image"):
         list(task.examples("train", "jigsaw"))
     assert len(task.asked("train", "jigsaw")[0][0]) == 1  # what is asked does not need the picture

@@ -63,11 +63,46 @@ def test_a_chat_brings_its_system_turn_and_its_content_in_parts(tmp_path):
 
 @pytest.mark.parametrize(
     "value, answer",
-    [("a", "a"), (3, "3"), (2.5, "2.5"), (True, "True"), (["a", "b"], ["a", "b"]), ([{"answer": "a", "n": 1}], ["a"])],
+    [
+        ("a", "a"),
+        (3, "3"),
+        (2.5, "2.5"),
+        (1.0, "1"),
+        (True, "True"),
+        (["a", "b"], ["a", "b"]),
+        (["a", None, " ", float("nan"), 2.0], ["a", "2"]),
+        ([{"answer": "a", "n": 1}, {"answer": ""}], ["a"]),
+    ],
 )
 def test_answers_become_text(tmp_path, value, answer):
     (row,) = read(tmp_path, {"question": "x?", "answer": value})
     assert row.answer == answer
+
+
+@pytest.mark.parametrize("value", [None, " ", float("nan"), [], [None, ""], [{"answer": None}]])
+def test_an_answer_that_says_nothing_is_refused(tmp_path, value):
+    with pytest.raises(ValueError, match=r"rows.json:0: empty answer .*; fill it in or take the row out"):
+        read(tmp_path, {"question": "x?", "answer": value})
+
+
+@pytest.mark.parametrize("value", [None, "", " ", float("nan")])
+def test_a_question_that_says_nothing_is_refused(tmp_path, value):
+    with pytest.raises(ValueError, match=r"rows.json:0: the question is empty; fill it in, or leave such rows out"):
+        read(tmp_path, {"question": value, "answer": "a"})
+
+
+def test_a_split_that_cannot_be_opened_is_not_tried_again(tmp_path):
+    """The second time even a file that has been mended in between is not looked at."""
+    path = written(tmp_path, name="rows.json")
+    source = FileRows(path)
+    Path(path).write_text("[")
+    with pytest.raises(ValueError, match="not a JSON file") as first:
+        source.split("train")
+    written(tmp_path, {"question": "x?", "answer": "a"})
+    with pytest.raises(ValueError, match="not a JSON file") as second:
+        source.split("train")
+    assert str(second.value) == str(first.value)
+    assert len(FileRows(path).split("train")) == 1
 
 
 def test_columns_of_other_names_are_given_by_options(tmp_path):
@@ -195,7 +230,7 @@ def test_the_test_part_does_not_depend_on_the_validation_part():
         ({"question": "x?", "answer": "a"}, {"images": "img"}, "no column 'img', only .*correct columns.images"),
         ({"question": "x?", "answer": "a"}, {"messages": "talk"}, "no column 'talk', only .*correct columns.messages"),
         ({"question": "x?", "answer": "a"}, {"fields": ["why"]}, "no column 'why', only .*correct columns.fields"),
-        ({"question": 3, "answer": "a"}, {}, "column 'question' holds a int, not text"),
+        ({"question": 3, "answer": "a"}, {}, "column 'question' holds an int, not text"),
         ({"question": "x?", "answer": {"a": 1}}, {}, "column 'answer' holds a dict, not an answer"),
         ({"question": "x?", "answer": None}, {}, "empty answer"),
         ({"question": "x?", "answer": "  "}, {}, "empty answer"),
@@ -220,7 +255,7 @@ def test_a_row_that_does_not_fit_names_file_row_and_option(tmp_path, record, opt
     [
         ("rows.json", "[1, 2", "rows.json: not a JSON file"),
         ("rows.json", '{"info": [], "data": []}', "rows.json: holds an object with info, data; a list of rows"),
-        ("rows.json", "3", "rows.json: holds a int"),
+        ("rows.json", "3", "rows.json: holds an int"),
         ("rows.jsonl", '{"a": 1}\n\n{"a": \n', "rows.jsonl: line 3 is not JSON"),
     ],
 )

@@ -13,7 +13,7 @@ from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from cpt_lightning.cli.inspect.stream import Unopened, inspect_stream
-from cpt_lightning.cli.inspect.tables import console, overview, problem_panel
+from cpt_lightning.cli.inspect.tables import console, overview, problem_panel, warning_lines
 from cpt_lightning.cli.lightning_cli import CPTCLI
 from cpt_lightning.cli.run_directory import INSPECTION
 from cpt_lightning.models.processor import PromptProcessor
@@ -128,7 +128,13 @@ class InspectCLI(CPTCLI):
         report = inspect_stream(self.datamodule, self._processor(), self.model.backbone.path, options, folder, out)
         path = folder / "report.json"
         path.write_text(json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        out.print(overview(report), problem_panel(report.problems), f"\nall numbers: {path}", sep="\n")
+        out.print(
+            overview(report),
+            *warning_lines(report.warnings),
+            problem_panel(report.problems),
+            f"\nall numbers: {path}",
+            sep="\n",
+        )
         if report.problems:
             raise SystemExit(1)
 

@@ -19,8 +19,8 @@ from cpt_lightning.types import Example
 NUM_FREQUENT = 3
 """Answers that are named with their shares."""
 
-_QUOTED = re.compile(r"'[^']*'")
-_NUMBER = re.compile(r"\d[\d,.]*")
+_VARYING = re.compile(r"(?P<kept>columns? '[^']*')|'[^']*'|(?P<number>(?<!\w)\d[\d,.]*)")
+"""What differs among rows with the same fault, and the quoted names that do not."""
 _IMAGE_RUN = re.compile(r"(?:<\|image_pad\|>)+")
 
 
@@ -50,13 +50,15 @@ class Complaints:
 
 
 def reason(message: str) -> str:
-    """What the errors of rows with the same fault have in common: all but names and numbers.
+    """What the errors of rows with the same fault have in common: all but values and numbers; columns keep their names.
 
     >>> reason("task 'a', rows.jsonl:17: image 'x.png' is 20 x 400 pixels; the model needs 28 a side")
     'image is N x N pixels; the model needs N a side'
+    >>> reason("task 'a', rows.jsonl:17: has no column 'o1', only question, answer")
+    "has no column 'o1', only question, answer"
     """
     fault = re.sub(r"^task '[^']*', .*?: ", "", message)
-    return " ".join(_NUMBER.sub("N", _QUOTED.sub("", fault)).split())
+    return " ".join(_VARYING.sub(lambda found: found["kept"] or (found["number"] and "N") or "", fault).split())
 
 
 @dataclass

@@ -87,7 +87,8 @@ class SplitReport:
         answers: The reference answers.
         target_earns: Mean of each part of the task's reward over the SFT targets.
         wrong_targets: SFT targets that do not earn what a right answer earns, by reason.
-        fingerprint: Equal where scores compare.
+        fingerprint: Where it differs, scores do not compare.
+        num_without_options: Rows of the source's split without the options that its ``columns.options`` promises.
     """
 
     split: str
@@ -107,6 +108,12 @@ class SplitReport:
     target_earns: dict[str, float] = field(default_factory=dict)
     wrong_targets: list[Complaint] = field(default_factory=list)
     fingerprint: str | None = None
+    num_without_options: int = 0
+
+    @property
+    def num_skipped(self) -> int:
+        """Measured rows that are left out because of an image."""
+        return sum(complaint.count for complaint in self.skipped)
 
 
 @dataclass
@@ -183,6 +190,7 @@ class Report:
         stages: The stream.
         tasks: Tasks and probes.
         problems: What would stop a run or spoil its numbers.
+        warnings: What a run would do all the same, and perhaps should not.
     """
 
     backbone: str
@@ -191,3 +199,4 @@ class Report:
     stages: list[StageReport] = field(default_factory=list)
     tasks: list[TaskReport] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,8 +19,11 @@ from cpt_lightning.cli.inspect.tables import stream_table, task_section
 from cpt_lightning.data import TaskStream
 from cpt_lightning.models.processor import PromptProcessor
 from cpt_lightning.rewards import Reward
-from cpt_lightning.tasks import Prompt, Row, Source, Split, TableRows
+from cpt_lightning.tasks import HubRows, Prompt, Row, Source, Split, TableRows
 from cpt_lightning.types import Example
+
+MANY_SKIPPED = 0.1
+"""Share of a split's rows above which leaving them out is worth a warning."""
 
 
 class Options(Protocol):
@@ -67,7 +71,9 @@ def inspect_stream(
         folder: Gets the contact sheets.
         out: Where to print.
     """
-    report = Report(backbone, stream.max_prompt_tokens, stream.evaluate_on, stages_of(stream))
+    with progress_bar() as progress:
+        stages = stages_of(stream, progress)
+    report = Report(backbone, stream.max_prompt_tokens, stream.evaluate_on, stages)
     limit = "none" if stream.max_prompt_tokens is None else f"{stream.max_prompt_tokens:,} tokens"
     out.print(Text(f"backbone {backbone}, limit of training prompts: {limit}, evaluated on: {stream.evaluate_on}\n"))
     out.print(stream_table(report))
@@ -76,6 +82,7 @@ def inspect_stream(
             inspected = inspect_task(stream, name, processor, options, folder, progress)
             report.tasks.append(inspected)
             report.problems += problems_of(inspected, stream.evaluate_on)
+            report.warnings += warnings_of(inspected, stream.evaluate_on)
             out.print()
             out.rule(Text(f"{inspected.role} {name}", style="bold"), align="left")
             out.print(task_section(inspected))
@@ -90,15 +97,31 @@ def progress_bar() -> Progress:
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
-def stages_of(stream: TaskStream) -> list[StageReport]:
+@contextmanager
+def opening(stream: TaskStream, name: str, progress: Progress) -> Iterator[None]:
+    """Says that a task's data are being opened, which takes long where they are fetched or the network is slow."""
+    source = stream.everything[name].source
+    bar = progress.add_task(
+        f"opening {name}" + (f" ({source.path})" if isinstance(source, HubRows) else ""), total=None
+    )
+    try:
+        yield
+    finally:
+        progress.remove_task(bar)
+
+
+def stages_of(stream: TaskStream, progress: Progress) -> list[StageReport]:
     """What is learned in which order; numbers are missing where rows are."""
     stages = []
     for index, name in enumerate(stream.stage_names):
         stage = StageReport(name)
         try:
-            stage.num_rows = sum(len(stream.examples(task, "train")) for task in stream.stages[index])
+            stage.num_rows = 0
+            for task in stream.stages[index]:
+                with opening(stream, task, progress):
+                    stage.num_rows += len(stream.examples(task, "train"))
         except (ValueError, OSError):
-            pass  # said where the task's splits are
+            stage.num_rows = None  # why is said where the task's splits are
         else:
             stage.num_steps = stream.num_steps(index)
             stage.passes = stage.num_steps * stream.prompts_per_step / stage.num_rows
@@ -130,7 +153,8 @@ def _inspect_split(
     stream: TaskStream, name: str, split: Split, processor: PromptProcessor, max_rows: int | None, progress: Progress
 ) -> SplitReport:
     try:
-        rows = stream.examples(name, split)
+        with opening(stream, name, progress):
+            rows = stream.examples(name, split)
     except (ValueError, OSError) as error:
         return SplitReport(split, error=str(error).removeprefix(f"task '{name}': "))
     bar = progress.add_task(f"{name}, {split}", total=len(spaced(len(rows), max_rows)))
@@ -139,7 +163,9 @@ def _inspect_split(
     )
     report.fingerprint = stream.fingerprint(name, split)
     source = stream.everything[name].source
-    report.num_left_out = source.num_left_out(split) if isinstance(source, TableRows) else 0
+    if isinstance(source, TableRows):
+        report.num_left_out = source.num_left_out(split)
+        report.num_without_options = source.num_without_options(split)
     progress.remove_task(bar)
     return report
 
@@ -180,21 +206,49 @@ def graded_how(reward: Reward) -> str:
     return f"{reward.kind} ({' + '.join(parts)})" if parts else reward.kind
 
 
+def needed_splits(task: TaskReport, evaluate_on: str) -> set[str]:
+    """Splits that a run opens: for learning, and for the evaluation."""
+    return {evaluate_on, "train"} if task.role == "task" else {evaluate_on}
+
+
 def problems_of(task: TaskReport, evaluate_on: str) -> list[str]:
     """What of a task would stop a run or spoil its numbers.
 
     A split that is not there is one only where the run needs it: for learning, or for the evaluation.
     """
-    needed = {evaluate_on, "train"} if task.role == "task" else {evaluate_on}
-    problems = []
+    needed = needed_splits(task, evaluate_on)
+    splits_of: dict[str, list[str]] = {}
     for split in task.splits:
-        where = f"{task.role} {task.name}, {split.split}: "
-        if split.error is not None and split.split in needed:
-            problems.append(where + split.error)
-        for complaint in split.wrong_targets:
-            problems.append(f"{where}{complaint.count:,} of {split.num_measured:,} rows: {complaint.what}")
-        for complaint in split.refused:
-            problems.append(f"{where}{complaint.count:,} of {split.num_measured:,} rows refused: {complaint.what}")
-        if "train" in needed and split.split == "train" and 0 < split.num_too_long == split.num_measured:
-            problems.append(f"{where}every prompt is over data.max_prompt_tokens")
-    return problems
+        for problem in _problems_of_split(split, split.split in needed, "train" in needed and split.split == "train"):
+            splits_of.setdefault(problem, []).append(split.split)
+    return [f"{task.role} {task.name}, {', '.join(splits)}: {problem}" for problem, splits in splits_of.items()]
+
+
+def _problems_of_split(split: SplitReport, is_needed: bool, is_learned: bool) -> Iterator[str]:
+    if split.error is not None and is_needed:
+        yield split.error
+    for complaint in split.wrong_targets:
+        yield f"{complaint.count:,} of {split.num_measured:,} rows: {complaint.what}"
+    for complaint in split.refused:
+        yield f"{complaint.count:,} of {split.num_measured:,} rows refused: {complaint.what}"
+    if is_needed and _all_are_skipped(split):
+        first = split.skipped[0].first
+        yield f"all {split.num_measured:,} measured rows would be skipped for their images; first: {first}"
+    if is_learned and 0 < split.num_too_long == split.num_measured:
+        yield "every prompt is over data.max_prompt_tokens"
+
+
+def _all_are_skipped(split: SplitReport) -> bool:
+    return 0 < split.num_skipped == split.num_measured
+
+
+def warnings_of(task: TaskReport, evaluate_on: str) -> list[str]:
+    """What of a task a run would do all the same, and perhaps should not."""
+    needed = needed_splits(task, evaluate_on)
+    return [
+        f"{task.role} {task.name}, {split.split}: {split.num_skipped / split.num_measured:.0%} of the measured rows "
+        f"would be skipped for their images; first: {split.skipped[0].first}"
+        for split in task.splits
+        if split.num_skipped > MANY_SKIPPED * split.num_measured
+        and not (split.split in needed and _all_are_skipped(split))  # which is a problem
+    ]

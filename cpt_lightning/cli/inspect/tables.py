@@ -140,6 +140,10 @@ def _baseline(split: SplitReport) -> str:
 
 ROWS: tuple[tuple[str, Callable[[SplitReport], str | Text]], ...] = (
     ("  besides, left out by the source", lambda split: _count(split.num_left_out) if split.num_left_out else ""),
+    (
+        "  of the source's, without options",
+        lambda split: _count(split.num_without_options) if split.num_without_options else "",
+    ),
     ("  skipped for their images", lambda split: _total(split.skipped, "yellow")),
     ("  that would stop a run", lambda split: _total(split.refused, "bold red")),
     ("  over the limit of tokens", _too_long),
@@ -208,6 +212,11 @@ def _glance(split: SplitReport | None) -> list[str]:
         return ["-"] * 4
     longest = [f"{spread.maximum:,}" if spread else "-" for spread in (split.prompt_tokens, split.target_tokens)]
     return [_count(split.num_rows), *longest, _baseline(split) or "-"]
+
+
+def warning_lines(warnings: Sequence[str]) -> list[Text]:
+    """What may be meant, a line each."""
+    return [Text.assemble(("warning: ", "yellow"), warning) for warning in warnings]
 
 
 def problem_panel(problems: Sequence[str]) -> RenderableType:
