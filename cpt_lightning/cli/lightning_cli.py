@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from cpt_lightning.callbacks import ContinualLearning, SampleLog, SkippedRows, TaskCheckpoint, TaskProgressBar
 from cpt_lightning.cli import VERBS
+from cpt_lightning.cli.errors import refusal
 from cpt_lightning.cli.run_directory import last_checkpoint, run_directory
 from cpt_lightning.data import TaskStream
 from cpt_lightning.modules import PostTraining
@@ -126,6 +128,21 @@ class CPTCLI(LightningCLI):
         config.run_dir = str(run_directory(config.run_dir, config.ckpt_path, named))
         if self.subcommand != "fit":
             self.save_config_callback = None  # config.yaml is the one that trained
+
+    def instantiate_classes(self) -> None:
+        """Makes trainer, module and stream; what one of them refuses is said in a line.
+
+        Raises:
+            SystemExit: With 2, after the line. ``JSONARGPARSE_DEBUG=true`` shows where the error came from instead.
+        """
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if os.environ.get("JSONARGPARSE_DEBUG", "false") != "false":
+                raise
+            command = " ".join(filter(None, [self.parser.prog, self.subcommand]))
+            print(f"{command}: error: {refusal(error)}", file=sys.stderr)
+            raise SystemExit(2) from None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A Trainer that writes into the run directory, and whose epochs are the stages of the stream."""
