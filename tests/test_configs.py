@@ -60,6 +60,8 @@ def test_the_command_of_a_part_parses(path, capsys, monkeypatch):
         stream = yaml.safe_load(path.read_text())
         for group in ("tasks", "probes"):
             assert list(config["data"][group]) == list(stream[group])
+        # What the replaced stream said of its tasks would otherwise still stand.
+        assert set(config["data"]["passes"] or {}) <= {*stream["tasks"], *stream["probes"]}
 
 
 def test_sequential_and_joint_demo_learn_the_same():

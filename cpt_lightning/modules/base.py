@@ -205,6 +205,11 @@ class PostTraining(Accounted):
         self.sums.clear()
         for task, totals in sums.items():
             num_samples = totals.pop("num_samples")
+            if not num_samples:
+                raise ValueError(
+                    f"task '{task}': no row is left to evaluate, for all their images were refused (bad_images: skip); "
+                    "cpt inspect says why"
+                )
             means = with_ratios({name: (total / num_samples).item() for name, total in totals.items()})
             for name, value in {**means, "num_samples": num_samples.item()}.items():
                 self.log(f"{stage}/{task}/{name}", value)

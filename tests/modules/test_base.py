@@ -170,3 +170,12 @@ def test_a_schedule_begins_anew_with_each_task_even_if_the_optimizer_is_kept():
     resumed.load_state_dict(schedule.state_dict())
     resumed.start_task(4)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.75)
+
+
+def test_an_evaluation_of_fillers_alone_says_which_task_has_no_rows(small_folder, processor, mixed_prompts):
+    """Every image of the task was refused; an accuracy of 0/0 would be written nowhere."""
+    whole = with_examples(mixed_prompts, processor, verdict)
+    none = with_examples(mixed_prompts.select([0]), processor, verdict, task="other")
+    none.prompts.valid = torch.tensor([False])
+    with pytest.raises(ValueError, match="task 'other': no row is left to evaluate"):
+        validate(SFT(backbone=Backbone(small_folder), evaluation=ANSWERS), [whole, none])
