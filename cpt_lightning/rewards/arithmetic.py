@@ -8,7 +8,7 @@ import re
 MAX_DEPTH = 12
 """Nested brackets; keeps hostile text from overflowing the stack."""
 
-_TOKEN = re.compile(r"\d+(?:\.\d*)?(?:[eE][+-]?\d+)?|\.\d+|\\frac|\\sqrt|\\pi|[-+*/^(){}\[\]]")
+_TOKEN = re.compile(r"[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?|\.[0-9]+|\\frac|\\sqrt|\\pi|[-+*/^(){}\[\]]")
 
 
 def value_of(expression: str) -> float | None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from cpt_lightning.rewards.answers import readings
-from cpt_lightning.rewards.numbers import parse_number, spelled_plainly
+from cpt_lightning.rewards.numbers import in_ascii, parse_number, spelled_plainly
 from cpt_lightning.rewards.symbolic import symbolically_equal
 
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
@@ -37,6 +37,7 @@ def grade_formula(answer: str, gold: str) -> float:
         answer: As extracted, without markup.
         gold: A formula, see :func:`is_formula`.
     """
+    answer, gold = in_ascii(answer), in_ascii(gold)
     wanted = _ASSIGNED.sub("", gold, count=1) if _ASSIGNED.match(gold) else gold
     given = [side for reading in readings(answer) for side in _sides(reading)]
     if not {characters(side) for side in given}.isdisjoint((characters(wanted), characters(gold))):

@@ -23,7 +23,8 @@ MAX_ANSWER_LENGTH = 2000
 """Characters; of a longer answer (a whole reply without box or tags) only the end is read, where conclusions stand."""
 RELAXED_TOLERANCE = 0.05
 
-_INTEGER = re.compile(r"\d+")
+_INTEGER = re.compile(r"[0-9]+")
+_RATIO = re.compile(r"\s*[1-9][0-9]*\s*:\s*[1-9]\s*")
 
 
 def grade(completion: str, gold: Gold, kind: str) -> float:
@@ -42,16 +43,19 @@ def grade(completion: str, gold: Gold, kind: str) -> float:
       words.
     - ``yes_no``: the same polarity (true and false are yes and no); ``text`` where the reference is neither.
     - ``short_answer``: what VQA sets mix, by the reference: ``yes_no`` for a mere yes or no, ``number``, "unanswerable"
-      in any of the usual ways, else ``text``.
+      in any of the usual ways, else ``text``. A colon makes ``text`` as well, since "4:23" is a time, and not "8:46";
+      but "2:1", with one digit behind it, is a ratio, for which "4:2", "2/1" and "2" are right.
     - ``letter_or_short_answer``: for sets of multiple choice and open questions, such as MMMU: ``letter`` where the
       first reference is a capital letter alone, "B" or "(B)", else ``short_answer``. Nothing else tells the rows apart:
       an open question whose reference is a capital letter, point "C" say, is graded as a choice, where "c", "(C)" and
       "Option C" are right as well; "B. Juneau" as one reference is a short answer.
     - ``vqa``: soft accuracy over all human answers, min(matches / 3, 1) averaged over leaving one answer out (Antol et
-      al. 2015; with n < 4 answers, n - 1 stands for the 3; one answer must be matched).
+      al. 2015; with n < 4 answers, n - 1 stands for the 3; one answer must be matched). All the usual ways to say
+      "unanswerable" match one another, which goes beyond the official metric: there only equal words do.
     - ``relaxed``: a number within 5 % (ChartQA, Masry et al. 2022); ``text`` where the reference is no number.
     - ``permutation``: 1 if every index is right (R_acc of arXiv 2506.23508).
-    - ``permutation_hits``: fraction of right indices (R_hit there); 0 for a sequence of another length.
+    - ``permutation_hits``: fraction of positions whose index is right (R_hit there); 0 for a sequence of another
+      length. Repeated indices count as they do there, so that "1, 1, 1, 1" earns 1/4: always the same index earns 1/n.
 
     Raises:
         ValueError: Unknown kind, an empty reference, or one that has no letter or no indices where the kind needs them.
@@ -122,7 +126,7 @@ def _short_answer(answer: str, gold: str) -> float:
         return _yes_no(answer, gold)
     if is_unanswerable(gold):
         return float(any(is_unanswerable(reading) for reading in readings(answer)))
-    return _text(answer, gold) if ":" in gold else _number(answer, gold)  # 4:23 is a time, and not 8:46
+    return _text(answer, gold) if ":" in gold and not _RATIO.fullmatch(gold) else _number(answer, gold)
 
 
 def _letter_or_short_answer(answer: str, golds: list[str]) -> float:
@@ -130,8 +134,12 @@ def _letter_or_short_answer(answer: str, golds: list[str]) -> float:
 
 
 def _vqa(answer: str, golds: list[str]) -> float:
-    answers = [normalize_text(without_markup(gold)) for gold in golds]
-    return max(_soft_accuracy(normalize_text(reading), answers) for reading in readings(answer))
+    answers = [_vqa_form(without_markup(gold)) for gold in golds]
+    return max(_soft_accuracy(_vqa_form(reading), answers) for reading in readings(answer))
+
+
+def _vqa_form(text: str) -> str:
+    return "unanswerable" if is_unanswerable(text) else normalize_text(text)
 
 
 def _soft_accuracy(answer: str, golds: list[str]) -> float:

@@ -16,9 +16,15 @@ _NAMED = re.compile(r"\b(?:[Oo]ption|[Cc]hoice)\s+[(\[]?(?:([A-Z])\b|([a-z])(?=[
 _BRACKETED = re.compile(r"(?<!\w)[(\[]([A-Za-z])[)\]]")
 _STANDING = re.compile(r"(?<![\w'])(?!A\s+(?!or\b|and\b|is\b)[a-z]|I\b(?!\s*$))([A-Z])(?![\w'])")
 _POINTED_AT = re.compile(
-    r"(?:^|:\s*|\b(?:is|be|choose|chose|pick|say|select|[Ss]o,?|[Ii]t's)\s+)([A-Z])"
+    r"(?:^|:\s*|\b(?:is|be|choose|chose|pick|say|select|think|guess|believe|[Ss]o,?|[Ii]t's)\s+)([A-Z])"
     r"(?=\s*(?:[.,;:!]|$)|\s+(?:because|since|as|for)\b)"
 )
+_LETTER = r"(?:(?:[Oo]ption|[Cc]hoice)\s+)?(?:[(\[][A-Z][)\]]|[A-Z](?![\w')\]]))"
+_REJECTED = re.compile(
+    rf"(?:\b[Nn]ot|n['\u2019]t)\s+(?:be\s+)?{_LETTER}"
+    rf"|(?<![\w'(\[]){_LETTER}\s+(?:is|are|was)\s+(?:wrong|incorrect|false|(?:not|n['\u2019]t)\s+(?:right|correct|true))\b"
+)
+_REASON = re.compile(r"\b(?:because|since)\b")
 _OPTION_LINE = re.compile(r"^[ \t]*\(?([A-Z])[.):][ \t]+(\S.*)$", re.MULTILINE)
 
 
@@ -68,6 +74,8 @@ def find_letter(answer: str) -> str | None:
 
     >>> [find_letter(text) for text in ("b", "(C) a dog", "It must be option D.", "A dog", "A or B", "Solution A")]
     ['B', 'C', 'D', None, None, None]
+    >>> [find_letter(text) for text in ("I think C", "C because A is too cold", "It is not A; it is B")]
+    ['C', 'C', 'B']
     """
     for reading in reversed(list(readings(answer))):
         letters = _letters(reading)
@@ -77,7 +85,8 @@ def find_letter(answer: str) -> str | None:
 
 
 def _letters(text: str) -> set[str]:
-    """The option letters that a text gives, by the plainest sign of one that there is."""
+    """The option letters that a text gives and does not reject, by the plainest sign of one that there is."""
+    text = _REJECTED.sub("", text)
     first = _LONE.fullmatch(text) or _FIRST.match(text)
     if first:
         return {next(letter for letter in first.groups() if letter).upper()}
@@ -85,9 +94,12 @@ def _letters(text: str) -> set[str]:
         letters = {letter.upper() for found in pattern.finditer(text) for letter in found.groups() if letter}
         if letters:
             return letters
-    standing = set(_STANDING.findall(text))
-    # A letter in mid-text may belong to an option's own words ("Solution A"): it needs a word that points at it.
-    return standing if len(standing) > 1 or _POINTED_AT.search(text) else set()
+    for said in (_REASON.split(text, maxsplit=1)[0], text):  # reasons name other options
+        standing = set(_STANDING.findall(said))
+        # A letter in mid-text may belong to an option's own words ("Solution A"): it needs a word that points at it.
+        if len(standing) > 1 or (standing and _POINTED_AT.search(said)):
+            return standing
+    return set()
 
 
 def with_option_text(letter: str, question: str) -> Gold:

@@ -8,10 +8,12 @@ _TO_TWENTY = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen twenty"
 )
+_FROM_TWENTY = "twenty thirty forty fifty sixty seventy eighty ninety"
+_TENS = {word: 10 * tens for tens, word in enumerate(_FROM_TWENTY.split(), 2)}
 _NUMBER_WORDS = {"none": "0"} | {word: str(number) for number, word in enumerate(_TO_TWENTY.split())}
 _ARTICLES = {"a", "an", "the"}
 _QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2212": "-", "\u2013": "-"})
-_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_THOUSANDS = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
 _SPACED_RATIO = re.compile(r"(?<=\d) ?([:/]) ?(?=\d)")
 _QUOTED_OR_ARTICLE = re.compile(r"^\"([^\"]+)\"$|^(?:an?|the) (?=.)")
 _PERIOD = re.compile(r"\.(?!\d)")
@@ -81,5 +83,13 @@ def without_thousands_commas(text: str) -> str:
 
 
 def number_of_word(word: str) -> str | None:
-    """The digits of a number word up to twenty, or ``None``."""
-    return _NUMBER_WORDS.get(word.lower())
+    """The digits of a number word up to ninety-nine, or ``None``.
+
+    >>> [number_of_word(word) for word in ("Seven", "thirty", "twenty-one", "three-wheeled")]
+    ['7', '30', '21', None]
+    """
+    tens, hyphen, ones = word.lower().replace(" ", "-").partition("-")
+    if not hyphen:
+        return str(_TENS[tens]) if tens in _TENS else _NUMBER_WORDS.get(tens)
+    digit = int(_NUMBER_WORDS.get(ones, "0"))
+    return str(_TENS[tens] + digit) if tens in _TENS and 0 < digit < 10 else None

@@ -1,11 +1,13 @@
 """Numbers as people and models write them -> value, percent sign and unit.
 
-Reads decimals, thousands commas, percent, fractions, mixed numbers, ratios, powers, roots and pi, plain or in LaTeX.
+Reads decimals, thousands commas, percent, fractions, mixed numbers, ratios, powers, roots and pi, plain or in LaTeX, in
+the digits 0 to 9 of ASCII and the superscripts and fractions that Unicode makes of them.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass
 
 from cpt_lightning.rewards.answers import without_markup
@@ -17,22 +19,23 @@ MAX_LENGTH = 120
 TOLERANCE = 1e-4
 """Relative error that a number may have which is not whole: five digits say enough of a root."""
 
-_NUMBER_IN_TEXT = re.compile(r"(?<![\w^.{/:])-?(?:\d+(?:\.\d+)?|\.\d+)(?:[/:]\d+)?(?:\s*%)?(?![\w{/:])")
-_WORD = re.compile(r"(?<![\w-])[A-Za-z]+(?![\w-])")
-_LARGER_WORD = re.compile(
-    r"\b(?:thirty|forty|fifty|sixty|seventy|eighty|ninety|dozens?|hundreds?|thousands?|[mb]illions?|half|quarters?)\b",
-    re.IGNORECASE,
+_NUMBER_IN_TEXT = re.compile(
+    r"(?<![\w^.{/:])-?(?:[0-9]++(?:\.[0-9]++)?+|\.[0-9]++)(?:[/:][0-9]++)?+(?:\s*%)?+(?![\w{/:]|\s*[-+]\s*$)"
 )
+_WORD = re.compile(r"(?<![\w-])[A-Za-z]+(?:-[A-Za-z]+)?(?![\w-])")
+_LARGER_WORD = re.compile(r"\b(?:dozens?|hundreds?|thousands?|[mb]illions?|half|quarters?)\b", re.IGNORECASE)
 _STATES = re.compile(r"=|\u2248|\\approx|\b(?:is|equals)\b")
-_ALTERNATIVES = re.compile(r"\d\S*(?: [a-z]+)? or (?:\w+ ?= ?)?[-\d\\]")
+_ALTERNATIVES = re.compile(r"[0-9]\S*(?: [a-z]+)? or (?:\w+ ?= ?)?[-0-9\\]")
+_FRACTION = re.compile(r"(?:(?<![0-9])([0-9]+) ?)?([\u00bc-\u00be\u2150-\u215e])")
+_SUPERSCRIPT = re.compile(r"[\u00b2\u00b3\u00b9\u2070\u2074-\u207b]+")
 _SPELLINGS = [
     (re.compile(r"^\s*(?:about|around|approximately|roughly|\\approx|\u2248)\s*", re.IGNORECASE), ""),
     (re.compile(r"\\left|\\right|\\[!,;: ]|~"), " "),
     (re.compile(r"\\[dt]frac"), r"\\frac"),
-    (re.compile(r"\\frac\s*(\d)\s*(\d)"), r"\\frac{\1}{\2}"),
-    (re.compile(r"(\d+)\s*\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}"), r"(\1+\2/\3)"),  # a mixed number
-    (re.compile(r"(\d+)\s+(\d+)\s*/\s*(\d+)"), r"(\1+\2/\3)"),
-    (re.compile(r"^\s*(\d+) (?:to|out of) (\d+)\.?\s*$"), r"\1/\2"),
+    (re.compile(r"\\frac\s*([0-9])\s*([0-9])"), r"\\frac{\1}{\2}"),
+    (re.compile(r"([0-9]+)\s*\\frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}"), r"(\1+\2/\3)"),  # a mixed number
+    (re.compile(r"([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)"), r"(\1+\2/\3)"),
+    (re.compile(r"^\s*([0-9]+) (?:to|out of) ([0-9]+)\.?\s*$"), r"\1/\2"),
     (re.compile(r"\\cdot|\\times|\u00d7|\u00b7"), "*"),
     (re.compile(r"\\div|\u00f7|:"), "/"),
     (re.compile(r"(?<!\\)sqrt|\u221a"), r"\\sqrt"),
@@ -55,7 +58,7 @@ _UNITS = {
     for spelled in names.split()
 }
 _UNIT = re.compile(
-    r"(?<=[\d)}\s])(?P<before>square |sq |cubic )?(?P<name>"
+    r"(?<=[0-9)}\s])(?P<before>square |sq |cubic )?(?P<name>"
     + "|".join(sorted(map(re.escape, _UNITS), key=len, reverse=True))
     + r")s?(?:\s*\^\s*\{?\s*(?P<power>[23])\s*\}?|(?P<superscript>[\u00b2\u00b3]))?$",
     re.IGNORECASE,
@@ -115,10 +118,24 @@ def parse_number(text: str) -> Number | None:
 
 def spelled_plainly(text: str) -> str:
     """A formula in one spelling: LaTeX for roots and fractions, without degree signs and spacing commands."""
-    text = without_thousands_commas(without_markup(text))
+    text = in_ascii(without_thousands_commas(without_markup(text)))
     for spelling, plain in _SPELLINGS:
         text = spelling.sub(plain, text)
     return text.strip()
+
+
+def in_ascii(text: str) -> str:
+    """Superscripts, fractions and minus signs of one character each, written out.
+
+    >>> in_ascii("x\u00b2 \u2212 1\u00bd")
+    'x^{2} - (1+1/2)'
+    """
+    text = _FRACTION.sub(lambda found: f"({found[1] + '+' if found[1] else ''}{_decomposed(found[2])})", text)
+    return _SUPERSCRIPT.sub(lambda found: f"^{{{_decomposed(found[0])}}}", text).replace("\u2212", "-")
+
+
+def _decomposed(characters: str) -> str:
+    return unicodedata.normalize("NFKC", characters).replace("\u2044", "/")
 
 
 def _split_unit(text: str) -> tuple[str, str]:
@@ -141,7 +158,7 @@ def find_number(text: str) -> Number | None:
     stated = parse_number(text[states[-1].end() :]) if states else None
     if stated is not None:
         return stated
-    text = without_thousands_commas(text)
+    text = without_thousands_commas(text).replace("\u2212", "-")
     written = set(_NUMBER_IN_TEXT.findall(text))
     if not written and not _LARGER_WORD.search(text):
         written = {word for word in _WORD.findall(text) if number_of_word(word) is not None}

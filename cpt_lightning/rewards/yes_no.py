@@ -14,13 +14,28 @@ YES_NO_RATIOS = ("precision", "recall", "f1", "yes_ratio")
 """What :func:`with_ratios` gives of a set in their place."""
 
 _NO = r"no(?=\s*(?:[,.;:!-]|$|\s+(?:there|it|this|that|they|he|she|the)\b))"  # as an answer, unlike in "no tissue"
-_TRUE = r"(?<!not )(?<!n't )true"
+_YES_WORD = r"(?:yes|yeah|yep|yup|true)"
+_NO_WORD = r"(?:false|nope|nah)"
+# It turns the word behind it round.
+_NOT = r"(?P<not>(?:\b(?:can)?not|n['\u2019]t)\s+(?:(?:a|be|say|quite|(?!only)\w+ly)\s+)?)?"
 _THERE_IS_NOT = r"there (?:is|are)(?: not|n['\u2019]t)(?=\s*(?:[,.;:!]|$|(?:an?|any|one)\b))"  # not "enough to tell"
-_POLARITY = re.compile(rf"\b(?:(yes|{_TRUE})|false|{_NO}|(?:is|are|was|were) no)\b", re.IGNORECASE)
+_POLARITY = re.compile(rf"{_NOT}\b(?:(?P<yes>{_YES_WORD})|{_NO_WORD}|{_NO}|(?:is|are|was|were) no)\b", re.IGNORECASE)
+_EITHER = re.compile(r"\byes\s*(?:or|/)\s*no\b", re.IGNORECASE)
 _LEADING = re.compile(
-    rf"\W*(?:(yes|true)\b\s*(?:[,.;:!-]|$)|false\b\s*(?:[,.;:!-]|$)|{_NO}|{_THERE_IS_NOT})", re.IGNORECASE
+    rf"\W*(?:(?:(?P<yes>{_YES_WORD})|{_NO_WORD})\b\s*(?:[,.;:!-]|$)|{_NO}|{_THERE_IS_NOT})", re.IGNORECASE
 )
-_LONE = re.compile(r"\W*(?:(yes|true)|no|false)\W*", re.IGNORECASE)
+_LONE = re.compile(rf"\W*(?:{_YES_WORD}|{_NO_WORD}|no)\W*", re.IGNORECASE)
+_NOT_TOLD = (
+    r"(?:(?:any|the)\s+)?(?:enough|sufficient|information|info|access|details?|clearly|well|whether|if|what|who|how)"
+)
+_DENIAL = re.compile(
+    # "No dogs are visible", unlike "no tissue recognizable" and "no idea what it is"
+    r"^\W*no\s+(?!(?:idea|clue|doubt|matter|wonder|information|info|data|answer|conclusion|way)\b)"
+    r"(?:[\w-]+\s+){1,4}?(?:is|are|was|were|has|have|can\s+be|appears?|exists?)\b"
+    r"|\b(?:does|do|did)(?:\s+not|n['\u2019]t)\s+(?:contain|show|have|include|depict|feature|see|appear|seem|look)\b"
+    rf"(?!\s+{_NOT_TOLD}\b)",
+    re.IGNORECASE,
+)
 
 
 def polarity_of_reference(gold: str) -> bool | None:
@@ -30,7 +45,7 @@ def polarity_of_reference(gold: str) -> bool | None:
     [True, False, False, None]
     """
     found = _LEADING.match(gold)
-    return None if found is None else bool(found[1])
+    return None if found is None else bool(found["yes"])
 
 
 def is_mere_polarity(gold: str) -> bool:
@@ -43,15 +58,22 @@ def find_polarity(answer: str) -> bool | None:
 
     >>> [find_polarity(said) for said in ("Yes, a dog.", "There is no dog.", "There isn't one.", "yes or no", "a dog")]
     [True, False, False, None, None]
+    >>> [find_polarity(said) for said in ("not true", "No dogs are visible.", "It does not show a dog.")]
+    [False, False, False]
     """
     return next((polarity for reading in readings(answer) if (polarity := _polarity(reading)) is not None), None)
 
 
 def _polarity(text: str) -> bool | None:
-    """Yes or no, as the text's first word set off by punctuation or as the only one of the two that it says."""
+    """Yes or no: the text's first word set off by punctuation, the only one of the two that it says, or a denial."""
     leading = _LEADING.match(text)
-    found = [leading] if leading else _POLARITY.finditer(text)
-    polarities = {bool(match[1]) for match in found}
+    if leading:
+        return bool(leading["yes"])
+    if _EITHER.search(text):
+        return None
+    polarities = {bool(match["yes"]) != bool(match["not"]) for match in _POLARITY.finditer(text)}
+    if not polarities:
+        return False if _DENIAL.search(text) else None
     return polarities.pop() if len(polarities) == 1 else None
 
 

@@ -11,7 +11,8 @@ from cpt_lightning.rewards.formulas import is_formula
     [
         (r"5 \sqrt { 3 }", [r"5\sqrt{3}", r"5\sqrt3", "5\u221a3", "5 sqrt(3)", r"$5\sqrt{3}$", "8.6603", r"\sqrt{75}"]),
         (r"5 \sqrt { 3 }", [r"x = 5\sqrt{3}", r"5\sqrt{3}\text{ cm}", r"AB is 5\sqrt{3}.", r"5\sqrt{3} \approx 8.66"]),
-        ("x^{2}+1", ["x^2 + 1", "1 + x^2", "y = x^2 + 1"]),
+        ("x^{2}+1", ["x^2 + 1", "1 + x^2", "y = x^2 + 1", "x\u00b2+1", "1 + x\u00b2"]),
+        (r"\frac{x}{2}", ["\u00bdx", "x \\cdot \u00bd"]),
         ("m + n - 180", ["n + m - 180", "-180+m+n", r"\boxed{m+n-180}", "The answer is $m + n - 180$."]),
         ("a + b = 90", ["a+b=90", "b = 90 - a"]),
         ("90", [r"90^\circ", "90\u00b0", "90 degrees", r"m\angle 2 = 90"]),

@@ -21,12 +21,28 @@ GOLDS = {"letter": "B", "permutation": "2, 1", "permutation_hits": "2, 1", "numb
                 "True",
                 "The answer is yes",
                 "It is true",
+                "Yeah",
+                "Yep, it is",
+                "It is not false.",
                 "So, yes, it is",
             )
         ],
         *[
             (said, "yes", "yes_no", 0)
-            for said in ("no", "yes or no", "maybe", "", "nowhere", "yesterday", "False", "It is not true")
+            for said in (
+                "no",
+                "yes or no",
+                "maybe",
+                "",
+                "nowhere",
+                "yesterday",
+                "False",
+                "It is not true",
+                "The answer is not yes",
+                "It can\u2019t be true",
+                "I would not say yes.",
+                "Nope",
+            )
         ],
         *[
             (said, "no", "yes_no", 1)
@@ -39,6 +55,12 @@ GOLDS = {"letter": "B", "permutation": "2, 1", "permutation_hits": "2, 1", "numb
                 "There is not a dog in the image.",
                 "There aren't any dogs.",
                 "There isn\u2019t.",
+                "Not true",
+                "Nope",
+                "No dogs are visible.",
+                "No red car can be seen.",
+                "The image does not contain a dog.",
+                "I don't see any dogs.",
             )
         ],
         *[
@@ -50,6 +72,12 @@ GOLDS = {"letter": "B", "permutation": "2, 1", "permutation_hits": "2, 1", "numb
                 "none",
                 "know",
                 "There is not enough light to tell",
+                "The image does not show enough to tell",
+                "It does not show whether there is a dog",
+                "No idea what it is",
+                "No doubt it is",
+                "It does not have wheels, so yes",
+                "This is not a yes or no question",
             )
         ],
         ("No.", "No, it is not", "yes_no", 1),
@@ -79,6 +107,9 @@ GOLDS = {"letter": "B", "permutation": "2, 1", "permutation_hits": "2, 1", "numb
         ],
         ("unanswerable", "red", "short_answer", 0),
         *[(said, "4:23", "short_answer", right) for said, right in (("4:23", 1), ("8:46", 0), ("0.174", 0))],
+        *[(said, "3:4", "short_answer", right) for said, right in (("3:4", 1), ("6:8", 1), ("3/4", 1), ("4:3", 0))],
+        *[(said, "2:1", "short_answer", right) for said, right in (("2/1", 1), ("2", 1), ("1:2", 0), ("1", 0))],
+        *[(said, "4:05", "short_answer", right) for said, right in (("4:05", 1), ("8:10", 0), ("0.8", 0))],
         *[(said, "A purple car", "short_answer", right) for said, right in (("purple car.", 1), ("car", 0))],
         ("5", ["unanswerable", "5"], "short_answer", 1),
         # letter_or_short_answer: by what the first reference is
@@ -111,6 +142,8 @@ GOLDS = {"letter": "B", "permutation": "2, 1", "permutation_hits": "2, 1", "numb
         *[(said, "3, 1, 2", "permutation", 0) for said in ("3, 2, 1", "3, 1", "3, 1, 2, 4", "", "9" * 5000, "none")],
         ("3, 2, 1", "3, 1, 2", "permutation_hits", 1 / 3),
         ("3, 1", "3, 1, 2", "permutation_hits", 0),
+        ("1, 1, 1", "3, 1, 2", "permutation_hits", 1 / 3),
+        ("\u0663, \u0661, \u0662", "3, 1, 2", "permutation", 0),
         ("3, 1, 2", "3, 1, 2", "permutation_hits", 1),
     ],
 )
@@ -130,6 +163,14 @@ def test_vqa_accuracy_of_a_few_answers_needs_no_three_matches():
     assert grade("cat", "cat", "vqa") == grade("cat", ["cat"], "vqa") == 1
     assert grade("cat", ["cat", "dog"], "vqa") == pytest.approx(0.5)
     assert grade("cat", ["cat", "cat"], "vqa") == 1
+
+
+def test_vqa_accuracy_takes_every_way_to_say_unanswerable_for_the_same():
+    """3 of the 10 say so, each in another way: 0.9, as for 3 equal answers."""
+    golds = ["unanswerable", "Unsuitable image", "I can't tell"] + ["dog"] * 7
+    assert grade("Cannot be determined", golds, "vqa") == pytest.approx(0.9)
+    assert grade("It is unknown.", ["unanswerable"] * 10, "vqa") == 1
+    assert grade("an unknown man", ["unanswerable"] * 10, "vqa") == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)

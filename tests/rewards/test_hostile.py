@@ -22,6 +22,7 @@ GOLDS = {
 }
 SIGNS = "{}[]\\boxed()0123456789 /^$%=<answer>thinkABC.,:-+*!\n\u221a\u00b0\u2220\u0660\ud800"
 PIECES = ["1", "1 1/2 ", "\\frac{1}{2}", "answer is=", "{", "(A) ", "yes ", "$", "\\text{", "\\boxed{", "\n", "x or 1 "]
+PIECES += ["not ", "not A ", "no a-", "does not show ", "1\u00bd ", "\u00b2", "twenty-", "because "]
 PIECES += ["<answer>", "</answer>", "<think>", "A. ", "1,000", "x = ", " ", "\\", "-", ". ", "cm "]
 
 

@@ -22,6 +22,13 @@ QUESTION = "Which is warmer?\nA. Solution B\nB. Solution A\nC. neither\nAnswer w
             "So, B",
         ),
         *("It's B", "B because it is red", "My choice: B", "B\n\nExplanation: A is too cold.", "I pick (B), not C."),
+        *("I think B", "My guess: B since C is too cold", "B because C is wrong", "I think B because A and C are not"),
+        *(
+            "It is not C; it is B",
+            "It can't be (C), so (B)",
+            "Option B because option C is wrong",
+            "A is wrong. It's B",
+        ),
         *(r"<think>A or C?</think>\boxed{B}", "Option A is wrong, so the answer is B, a fish."),
     ],
 )
@@ -31,7 +38,11 @@ def test_a_letter_counts_however_it_is_written(completion):
 
 
 @pytest.mark.parametrize(
-    "completion", ["A or B", "B, C", "both A and B", "Bird", "be", "", "AB", "sample B", "vitamin B", "B cells", "12 B"]
+    "completion",
+    [
+        *("A or B", "B, C", "both A and B", "Bird", "be", "", "AB", "sample B", "vitamin B", "B cells", "12 B"),
+        *("It is not A", "(A) is wrong", "I think A or B", "I think solution A", "C is too cold because A is not"),
+    ],
 )
 def test_two_letters_or_a_letter_that_belongs_to_other_words_are_no_choice(completion):
     assert [grade(completion, letter, "letter") for letter in "ABC"] == [0, 0, 0]

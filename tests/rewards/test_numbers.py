@@ -21,11 +21,17 @@ from cpt_lightning.rewards.numbers import Number, find_number, parse_number
         ("\u22122", ["-2", "- 2", "\u22122"]),
         ("50%", ["50", "0.5", "50 percent", "50 per cent", r"50\%"]),
         ("100/3", ["33.3333", r"33\frac{1}{3}"]),
+        ("0.5", ["\u00bd", r"\frac12", "The answer is \u00bd."]),
+        ("2.5 cm", ["2\u00bd", "2 \u00bd cm", "5/2"]),
+        ("9", ["3\u00b2", "3^2"]),
+        ("0.001", ["10\u207b\u00b3"]),
+        ("21", ["twenty-one", "Twenty one", "There are twenty-one cars.", "21 cars"]),
+        ("30", ["thirty", "There are thirty."]),
         (
             "12 cm^2",
             ["12", "12 cm\u00b2", "12 square centimeters", "12 sq cm", r"12\,\mathrm{cm}^2", r"12 \text{ cm}^2"],
         ),
-        ("90", ["90\u00b0", r"90^\circ", "90 degrees"]),
+        ("90", ["90\u00b0", r"90^\circ", r"90\degree", r"180 \div 2", "90 degrees"]),
         ("red", ["Red", "The answer is red."]),  # the reference is no number: compared as text
     ],
 )
@@ -38,6 +44,9 @@ def test_numbers_are_right_in_every_spelling(gold, completions):
     [
         ("3", ["4", "3 or 4", "x = 3 or x = 4", "-3", "33", "1/3", "three hundred", "a dozen", "", "red", "1 2 3 4"]),
         ("3", ["The answer is 3, not 4.", "3 cats or 4 dogs", "three-wheeled", "twenty-three"]),
+        ("3", ["twenty three cars", "thirty-three", "3\u00b2", "\u0663", "\uff13", "twenty-", "three-"]),
+        ("5", ["5\u2212", "5-", "at \u22125 or so", "5.5-", "five-hundred"]),
+        ("32", ["3\u00b2"]),
         ("100/3", ["33.3", "34"]),
         ("10000", ["10001"]),
         ("12 cm^2", ["12 cm", "12 m^2", "12 cubic cm", "11 cm^2"]),
