@@ -64,6 +64,14 @@ def test_the_command_of_a_part_parses(path, capsys, monkeypatch):
         assert set(config["data"]["passes"] or {}) <= {*stream["tasks"], *stream["probes"]}
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/tasks").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_task_of_the_papers_says_where_it_is_from_and_on_what_terms(path):
+    task = yaml.safe_load(path.read_text())
+    assert task["licence"]
+    assert "arXiv" in path.read_text().splitlines()[0]
+    assert task["prompt"]["style"] == task["reward"]["format"], "what is rewarded is what was asked for"
+
+
 def test_sequential_and_joint_demo_learn_the_same():
     sequential, joint = (
         yaml.safe_load((ROOT / f"configs/streams/toy_{name}.yaml").read_text()) for name in ("five", "joint")

@@ -12,8 +12,9 @@ from rich.progress import Progress
 from cpt_lightning.cli import main
 from cpt_lightning.cli.inspect.contact_sheet import PICTURE, contact_sheet, wrap
 from cpt_lightning.cli.inspect.measure import collapse_images, measure_split, reason, show
-from cpt_lightning.cli.inspect.report import Spread
+from cpt_lightning.cli.inspect.report import Spread, TaskReport
 from cpt_lightning.cli.inspect.stream import opening
+from cpt_lightning.cli.inspect.tables import console, task_section
 from cpt_lightning.cli.run_directory import run_directory
 from cpt_lightning.tasks import HubRows, Prompt, Reward, Row, Source, Task, ToyWorld
 from cpt_lightning.types import Example
@@ -327,3 +328,11 @@ def test_a_contact_sheet_has_room_for_every_row():
     assert {(255, 0, 0), (0, 0, 255)} <= colours
     lines = wrap("word " * 300, 200, 3)
     assert len(lines) == 3 and lines[-1].endswith("...")
+
+
+@pytest.mark.parametrize("licence", ["CC BY-NC-SA 4.0", None])
+def test_a_tasks_licence_is_shown_where_it_is_known(licence, capsys):
+    report = TaskReport("a", "task", {"style": "none"}, "text", target=None, licence=licence)
+    console().print(task_section(report))
+    shown = capsys.readouterr().out
+    assert ("licence" in shown) == (licence is not None) and (licence or "") in shown

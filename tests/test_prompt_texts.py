@@ -16,9 +16,10 @@ import yaml
 from jsonargparse import ArgumentParser
 from PIL import Image
 
-from cpt_lightning.cli.inspect.measure import show, spaced
+from cpt_lightning.cli.inspect.measure import show
 from cpt_lightning.tasks import FileRows, Jigsaw, Prompt, Reward, Row, Source, Task
 from cpt_lightning.tasks.prompts import INSTRUCTIONS
+from cpt_lightning.tasks.splits import spaced
 from cpt_lightning.tasks.toy import FAMILIES, ToyWorld
 from cpt_lightning.tasks.vqa import EasyVQA
 from tests.tasks import hub_sets

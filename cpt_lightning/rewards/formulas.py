@@ -6,13 +6,12 @@ import re
 from collections.abc import Iterator
 
 from cpt_lightning.rewards.answers import readings
-from cpt_lightning.rewards.numbers import in_ascii, parse_number, spelled_plainly
+from cpt_lightning.rewards.numbers import STATES, in_ascii, parse_number, spelled_plainly
 from cpt_lightning.rewards.symbolic import symbolically_equal
 
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
 _FUNCTION = re.compile(r"sqrt|frac|pi|infty|(?:arc)?(?:sin|cos|tan)|cot|sec|csc|log|exp|det|max|min|mod|gcd|lcm", re.I)
 _ASSIGNED = re.compile(r"\s*\\?[A-Za-z]\w*\s*=")
-_STATES = re.compile(r"=|\u2248|\\approx|\b(?:is|equals)\b")
 _ALTERNATIVES = re.compile(r"\bor\b")
 _BRACED_CHARACTER = re.compile(r"\{(\w)\}")
 
@@ -58,7 +57,7 @@ def _is_comparable(side: str, wanted: str) -> bool:
 def _sides(reading: str) -> Iterator[str]:
     """A reading, and what stands behind its last "=" or "is"; not of "x = 3 or x = 5", which says both."""
     yield reading
-    states = list(_STATES.finditer(reading))
+    states = list(STATES.finditer(reading))
     if states and not _ALTERNATIVES.search(reading):
         yield reading[states[-1].end() :].strip().rstrip(".")
 

@@ -24,7 +24,8 @@ _NUMBER_IN_TEXT = re.compile(
 )
 _WORD = re.compile(r"(?<![\w-])[A-Za-z]+(?:-[A-Za-z]+)?(?![\w-])")
 _LARGER_WORD = re.compile(r"\b(?:dozens?|hundreds?|thousands?|[mb]illions?|half|quarters?)\b", re.IGNORECASE)
-_STATES = re.compile(r"=|\u2248|\\approx|\b(?:is|equals)\b")
+STATES = re.compile(r"=|\u2248|\\approx|\b(?:is|equals)\b")
+"""Behind it a text states a value."""
 _ALTERNATIVES = re.compile(r"[0-9]\S*(?: [a-z]+)? or (?:\w+ ?= ?)?[-0-9\\]")
 _FRACTION = re.compile(r"(?:(?<![0-9])([0-9]+) ?)?([\u00bc-\u00be\u2150-\u215e])")
 _SUPERSCRIPT = re.compile(r"[\u00b2\u00b3\u00b9\u2070\u2074-\u207b]+")
@@ -154,7 +155,7 @@ def find_number(text: str) -> Number | None:
     """
     if _ALTERNATIVES.search(text):
         return None
-    states = list(_STATES.finditer(text))
+    states = list(STATES.finditer(text))
     stated = parse_number(text[states[-1].end() :]) if states else None
     if stated is not None:
         return stated

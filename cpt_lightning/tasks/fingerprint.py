@@ -13,8 +13,7 @@ from dataclasses import fields, is_dataclass
 from functools import partial
 from types import BuiltinFunctionType, FunctionType
 
-import numpy as np
-
+from cpt_lightning.tasks.splits import spaced
 from cpt_lightning.tasks.task import Split, Task
 from cpt_lightning.types import Gold
 
@@ -41,11 +40,10 @@ def fingerprint(task: Task, split: Split, name: str) -> str:
         ValueError: The split cannot be opened.
     """
     asked = task.asked(split, name)
-    spaced = np.linspace(0, len(asked) - 1, min(NUM_ROWS, len(asked))).round().astype(int)
     content = {
         "version": VERSION,
         "num_rows": len(asked),
-        "rows": [_rendered(asked, index) for index in spaced.tolist()],
+        "rows": [_rendered(asked, index) for index in spaced(len(asked), NUM_ROWS)],
         "reward": describe(task.reward),
     }
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))

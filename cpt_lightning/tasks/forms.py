@@ -13,7 +13,8 @@ from cpt_lightning.tasks.choices import listed_texts, option_lines, right_option
 from cpt_lightning.tasks.images import ImageInput, is_encoded
 from cpt_lightning.tasks.prompts import IMAGE_MARKER
 from cpt_lightning.tasks.records import Record, is_held, kind_of
-from cpt_lightning.tasks.task import Row, template_slots
+from cpt_lightning.tasks.targets import template_slots
+from cpt_lightning.tasks.task import Row
 from cpt_lightning.types import Gold
 
 QUESTION_COLUMNS = ("problem", "question")

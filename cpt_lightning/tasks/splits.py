@@ -1,4 +1,4 @@
-"""Setting a part of the training rows aside for validation and test."""
+"""Which rows: a part set aside for validation and test, or a few evenly spaced ones."""
 
 from __future__ import annotations
 
@@ -49,3 +49,13 @@ def cut_by_group(
     split_of_group[order[num_test : num_test + num_val]] = "val"
     split_of_row = split_of_group[[numbers[group] for group in groups]]
     return {split: np.flatnonzero(split_of_row == split) for split in ("train", "val", "test")}
+
+
+def spaced(num_rows: int, num_wanted: int | None) -> list[int]:
+    """Indices of evenly spaced rows, the first and the last among them.
+
+    >>> spaced(10, 4), spaced(3, None)
+    ([0, 3, 6, 9], [0, 1, 2])
+    """
+    count = num_rows if num_wanted is None else min(num_rows, num_wanted)
+    return np.linspace(0, num_rows - 1, count).round().astype(int).tolist()

@@ -14,17 +14,18 @@ def test_image_features_are_those_of_transformers(small_model: QwenVL, mixed_pro
     """Four images of different sizes: windows of 4 x 4 and, at the edges, of fewer patches; gradients too."""
     images = (mixed_prompts.pixel_values, mixed_prompts.image_grid_thw)
 
-    def features() -> tuple[torch.Tensor, torch.Tensor]:
+    def features() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         small_model.zero_grad()
         output = torch.cat(small_model.model.get_image_features(*images, return_dict=True).pooler_output)
         (output * torch.linspace(0, 1, output.numel()).view_as(output)).sum().backward()
-        return output.detach(), small_model.model.visual.blocks[0].attn.qkv.weight.grad.clone()
+        return output.detach(), {name: p.grad.clone() for name, p in small_model.model.visual.named_parameters()}
 
     small_model.set_attn_implementation("eager")
     expected, expected_gradient = features()
     use_fast_vision(small_model)
     found, gradient = features()
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert {"patch_embed.proj.weight", "blocks.0.norm1.weight"} <= set(gradient)
     torch.testing.assert_close(gradient, expected_gradient, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(encode_images(small_model, mixed_prompts), expected, atol=1e-5, rtol=1e-5)
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from cpt_lightning.rewards import Reward, permutation_hits
 from cpt_lightning.tasks import LazySequence, Prompt, Row, SkippedRow, Source, Task
-from cpt_lightning.tasks.task import fill_template, most_frequent, template_slots
+from cpt_lightning.tasks.targets import fill_template, most_frequent, template_slots
 
 
 class Listed(Source):

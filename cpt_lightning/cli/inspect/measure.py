@@ -7,13 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
 from cpt_lightning.cli.inspect.report import Answers, Complaint, Shown, SplitReport, Spread
 from cpt_lightning.models.processor import PromptProcessor
-from cpt_lightning.rewards import Reward, score
+from cpt_lightning.rewards import YES_NO_COUNTS, score
 from cpt_lightning.tasks import SkippedRow
-from cpt_lightning.tasks.task import most_frequent
+from cpt_lightning.tasks.splits import spaced
+from cpt_lightning.tasks.targets import most_frequent
 from cpt_lightning.types import Example
 
 NUM_FREQUENT = 3
@@ -22,16 +21,6 @@ NUM_FREQUENT = 3
 _VARYING = re.compile(r"(?P<kept>columns? '[^']*')|'[^']*'|(?P<number>(?<!\w)\d[\d,.]*)")
 """What differs among rows with the same fault, and the quoted names that do not."""
 _IMAGE_RUN = re.compile(r"(?:<\|image_pad\|>)+")
-
-
-def spaced(num_rows: int, num_wanted: int | None) -> list[int]:
-    """Indices of evenly spaced rows, the first and the last among them.
-
-    >>> spaced(10, 4), spaced(3, None)
-    ([0, 3, 6, 9], [0, 1, 2])
-    """
-    count = num_rows if num_wanted is None else min(num_rows, num_wanted)
-    return np.linspace(0, num_rows - 1, count).round().astype(int).tolist()
 
 
 class Complaints:
@@ -194,8 +183,7 @@ def _earns(text: str, example: Example) -> dict[str, float]:
 def _graded(text: str, example: Example) -> dict[str, float]:
     """What is optimised and reported of a text; a reward may also count what a set's precision is made of."""
     (parts,) = score([text], [example])
-    extra = example.reward.extra if isinstance(example.reward, Reward) else parts
-    return {name: value for name, value in parts.items() if name in ("total", "accuracy", "format") or name in extra}
+    return {name: value for name, value in parts.items() if name not in YES_NO_COUNTS}
 
 
 def _short(value: object) -> str:
