@@ -75,7 +75,7 @@ class MultiTask(RFT):
             rollout = self.collect(batch.prompts.select(sampled), batch_idx)
             policy = self.prepare(rollout)
             policy.row_weights = weights[sampled] if reinforced else torch.zeros_like(policy.row_weights)
-            policy_losses = partial(self.policy_losses, rollout, policy)
+            policy_losses = partial(self.losses, rollout, policy)
             self.log_rollout(rollout)
         stats: list[UpdateStats] = []
         with self.timed("update"):
@@ -118,6 +118,6 @@ def _no_losses(rows: list[int]) -> list[Loss]:
 def _scaled(compute: Loss, share: float) -> Loss:
     def scaled() -> tuple[Tensor, UpdateStats]:
         loss, stats = compute()
-        return loss * share, UpdateStats(stats.loss * share, stats.policy, stats.kl_k3)
+        return loss * share, UpdateStats(stats.loss * share, stats.policy, stats.kl)
 
     return scaled

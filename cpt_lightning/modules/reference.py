@@ -15,17 +15,17 @@ from cpt_lightning.rollouts.sampling import sampling_mode
 if TYPE_CHECKING:
     from cpt_lightning.models.qwen_vl import QwenVL
 
-ReferenceKind = Literal["task_start", "base"]
+ReferenceKind = Literal["task_start", "base", "synchronised"]
 
 
 class Reference(nn.Module):
-    """The policy as it was when the task began, or as it was loaded.
+    """The policy as it was when the task began, as it was loaded, or as it was not long ago.
 
     With LoRA the base costs nothing: it is the policy with its adapters switched off. Otherwise it is a frozen copy.
 
     Args:
         policy: The model that is tuned, as loaded.
-        kind: ``task_start`` or ``base``.
+        kind: ``base`` never changes; the others are renewed when their owner says so.
     """
 
     def __init__(self, policy: QwenVL, kind: ReferenceKind):
@@ -34,9 +34,9 @@ class Reference(nn.Module):
         is_policy_without_adapters = kind == "base" and has_adapters(policy)
         self.copy = None if is_policy_without_adapters else copy.deepcopy(policy).requires_grad_(False)
 
-    def start_task(self, policy: QwenVL) -> None:
-        """A task begins."""
-        if self.kind == "task_start" and self.copy is not None:
+    def renew(self, policy: QwenVL) -> None:
+        """The policy of now is the reference from here on, unless that is the base."""
+        if self.kind != "base" and self.copy is not None:
             self.copy.load_state_dict(policy.state_dict())
 
     @contextmanager

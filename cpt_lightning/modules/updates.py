@@ -23,12 +23,12 @@ class UpdateStats:
     Args:
         loss: Its share of the loss of the update.
         policy: Ratios and clipping, if it had a policy loss.
-        kl_k3: Token mean of the divergence from the reference, if there is one.
+        kl: Token mean of the divergence from the reference, if there is one.
     """
 
     loss: Tensor
     policy: PolicyStats | None = None
-    kl_k3: Tensor | None = None
+    kl: Tensor | None = None
 
 
 Loss = Callable[[], tuple[Tensor, UpdateStats]]
@@ -41,6 +41,8 @@ class ManualUpdates(PostTraining):
     Args:
         **kwargs: Options of :class:`PostTraining`.
     """
+
+    kl_estimator: str
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -83,6 +85,10 @@ class ManualUpdates(PostTraining):
         logps = self.logprobs(prompts.select([0]), Completions(ids, torch.ones_like(ids).bool()))
         return logps.sum() * 0, UpdateStats(torch.zeros((), device=self.device))
 
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks; every rank must call it."""
+        return self.trainer.strategy.reduce(value.detach().clone(), reduce_op="sum")
+
     def _max_over_ranks(self, count: int) -> int:
         if self.trainer.world_size == 1:
             return count
@@ -101,6 +107,6 @@ class ManualUpdates(PostTraining):
         if policies := [part.policy for part in stats if part.policy is not None]:
             policy = PolicyStats.mean(policies)
             shown |= {"train/clip_fraction": policy.clip_fraction, "train/ratio": policy.ratio_mean}
-        if divergences := [part.kl_k3 for part in stats if part.kl_k3 is not None]:
-            shown["train/kl_k3"] = torch.stack(divergences).mean()
+        if divergences := [part.kl for part in stats if part.kl is not None]:
+            shown[f"train/kl_{self.kl_estimator}"] = torch.stack(divergences).mean()
         self.log_dict(shown, batch_size=1)

@@ -48,13 +48,16 @@ class Sampling:
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k} must not be negative (0 is off)")
 
-    def pick(self, logits: Tensor, banned: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    def pick(
+        self, logits: Tensor, banned: Tensor, uniform: Tensor, greedy: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Draws from ``[N, V]`` logits, never a banned token.
 
         Args:
             logits: ``[N, V]`` float32.
             banned: Token ids.
             uniform: ``[N]`` random numbers in [0, 1), one for each row: so what a row draws does not depend on others.
+            greedy: ``[N]`` bool, rows that take the most probable token instead.
 
         Returns:
             ``[N]`` tokens and their log-probabilities before bans, top-k and top-p, as an update computes them.
@@ -62,6 +65,8 @@ class Sampling:
         logps = (logits / self.temperature if self.temperature else logits).log_softmax(dim=-1)
         allowed = logps.index_fill(1, banned, -torch.inf)
         token = self._draw(allowed, uniform)
+        if greedy is not None:
+            token = torch.where(greedy, allowed.argmax(dim=-1), token)
         return token, logps.gather(1, token[:, None]).squeeze(1)
 
     def _draw(self, logps: Tensor, uniform: Tensor) -> Tensor:
@@ -116,6 +121,7 @@ def sample_groups(
     group_size: int,
     sampling: Sampling,
     generator: torch.Generator | None = None,
+    with_greedy: bool = False,
 ) -> Completions:
     """Samples ``group_size`` completions of every prompt.
 
@@ -129,13 +135,16 @@ def sample_groups(
         group_size: G.
         sampling: How tokens are drawn.
         generator: Source of randomness, on the model's device.
+        with_greedy: Whether each group has one completion more, its last, that always takes the most probable token.
 
     Returns:
-        N = B * G completions, group by group, right-padded.
+        N = B * G completions, or B * (G + 1), group by group, right-padded.
     """
+    group_size += with_greedy
     prefix = processor.tokenizer.encode(sampling.prefix, add_special_tokens=False) if sampling.prefix else []
     with sampling_mode(model):
-        ids, logps = _decode(model, processor, _with_prefix(prompts, prefix), group_size, sampling, generator)
+        prompts = _with_prefix(prompts, prefix)
+        ids, logps = _decode(model, processor, prompts, group_size, sampling, generator, with_greedy)
     ids = torch.cat([ids.new_tensor(prefix).expand(len(ids), -1), ids], dim=1)
     logps = torch.cat([logps.new_zeros(len(ids), len(prefix)), logps], dim=1)
     ended = torch.isin(ids, ids.new_tensor(processor.stop_token_ids))
@@ -163,6 +172,7 @@ def _decode(
     group_size: int,
     sampling: Sampling,
     generator: torch.Generator | None,
+    with_greedy: bool,
 ) -> tuple[Tensor, Tensor]:
     """``[N, T]`` sampled ids and their log-probabilities; what stands behind a stop token has no meaning."""
     state = run_prompts(model, prompts) if prompts.state is None else prompts.state
@@ -174,10 +184,12 @@ def _decode(
     rows = torch.arange(len(hidden), device=hidden.device).view(-1, group_size)  # the completion in each place
     alive = torch.ones_like(rows, dtype=torch.bool)
     uniform = torch.rand(len(hidden), sampling.max_new_tokens, generator=generator, device=hidden.device)
+    is_greedy = rows % group_size == group_size - 1 if with_greedy else None
     ids = rows.new_full(uniform.shape, processor.pad_token_id)
     logps = torch.zeros_like(uniform)
     for step in range(sampling.max_new_tokens):
-        token, logp = sampling.pick((hidden @ weight.T).float(), banned, uniform[rows.flatten(), step])
+        greedy = None if is_greedy is None else is_greedy.flatten()[rows.flatten()]
+        token, logp = sampling.pick((hidden @ weight.T).float(), banned, uniform[rows.flatten(), step], greedy)
         ids[rows.flatten(), step], logps[rows.flatten(), step] = token, logp
         alive &= ~torch.isin(token, stops).view_as(alive)
         num_alive = int(alive.sum())
