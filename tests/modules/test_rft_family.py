@@ -9,12 +9,12 @@ from torch import Tensor
 
 from cpt_lightning.models import Backbone, Lora
 from cpt_lightning.models.processor import PromptProcessor
-from cpt_lightning.modules import RFT
+from cpt_lightning.modules import RFT, MultiTask
 from cpt_lightning.rollouts import Sampling, sample_groups
 from cpt_lightning.types import Rollout
 from tests.modules.test_rft import SAMPLING, catch_rollouts, make
 from tests.naive import naive_logprobs
-from tests.training import fit, largest_difference, weights, with_examples
+from tests.training import fit, largest_difference, sgd, weights, with_examples
 
 
 def parity(completion: str, gold: str | list[str]) -> dict[str, float]:
@@ -267,3 +267,26 @@ def test_what_compares_with_no_sibling_takes_one_completion_a_prompt(small_folde
     module = make(small_folder, group_size=1, advantage=advantage)
     trainer = fit(module, [with_examples(mixed_prompts, processor, parity)])
     assert trainer.callback_metrics["train/grad_norm"] > 0
+
+
+def test_joint_training_samples_dynamically_too(small_folder, processor, mixed_prompts):
+    """Half of the rows are reinforced; the only one that teaches has its own task's weight: 0 leaves all as it was."""
+    results = []
+    for weight in (1.0, 0.0):
+        module = MultiTask(
+            backbone=Backbone(small_folder),
+            objective="rft",
+            weights={"demo": weight},
+            group_size=4,
+            sampling=SAMPLING,
+            rollout_batch_prompts=1,
+            informative_prompts=1,
+            optimizer=sgd,
+        )
+        module.configure_model()
+        before = weights(module)
+        rollouts = catch_rollouts(module)
+        fit(module, [with_examples(mixed_prompts, processor, only_row(2))])
+        assert [example.row_id for example in rollouts[0].prompts.examples] == ["demo/2"]
+        results.append(largest_difference(before, weights(module)))
+    assert results[0] > 1e-4 and results[1] == 0
