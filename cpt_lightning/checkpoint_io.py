@@ -83,13 +83,13 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", mmap: bool = Fa
     """
     path = Path(path)
     if problem := _problem(path):
-        raise ValueError(f"{path} {problem}{_others(path)}")
+        raise ValueError(f"{path}: {problem}{_others(path)}")
     try:
         checkpoint = torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} holds more than tensors and plain values: it is not one of our checkpoints, and reading it might run "
-            f"code{_others(path)}"
+            f"{path} holds more than tensors and plain values: it is not one of our checkpoints, and reading it might "
+            f"run code{_others(path)}"
         ) from error
     except (RuntimeError, EOFError, OSError, KeyError) as error:
         raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}){_others(path)}") from error
@@ -111,17 +111,26 @@ def check_resumable(checkpoint: dict[str, Any], path: str | Path) -> None:
         )
 
 
+def next_step(checkpoint: dict[str, Any]) -> int:
+    """The step under which the batch after a checkpoint will be logged."""
+    loop = checkpoint["loops"]["fit_loop"]
+    batches = loop["epoch_loop.batch_progress"]["current"]
+    # Within a task it is saved before its own batch counts as completed.
+    within = batches["completed"] < batches["processed"]
+    return loop["epoch_loop.state_dict"]["_batches_that_stepped"] + within
+
+
 def _problem(path: Path) -> str:
     if not path.is_file():
-        return "does not exist"
+        return "there is no such checkpoint"
     if path.stat().st_size == 0:
-        return "is empty"
+        return "the file is empty"
     with path.open("rb") as file:
         begins_like_one = file.read(4) == b"PK\x03\x04"
     if not begins_like_one:
-        return "is not a checkpoint"
+        return "this is not a checkpoint"
     # The table of contents of a zip file comes last.
-    return "" if is_zipfile(path) else "is cut off: its end is missing"
+    return "" if is_zipfile(path) else "the file is cut off, its end is missing"
 
 
 def _others(path: Path) -> str:

@@ -18,10 +18,9 @@ class TaskCheckpoint(ModelCheckpoint):
     """Saves ``1_<task>.ckpt``, ``2_<task>.ckpt``, ... after each task, and ``last.ckpt``, all resumable.
 
     ``last.ckpt`` is also renewed before the last batch of a task, so that a run that is killed in the evaluation after
-    it loses little else, and when SIGTERM or SLURM (``#SBATCH --signal=SIGUSR1@90``) ask the run to stop: it then finishes
-    its batch, saves, and ends, having told SLURM to start it anew. Files are replaced in one go and read as data only,
-    see :class:`~cpt_lightning.checkpoint_io.AtomicCheckpointIO`, unless the Trainer has a ``CheckpointIO`` of the
-    user's.
+    it loses little else, and when SIGTERM or SLURM (``#SBATCH --signal=SIGUSR1@90``) ask the run to stop: it then
+    finishes its batch, saves, and ends, having told SLURM to start it anew. Files are replaced in one go and read as data
+    only, see :class:`~cpt_lightning.checkpoint_io.AtomicCheckpointIO`, unless the Trainer was given a ``CheckpointIO``.
 
     Args:
         dirpath: Folder; the run's log directory by default.
@@ -57,6 +56,7 @@ class TaskCheckpoint(ModelCheckpoint):
         )
         self.every_n_steps = every_n_steps
         self.signals = StopSignals()
+        self._unwritten_logs = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Settles the folder, and how files are written and read."""
@@ -76,7 +76,18 @@ class TaskCheckpoint(ModelCheckpoint):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listens to signals in an evaluation before training too."""
         super().on_validation_start(trainer, pl_module)
+        self._write_logs(trainer)
         self.signals.watch(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, *_) -> None:
+        """Writes the logs of the batch after which the last checkpoint was saved: a resumed run has it behind it."""
+        self._write_logs(trainer)
+
+    def _write_logs(self, trainer: Trainer) -> None:
+        if self._unwritten_logs:
+            self._unwritten_logs = False
+            for logger in trainer.loggers:
+                logger.save()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int, *_
@@ -90,6 +101,7 @@ class TaskCheckpoint(ModelCheckpoint):
         if asked or self._is_due(batch_idx + 1, trainer):
             self.last_model_path = self.format_checkpoint_name({}, self.CHECKPOINT_NAME_LAST)
             trainer.save_checkpoint(self.last_model_path, self.save_weights_only)
+            self._unwritten_logs = True
         if asked:
             self.signals.stop(trainer, self._how_to_go_on)
 
@@ -110,6 +122,7 @@ class TaskCheckpoint(ModelCheckpoint):
         if self.save_top_k == 0 and not trainer.fast_dev_run:  # then ModelCheckpoint would not save the last either
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
         super().on_train_epoch_end(trainer, pl_module)
+        self._unwritten_logs = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the last checkpoint if a run ended before its first task did, and is more than a try."""

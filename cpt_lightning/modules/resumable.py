@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 KEY = "cpt_lightning"
 """Of what is added to a checkpoint here."""
 MAY_CHANGE = {"path", "dtype", "gradient_checkpointing", "min_pixels", "max_pixels"}
-"""Options of the backbone that may differ from the checkpoint's; whether path and dtype matter the frozen weights tell."""
+"""Options of the backbone that may differ from the checkpoint's; if path and dtype matter, the frozen weights tell."""
 NAMED = 3
 """How many names a complaint lists."""
 
