@@ -1,10 +1,10 @@
 """Does a run that is killed (SIGKILL) anywhere and resumed end like one that was not, bit for bit?
 
-    python benchmarks/kill_and_resume.py --kills 20 --ranks 1      # a table, and benchmarks/results/kill_and_resume_1.json
+    python benchmarks/kill_and_resume.py --kills 20 --ranks 1      # benchmarks/results/kill_and_resume_1.json
 
-The embedded base learns three tasks by GRPO with LoRA, dropout and a KL term, saving after every step. Kills come at random
-times, or in the phases below; each kills all ranks, and the run goes on with ``--ckpt_path last``. Processes are forked from
-one that has imported everything.
+The embedded base learns three tasks by GRPO with LoRA, dropout and a KL term, saving after every step. Kills come at
+random times, or in the phases below; each kills all ranks, and the run goes on with ``--ckpt_path last``. Weights,
+optimizer, matrix and samples are compared. Processes are forked from one that has imported everything.
 """
 
 from __future__ import annotations
@@ -27,13 +27,12 @@ os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELIS
 
 import torch
 from lightning import Callback
-
 from record import write_record
 
 from cpt_lightning import checkpoint_io
 from cpt_lightning.callbacks import continual, samples
 from cpt_lightning.cli.lightning_cli import CPTCLI
-from cpt_lightning.modules import RFT, rft
+from cpt_lightning.modules import rft
 
 TASK = "{source: {class_path: cpt_lightning.tasks.ToyWorld, init_args: {family: %s}}, num_test: 4}"
 STREAM = f"""
@@ -43,12 +42,13 @@ prompts_per_step: 4
 steps: 3
 eval_prompts_per_step: 4
 """
-COMMAND = """
-fit --model=RFT --model.backbone.tuning=lora --model.backbone.lora.dropout=0.1 --model.group_size=4 --model.kl_coef=0.05
---model.updates_per_rollout=2 --model.sampling.max_new_tokens=8 --model.evaluation.max_new_tokens=8
---model.optimizer=torch.optim.AdamW --model.optimizer.lr=1e-3 --checkpoint.every_n_steps=1 --continual.print_table=false
---trainer.accelerator=cpu --trainer.enable_progress_bar=false --trainer.enable_model_summary=false
-""".split()
+COMMAND = [
+    "fit", "--model=RFT", "--model.backbone.tuning=lora", "--model.backbone.lora.dropout=0.1", "--model.group_size=4",
+    "--model.kl_coef=0.05", "--model.updates_per_rollout=2", "--model.sampling.max_new_tokens=8",
+    "--model.evaluation.max_new_tokens=8", "--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=1e-3",
+    "--checkpoint.every_n_steps=1", "--continual.print_table=false", "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
+]  # fmt: skip
 STEPS, EVALUATIONS = 9, 4 * 4  # of the whole run: steps, and batches of the four evaluations
 PHASES = {
     "rollout": 2 * STEPS,

@@ -166,6 +166,7 @@ OPTIONS = [
 ]  # fmt: skip
 MODELS = {
     "sft": ["--model=SFT"],
+    "lora with dropout": ["--model=SFT", "--model.backbone.tuning=lora", "--model.backbone.lora.dropout=0.3"],
     "grpo": [
         "--model=RFT", "--model.group_size=4", "--model.kl_coef=0.05", "--model.updates_per_rollout=2",
         "--model.sampling.max_new_tokens=12",

@@ -19,8 +19,9 @@ class TaskCheckpoint(ModelCheckpoint):
 
     ``last.ckpt`` is also renewed before the last batch of a task, so that a run that is killed in the evaluation after
     it loses little else, and when SIGTERM or SLURM (``#SBATCH --signal=SIGUSR1@90``) ask the run to stop: it then
-    finishes its batch, saves, and ends, having told SLURM to start it anew. Files are replaced in one go and read as data
-    only, see :class:`~cpt_lightning.checkpoint_io.AtomicCheckpointIO`, unless the Trainer was given a ``CheckpointIO``.
+    finishes its batch, saves, and ends, having told SLURM to start it anew. Files are replaced in one go and read as
+    data only (:class:`~cpt_lightning.checkpoint_io.AtomicCheckpointIO`), unless the Trainer was given a
+    ``CheckpointIO``.
 
     Args:
         dirpath: Folder; the run's log directory by default.
