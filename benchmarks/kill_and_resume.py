@@ -143,6 +143,8 @@ def start(folder: Path, ranks: int, kill: Kill | None) -> list[int]:
             os.setpgid(0, pids[0] if pids else 0)
             be_rank(folder, rank, ranks, port, kill if rank == killer else None)
             status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
         except BaseException:
             traceback.print_exc()
         finally:
