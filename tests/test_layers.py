@@ -20,6 +20,7 @@ LAYERS = [
     ["tasks"],
     ["models"],
     ["rollouts"],
+    ["checkpoint_io"],
     ["strategy"],
     ["data"],
     ["callbacks"],

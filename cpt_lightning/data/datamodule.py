@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Literal
 
 import lightning as L
+from torch import Generator
 from torch.utils.data import DataLoader
 
 from cpt_lightning.data.collate import Collate, Processor
@@ -216,7 +217,8 @@ class TaskStream(L.LightningDataModule):
         batches = StreamBatches(
             self._split(split, names), Collate(self.processor, with_targets=False), keep_places=True
         )
-        return DataLoader(batches, sampler=sampler, batch_size=None, num_workers=self.num_workers)
+        generator = Generator()  # of its own, as StageLoader says
+        return DataLoader(batches, sampler=sampler, batch_size=None, num_workers=self.num_workers, generator=generator)
 
     def _check_stages(self, tasks: list[str], given: Sequence[str | list[str]] | None) -> None:
         if given is not None and (not given or not all(self.stages)):

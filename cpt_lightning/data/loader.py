@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from torch import Generator
 from torch.utils.data import DataLoader, Dataset
 
 from cpt_lightning.data.collate import Collate
@@ -67,7 +68,9 @@ class StageLoader(DataLoader):
 
     def __init__(self, batches: StreamBatches, sampler: StageSampler, num_workers: int = 0) -> None:
         # Items of the sampler are whole batches: Lightning re-makes batch samplers, and knows only one kind of them.
-        super().__init__(batches, sampler=sampler, batch_size=None, num_workers=num_workers)
+        # A loader without a generator of its own draws its workers' seed from torch's, each time it starts: a resumed
+        # run, which starts it once more, would then train on other dropout.
+        super().__init__(batches, sampler=sampler, batch_size=None, num_workers=num_workers, generator=Generator())
         self._num_loaded = 0
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]

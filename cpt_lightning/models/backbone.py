@@ -76,6 +76,14 @@ class Backbone:
             raise FileNotFoundError(
                 f"backbone.path={self.path!r}: no config.json there; give a transformers folder, a hub id or 'tiny'"
             )
+        from huggingface_hub import constants, try_to_load_from_cache
+
+        is_here = self.path == "tiny" or Path(self.path).is_dir()
+        if constants.HF_HUB_OFFLINE and not is_here and not try_to_load_from_cache(self.path, "config.json"):
+            raise FileNotFoundError(
+                f"backbone.path={self.path!r} is no folder and not in the cache, and HF_HUB_OFFLINE forbids to ask the "
+                f"hub: `hf download {self.path}` where there is a network, or unset it"
+            )
 
 
 def load_backbone(path: str = "tiny", **options) -> tuple[QwenVL, PromptProcessor]:

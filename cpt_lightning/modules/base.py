@@ -13,6 +13,7 @@ from torchmetrics import SumMetric
 
 from cpt_lightning.models import Backbone
 from cpt_lightning.modules.accounting import Accounted
+from cpt_lightning.modules.resumable import Resumable
 from cpt_lightning.modules.schedules import TaskSchedule
 from cpt_lightning.rewards import score, with_ratios
 from cpt_lightning.rollouts import Sampling, completion_logprobs, sample_groups
@@ -27,7 +28,7 @@ NONFINITE_STEPS_ALLOWED = 5
 """After so many steps in a row without a finite gradient the run stops: it will not recover."""
 
 
-class PostTraining(Accounted):
+class PostTraining(Accounted, Resumable):
     """The base of all objectives: owns the backbone and the optimizer, and evaluates by letting the model answer.
 
     Args:
@@ -72,11 +73,6 @@ class PostTraining(Accounted):
     def processor(self) -> PromptProcessor:
         """Turns messages and images into prompts, and completions into text; the data module uses it too."""
         return self.backbone.load_processor()
-
-    def configure_model(self) -> None:
-        """Loads the backbone, once."""
-        if "model" not in self._modules:
-            self.model = self.backbone.load_model()
 
     # -- optimization --------------------------------------------------------------------------------------------
 

@@ -292,9 +292,10 @@ class RFT(GroupRollouts):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves the reference out where there is none: to evaluate, or to go on without a KL term."""
-        if "reference" not in self._modules:
-            weights = checkpoint["state_dict"]
+        weights = checkpoint.get("state_dict")
+        if weights is not None and "reference" not in self._modules:
             checkpoint["state_dict"] = {k: weights[k] for k in weights if not k.startswith("reference.")}
+        super().on_load_checkpoint(checkpoint)
 
     @property
     def steps_of_task(self) -> int:
