@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -156,9 +157,13 @@ def start(folder: Path, ranks: int, kill: Kill | None) -> list[int]:
 
 def be_rank(folder: Path, rank: int, ranks: int, port: str, kill: Kill | None) -> None:
     """Runs the command."""
-    log = os.open(folder.parent / f"{folder.name}_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    log = (folder.parent / f"{folder.name}_{rank}.log").open("a")
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    sys.stdout = sys.stderr = log
+    # Under pytest warnings would be errors, or collected by it.
+    warnings.resetwarnings()
+    warnings.showwarning = lambda message, *_: print(message, file=log)
     command = [*COMMAND, f"--data={folder.parent / 'stream.yaml'}", f"--run_dir={folder}", "--ckpt_path=last"]
     if ranks > 1:
         os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(ranks))

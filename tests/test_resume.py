@@ -69,6 +69,27 @@ def test_a_killed_run_resumed_from_its_last_checkpoint_ends_like_a_whole_one(tmp
         assert module.rates == whole.rates[seen:]
 
 
+@pytest.mark.parametrize("batch", [1, 2, 3, 4])
+def test_no_checkpoint_holds_half_of_an_accumulated_update(tmp_path, batch):
+    """Five batches a stage, updates after two, four and the last: saved between updates, resumed to the same end."""
+    options = {"accumulate_grad_batches": 2, "max_epochs": 2}
+
+    def run_five(folder, kill=(), checkpoint=None):
+        module, stream = LinearModule(), number_stream(steps=5)
+        trainer = make_trainer(folder, stream, callbacks=kill, **options)
+        if checkpoint is None:
+            trainer.validate(module, stream, verbose=False)
+        trainer.fit(module, stream, ckpt_path=checkpoint)
+        return module
+
+    whole = run_five(tmp_path / "whole")
+    with pytest.raises(Killed):
+        run_five(tmp_path / "killed", [KillAt(1, batch=batch)])
+    module = run_five(tmp_path / "killed", checkpoint=str(tmp_path / "killed" / "last.ckpt"))
+    assert module.seen == whole.seen[5 + batch // 2 * 2 :]
+    assert_same_end(tmp_path / "killed", module, tmp_path / "whole", whole)
+
+
 @pytest.mark.parametrize("num_workers, num_workers_later", [(2, 2), (2, 0), (0, 2)])
 def test_a_run_goes_on_with_any_number_of_workers(tmp_path, uninterrupted, num_workers, num_workers_later):
     with pytest.raises(Killed):

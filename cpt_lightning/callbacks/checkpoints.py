@@ -44,7 +44,7 @@ class TaskCheckpoint(ModelCheckpoint):
     ):
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(
-                f"checkpoint.every_n_steps={every_n_steps} must be at least 1; null saves at task ends only"
+                f"checkpoint.every_n_steps={every_n_steps} must be at least 1; null saves around task ends only"
             )
         super().__init__(
             dirpath=dirpath,

@@ -22,6 +22,7 @@ from cpt_lightning.cli.errors import refusal
 from cpt_lightning.cli.run_directory import last_checkpoint, run_directory
 from cpt_lightning.data import TaskStream
 from cpt_lightning.modules import PostTraining
+from cpt_lightning.modules.resumable import check_ours
 
 TRAINER_DEFAULTS = {
     "reload_dataloaders_every_n_epochs": 1,  # an epoch is a task
@@ -141,6 +142,7 @@ class CPTCLI(LightningCLI):
             return
         try:
             checkpoint = read_checkpoint(path, mmap=True)
+            check_ours(str(path), checkpoint)
             if self.subcommand == "fit":
                 check_resumable(checkpoint, path)
                 self.first_step = next_step(checkpoint)

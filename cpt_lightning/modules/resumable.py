@@ -73,8 +73,7 @@ class Resumable(L.LightningModule):
             ValueError: It is another program's, or of another backbone, or weights are missing.
         """
         where = f"checkpoint {self.trainer.ckpt_path}"
-        if KEY not in checkpoint:
-            raise ValueError(f"{where} was not written by cpt_lightning, or by an early version that kept all weights")
+        check_ours(where, checkpoint)
         self._check_backbone(where, checkpoint[KEY])
         if "state_dict" in checkpoint:  # else the strategy has loaded the weights itself
             frozen = self.frozen_names()
@@ -105,6 +104,16 @@ class Resumable(L.LightningModule):
                 f"{where} holds what was trained on other frozen weights: backbone.path={before['path']} with dtype "
                 f"{before['dtype']}, now it is {now['path']} with dtype {now['dtype']}"
             )
+
+
+def check_ours(where: str, checkpoint: Mapping[str, Any]) -> None:
+    """Refuses a checkpoint that another program wrote with Lightning.
+
+    Raises:
+        ValueError: It is one.
+    """
+    if KEY not in checkpoint:
+        raise ValueError(f"{where} was not written by cpt_lightning, or by an early version that kept all weights")
 
 
 def check_weights(where: str, saved: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
