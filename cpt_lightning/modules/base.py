@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torchmetrics import SumMetric
 
@@ -22,6 +23,9 @@ from cpt_lightning.types import Batch, Completions, Evaluation, Prompts
 if TYPE_CHECKING:
     from cpt_lightning.models.processor import PromptProcessor
     from cpt_lightning.models.qwen_vl import QwenVL
+
+SHARDED = (ModelParallelStrategy, FSDPStrategy, DeepSpeedStrategy)
+"""Strategies that split weights over ranks."""
 
 NONFINITE_STEPS_ALLOWED = 5
 """After so many steps in a row without a finite gradient the run stops: it will not recover."""
@@ -76,7 +80,17 @@ class PostTraining(Accounted):
     def configure_model(self) -> None:
         """Loads the backbone, once."""
         if "model" not in self._modules:
+            self._check_strategy()
             self.model = self.backbone.load_model()
+
+    def _check_strategy(self) -> None:
+        """Four-bit weights know their scales by an attribute of the tensor, which no sharding takes along."""
+        sharded = self._trainer is not None and isinstance(self._trainer.strategy, SHARDED)
+        if self.backbone.tuning == "qlora" and sharded:
+            raise ValueError(
+                f"backbone.tuning=qlora: {type(self._trainer.strategy).__name__} would split four-bit weights and lose "
+                "their scales; set trainer.strategy to auto or ddp, or backbone.tuning to lora"
+            )
 
     # -- optimization --------------------------------------------------------------------------------------------
 
