@@ -35,7 +35,7 @@ STRANGERS = {"modules": {"data", "callbacks"}, "data": {"modules", "callbacks"},
 OWNERS = {
     "transformers": ["models"],
     "peft": ["models/adapters.py"],
-    "bitsandbytes": ["models/adapters.py"],
+    "bitsandbytes": ["models/quantization.py"],
     "torch.distributed": ["strategy.py", "models/sharding.py"],
     "torchvision": [],
 }

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from cpt_lightning.models.adapters import Lora, Part
+from cpt_lightning.models.quantization import Quantization
 
 if TYPE_CHECKING:
     from cpt_lightning.models.processor import PromptProcessor
@@ -19,8 +20,10 @@ class Backbone:
 
     Args:
         path: Local folder, hub id, or ``tiny`` for the embedded base of 3 M parameters.
-        tuning: ``full`` trains all weights that are not frozen, ``lora`` only low-rank adapters.
+        tuning: ``full`` trains all weights that are not frozen, ``lora`` only low-rank adapters,
+            ``qlora`` low-rank adapters over a language model that is stored in four bits.
         lora: Settings of the adapters.
+        quantization: How ``qlora`` stores the language model.
         freeze: Parts that are not trained.
         gradient_checkpointing: Parts whose activations are recomputed in backward: slower, less memory.
         dtype: Precision of the weights; ``auto`` takes the checkpoint's. Autocasting is the Trainer's ``precision``.
@@ -29,8 +32,9 @@ class Backbone:
     """
 
     path: str = "tiny"
-    tuning: Literal["full", "lora"] = "full"
+    tuning: Literal["full", "lora", "qlora"] = "full"
     lora: Lora = field(default_factory=Lora)
+    quantization: Quantization = field(default_factory=Quantization)
     freeze: list[Part] = field(default_factory=list)
     gradient_checkpointing: list[Literal["vision_tower", "language_model"]] = field(default_factory=list)
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
@@ -39,7 +43,7 @@ class Backbone:
 
     def __post_init__(self) -> None:
         both = set(self.freeze) & set(self.lora.parts)
-        if self.tuning == "lora" and self.lora.targets is None and both:
+        if self.tuning != "full" and self.lora.targets is None and both:
             raise ValueError(f"backbone: {sorted(both)} cannot be frozen and get LoRA adapters; drop one of the two")
         if self.tuning == "full" and len(set(self.freeze)) == 3:
             raise ValueError("backbone.freeze names every part: nothing would be trained")
@@ -55,11 +59,15 @@ class Backbone:
         """The model, in train mode, with what is not tuned frozen."""
         from cpt_lightning.models.adapters import add_lora, freeze
         from cpt_lightning.models.processor import resolve_path
+        from cpt_lightning.models.quantization import settle_quantized
         from cpt_lightning.models.qwen_vl import QwenVL
 
         self._check_path()
-        model = QwenVL.from_pretrained(resolve_path(self.path), dtype=self.dtype)
-        if self.tuning == "lora":
+        quantized = {"quantization_config": self.quantization.config} if self.tuning == "qlora" else {}
+        model = QwenVL.from_pretrained(resolve_path(self.path), dtype=self.dtype, **quantized)
+        if self.tuning == "qlora":
+            settle_quantized(model)
+        if self.tuning != "full":
             add_lora(model, self.lora)
         freeze(model, self.freeze)
         modules = {"vision_tower": model.model.visual, "language_model": model.model.language_model}

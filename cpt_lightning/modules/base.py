@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torchmetrics import SumMetric
 
@@ -23,6 +24,9 @@ from cpt_lightning.types import Batch, Completions, Evaluation, Prompts
 if TYPE_CHECKING:
     from cpt_lightning.models.processor import PromptProcessor
     from cpt_lightning.models.qwen_vl import QwenVL
+
+SHARDED = (ModelParallelStrategy, FSDPStrategy, DeepSpeedStrategy)
+"""Strategies that split weights over ranks."""
 
 NONFINITE_STEPS_ALLOWED = 5
 """After so many steps in a row without a finite gradient the run stops: it will not recover."""
@@ -73,6 +77,20 @@ class PostTraining(Accounted, Resumable):
     def processor(self) -> PromptProcessor:
         """Turns messages and images into prompts, and completions into text; the data module uses it too."""
         return self.backbone.load_processor()
+
+    def configure_model(self) -> None:
+        """Loads the backbone, once."""
+        self._check_strategy()
+        super().configure_model()
+
+    def _check_strategy(self) -> None:
+        """Four-bit weights know their scales by an attribute of the tensor, which no sharding takes along."""
+        sharded = self._trainer is not None and isinstance(self._trainer.strategy, SHARDED)
+        if self.backbone.tuning == "qlora" and sharded:
+            raise ValueError(
+                f"backbone.tuning=qlora: {type(self._trainer.strategy).__name__} would split four-bit weights and lose "
+                "their scales; set trainer.strategy to auto or ddp, or backbone.tuning to lora"
+            )
 
     # -- optimization --------------------------------------------------------------------------------------------
 
