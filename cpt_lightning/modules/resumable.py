@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import lightning as L
 import numpy as np
@@ -20,6 +20,7 @@ from cpt_lightning.models.fingerprint import frozen_fingerprint
 if TYPE_CHECKING:
     from cpt_lightning.models.qwen_vl import QwenVL
 
+T = TypeVar("T")
 KEY = "cpt_lightning"
 """Of what is added to a checkpoint here."""
 MAY_CHANGE = {"path", "dtype", "gradient_checkpointing", "min_pixels", "max_pixels"}
@@ -50,15 +51,16 @@ class Resumable(L.LightningModule):
             self.model = self.backbone.load_model()
         self._frozen_fingerprint = self._frozen_fingerprint or frozen_fingerprint(self.model)
 
-    def frozen_names(self) -> set[str]:
-        """Names of the weights that the backbone's options give back."""
+    def without_frozen(self, state: Mapping[str, T]) -> dict[str, T]:
+        """The entries of a state dict that the backbone's options do not give back."""
         named = self.model.named_parameters(remove_duplicate=False)  # tied weights have two
-        return {f"model.{name}" for name, parameter in named if not parameter.requires_grad}
+        frozen = {f"model.{name}" for name, parameter in named if not parameter.requires_grad}
+        # The scales of a four-bit weight stand behind its name: "weight.absmax".
+        return {name: value for name, value in state.items() if frozen.isdisjoint(_prefixes(name))}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves out the frozen weights; adds which they were, and the random numbers' states."""
-        frozen = self.frozen_names()
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+        checkpoint["state_dict"] = self.without_frozen(checkpoint["state_dict"])
         mine, strategy = random_state(self.device), self.trainer.strategy
         checkpoint[KEY] = {
             "backbone": asdict(self.backbone),
@@ -76,9 +78,7 @@ class Resumable(L.LightningModule):
         check_ours(where, checkpoint)
         self._check_backbone(where, checkpoint[KEY])
         if "state_dict" in checkpoint:  # else the strategy has loaded the weights itself
-            frozen = self.frozen_names()
-            expected = {k: v for k, v in self.state_dict().items() if k not in frozen}
-            check_weights(where, checkpoint["state_dict"], expected)
+            check_weights(where, checkpoint["state_dict"], self.without_frozen(self.state_dict()))
         if self.trainer.state.fn == TrainerFn.FITTING:
             self._random_states = checkpoint[KEY]["random_states"]
 
@@ -134,6 +134,11 @@ def check_weights(where: str, saved: Mapping[str, Tensor], expected: Mapping[str
                 f"{where}: {name} has the shape {list(saved[name].shape)}, the model's {list(weight.shape)}; it is of "
                 "another backbone"
             )
+
+
+def _prefixes(name: str) -> set[str]:
+    """``a``, ``a.b`` and ``a.b.c`` of ``a.b.c``."""
+    return {name, *(name[:place] for place, character in enumerate(name) if character == ".")}
 
 
 def _some(names: list[str]) -> str:

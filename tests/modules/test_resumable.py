@@ -2,6 +2,7 @@
 
 import re
 
+import lightning as L
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -29,8 +30,6 @@ def trained(batch, path, kind=SFT, folder="tiny", **options):
 
 def evaluate(batch, path, folder="tiny", **options):
     """A module of these options that has loaded the checkpoint."""
-    import lightning as L
-
     module = SFT(backbone=Backbone(folder, **options))
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     trainer = L.Trainer(**quiet, inference_mode=False)
@@ -146,3 +145,36 @@ def test_random_numbers_go_on_where_they_were(tmp_path):
     draw()
     set_random_state(torch.load(tmp_path / "state", weights_only=True), device)
     assert draw() == expected
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.parametrize("tuning", ["lora", "qlora"])
+def test_adapters_and_the_reference_of_the_tasks_start_go_on_from_a_checkpoint(tmp_path, batch, small_folder, tuning):
+    """Killed in the middle of the second task, whose reference is neither the base nor the model of now."""
+
+    class Keep(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.save_checkpoint(tmp_path / f"step={trainer.global_step}.ckpt")
+
+    def fitted(checkpoint=None):
+        backbone = Backbone(small_folder, tuning=tuning, lora=Lora(rank=2))
+        module = RFT(backbone=backbone, group_size=4, kl_coef=0.5, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
+        options = {"max_epochs": 2, "limit_val_batches": 0, "logger": False}
+        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+        trainer = L.Trainer(**options, **quiet, callbacks=[Keep()], enable_checkpointing=False)
+        loader = DataLoader([batch] * 3, batch_size=None)
+        trainer.fit(module, loader, loader, ckpt_path=checkpoint, weights_only=True)
+        return module
+
+    whole = fitted()
+    names = set(torch.load(tmp_path / "step=4.ckpt", weights_only=True)["state_dict"])
+    assert names and all("lora_" in name or name.startswith("reference.adapters.") for name in names)
+    resumed = fitted(tmp_path / "step=4.ckpt")  # after the first batch of the second task
+    ends = [each.state_dict() for each in (whole, resumed)]
+    for name in names:
+        assert torch.equal(ends[0][name], ends[1][name]), name
+    start = torch.load(tmp_path / "step=3.ckpt", weights_only=True)["state_dict"]
+    adapters = [weight for name, weight in start.items() if "lora_" in name]
+    kept = [ends[0][name] for name in ends[0] if name.startswith("reference.adapters.")]
+    assert sum(float(weight.abs().sum()) for weight in kept) > 0
+    assert {tuple(weight.shape) for weight in kept} == {tuple(weight.shape) for weight in adapters}
