@@ -20,7 +20,7 @@ from cpt_lightning.cli import VERBS
 from cpt_lightning.cli.errors import refusal
 from cpt_lightning.cli.run_directory import last_checkpoint, run_directory
 from cpt_lightning.data import TaskStream
-from cpt_lightning.modules import PostTraining
+from cpt_lightning.modules import PostTraining  # its strategy registers itself as fsdp2
 
 TRAINER_DEFAULTS = {
     "reload_dataloaders_every_n_epochs": 1,  # an epoch is a task

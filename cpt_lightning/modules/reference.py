@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import nn
 
 from cpt_lightning.models.adapters import adapters_off, has_adapters
+from cpt_lightning.models.sharding import gather, release
 from cpt_lightning.rollouts.sampling import sampling_mode
 
 if TYPE_CHECKING:
@@ -37,14 +38,17 @@ class Reference(nn.Module):
     def start_task(self, policy: QwenVL) -> None:
         """A task begins."""
         if self.kind == "task_start" and self.copy is not None:
+            release(self.copy)
             self.copy.load_state_dict(policy.state_dict())
 
     @contextmanager
     def model(self, policy: QwenVL) -> Iterator[QwenVL]:
         """The reference model, ready to score completions without gradients."""
         if self.copy is not None:
+            gather(self.copy)
             with sampling_mode(self.copy):
                 yield self.copy
+            release(self.copy)
         else:
             with sampling_mode(policy), adapters_off(policy):
                 yield policy

@@ -23,12 +23,14 @@ from cpt_lightning.functional import (
     weighted_sum,
     zero_signal_fraction,
 )
+from cpt_lightning.models.adapters import has_adapters
 from cpt_lightning.models.qwen_vl import encode_images, has_dropout, vision_is_frozen
+from cpt_lightning.models.sharding import gather, is_sharded
 from cpt_lightning.modules.reference import Reference, ReferenceKind
 from cpt_lightning.modules.updates import Loss, ManualUpdates, UpdateStats
 from cpt_lightning.rewards import YES_NO_COUNTS, OverlongPenalty, score
 from cpt_lightning.rollouts import Sampling, run_prompts, sample_groups
-from cpt_lightning.rollouts.sampling import keyed_generator
+from cpt_lightning.rollouts.sampling import row_generators
 from cpt_lightning.types import Batch, Completions, Prompts, Rollout
 
 if TYPE_CHECKING:
@@ -161,15 +163,15 @@ class RFT(ManualUpdates):
 
     def collect(self, prompts: Prompts, batch_idx: int) -> Rollout:
         """Samples a group of completions of every prompt and has them rewarded."""
-        generator = keyed_generator(self.device, self.seed, self.current_epoch, batch_idx, self.global_rank)
         with self.timed("rollout"):
             prompts = self.compute_once(prompts)
             size = self.rollout_batch_prompts or len(prompts)
             chunks = [prompts.select(rows.tolist()) for rows in torch.arange(len(prompts)).split(size)]
             completions = Completions.cat(
                 [
-                    sample_groups(self.model, self.processor, chunk, self.group_size, self.sampling, generator)
+                    sample_groups(self.model, self.processor, chunk, self.group_size, self.sampling, generators)
                     for chunk in chunks
+                    for generators in [row_generators(self.device, chunk, self.seed, self.current_epoch, batch_idx)]
                 ],
                 pad_id=self.processor.pad_token_id,
             )
@@ -268,7 +270,9 @@ class RFT(ManualUpdates):
         super().configure_model()
         is_fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
         if self.kl_coef and is_fitting and "reference" not in self._modules:
-            self.reference = Reference(self.model, self.reference_kind)
+            # What is in shards cannot be copied: then the reference is loaded like the policy.
+            policy = self.load_model() if is_sharded(self.model) and not has_adapters(self.model) else self.model
+            self.reference = Reference(policy, self.reference_kind)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves the reference out where there is none: to evaluate, or to go on without a KL term."""
@@ -303,6 +307,7 @@ class RFT(ManualUpdates):
             )
         if batch_idx == 0 and self.kl_coef:
             self.reference.start_task(self.model)
+            gather(self.model)
 
     def update_rows(self, rows: Sequence[int]) -> Iterator[list[int]]:
         """Which prompts each update of the rollout learns from."""

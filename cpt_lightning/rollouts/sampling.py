@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -96,6 +97,12 @@ def keyed_generator(device: torch.device | str, *key: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed)
 
 
+def row_generators(device: torch.device | str, prompts: Prompts, *key: int) -> list[torch.Generator]:
+    """A generator for each prompt, keyed by its row too: what it draws depends on no other row, and on no rank."""
+    rows = (zlib.crc32(f"{example.task}/{example.row_id}".encode()) for example in prompts.examples)
+    return [keyed_generator(device, *key, row) for row in rows]
+
+
 @contextmanager
 def sampling_mode(model: QwenVL) -> Iterator[None]:
     """Eval mode without gradients; what was in train mode goes back to it."""
@@ -115,7 +122,7 @@ def sample_groups(
     prompts: Prompts,
     group_size: int,
     sampling: Sampling,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Completions:
     """Samples ``group_size`` completions of every prompt.
 
@@ -128,7 +135,7 @@ def sample_groups(
         prompts: B prompts.
         group_size: G.
         sampling: How tokens are drawn.
-        generator: Source of randomness, on the model's device.
+        generator: Source of randomness, on the model's device; one for each prompt, or for all.
 
     Returns:
         N = B * G completions, group by group, right-padded.
@@ -162,7 +169,7 @@ def _decode(
     prompts: Prompts,
     group_size: int,
     sampling: Sampling,
-    generator: torch.Generator | None,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
 ) -> tuple[Tensor, Tensor]:
     """``[N, T]`` sampled ids and their log-probabilities; what stands behind a stop token has no meaning."""
     state = run_prompts(model, prompts) if prompts.state is None else prompts.state
@@ -173,7 +180,7 @@ def _decode(
     stops = prompts.input_ids.new_tensor(processor.stop_token_ids)
     rows = torch.arange(len(hidden), device=hidden.device).view(-1, group_size)  # the completion in each place
     alive = torch.ones_like(rows, dtype=torch.bool)
-    uniform = torch.rand(len(hidden), sampling.max_new_tokens, generator=generator, device=hidden.device)
+    uniform = _uniform(len(prompts), group_size, sampling.max_new_tokens, generator, hidden.device)
     ids = rows.new_full(uniform.shape, processor.pad_token_id)
     logps = torch.zeros_like(uniform)
     for step in range(sampling.max_new_tokens):
@@ -192,6 +199,13 @@ def _decode(
         hidden = hidden_states(model, embeds, (positions[rows.flatten()] + step).expand(3, 1, -1), cache)[0]
         cache.length += 1
     raise AssertionError("unreachable: the last step returns")
+
+
+def _uniform(num_prompts: int, group_size: int, length: int, generator, device: torch.device) -> Tensor:
+    """``[N, length]`` random numbers in [0, 1)."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return torch.rand(num_prompts * group_size, length, generator=generator, device=device)
+    return torch.cat([torch.rand(group_size, length, generator=each, device=device) for each in generator])
 
 
 def _still_alive(alive: Tensor) -> tuple[Tensor, Tensor]:
