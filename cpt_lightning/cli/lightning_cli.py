@@ -21,7 +21,7 @@ from cpt_lightning.cli import VERBS
 from cpt_lightning.cli.errors import refusal
 from cpt_lightning.cli.run_directory import last_checkpoint, run_directory
 from cpt_lightning.data import TaskStream
-from cpt_lightning.modules import PostTraining
+from cpt_lightning.modules import PostTraining  # its strategy registers itself as fsdp2
 from cpt_lightning.modules.resumable import check_ours
 
 TRAINER_DEFAULTS = {

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+import torch
 
 from cpt_lightning.models.adapters import Lora, Part
 from cpt_lightning.models.quantization import Quantization
@@ -55,16 +58,25 @@ class Backbone:
         self._check_path()
         return PromptProcessor.load(self.path, self.min_pixels, self.max_pixels)
 
-    def load_model(self) -> QwenVL:
-        """The model, in train mode, with what is not tuned frozen."""
+    def load_model(self, on_meta: bool = False) -> QwenVL:
+        """The model, in train mode, with what is not tuned frozen.
+
+        Args:
+            on_meta: Without weights, which another rank has.
+        """
+        with torch.device("meta") if on_meta else nullcontext():
+            return self._load_model(on_meta)
+
+    def _load_model(self, on_meta: bool) -> QwenVL:
         from cpt_lightning.models.adapters import add_lora, freeze
         from cpt_lightning.models.processor import resolve_path
         from cpt_lightning.models.quantization import settle_quantized
-        from cpt_lightning.models.qwen_vl import QwenVL
+        from cpt_lightning.models.qwen_vl import QwenVL, weightless
 
         self._check_path()
+        load = weightless if on_meta else QwenVL.from_pretrained
         quantized = {"quantization_config": self.quantization.config} if self.tuning == "qlora" else {}
-        model = QwenVL.from_pretrained(resolve_path(self.path), dtype=self.dtype, **quantized)
+        model = load(resolve_path(self.path), dtype=self.dtype, **quantized)
         if self.tuning == "qlora":
             settle_quantized(model)
         if self.tuning != "full":

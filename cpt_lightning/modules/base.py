@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torchmetrics import SumMetric
 
 from cpt_lightning.models import Backbone
+from cpt_lightning.models.sharding import is_sharded, whole
 from cpt_lightning.modules.accounting import Accounted
 from cpt_lightning.modules.resumable import Resumable
 from cpt_lightning.modules.schedules import TaskSchedule
 from cpt_lightning.rewards import score, with_ratios
 from cpt_lightning.rollouts import Sampling, completion_logprobs, sample_groups
-from cpt_lightning.rollouts.sampling import keyed_generator
+from cpt_lightning.rollouts.sampling import row_generators
+from cpt_lightning.strategy import FSDP2
 from cpt_lightning.types import Batch, Completions, Evaluation, Prompts
 
 if TYPE_CHECKING:
@@ -92,6 +94,11 @@ class PostTraining(Accounted, Resumable):
                 "their scales; set trainer.strategy to auto or ddp, or backbone.tuning to lora"
             )
 
+    def load_model(self) -> QwenVL:
+        """The backbone; without its weights where the strategy brings this rank its share of them."""
+        strategy = self._trainer and self._trainer.strategy
+        return self.backbone.load_model(on_meta=isinstance(strategy, FSDP2) and strategy.receives_weights)
+
     # -- optimization --------------------------------------------------------------------------------------------
 
     def configure_optimizers(self):
@@ -130,7 +137,7 @@ class PostTraining(Accounted, Resumable):
         """
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         limit = torch.inf if self.max_grad_norm is None else self.max_grad_norm
-        norm = nn.utils.clip_grad_norm_(parameters, limit)
+        norm = whole(nn.utils.clip_grad_norm_(parameters, limit))
         self.log("train/grad_norm", norm)
         # Not in on_before_optimizer_step: once another hook logs, Lightning (2.6) drops what training_step had logged
         # before its optimizer step in the first batch of an epoch.
@@ -168,8 +175,8 @@ class PostTraining(Accounted, Resumable):
         return Evaluation(prompts.examples, texts, scores, valid)
 
     def _answer(self, prompts: Prompts, sampling: Sampling, key: int) -> tuple[list[str], list[dict[str, float]]]:
-        generator = keyed_generator(self.device, self.seed, key, self.global_rank)
-        completions = sample_groups(self.model, self.processor, prompts, 1, sampling, generator)
+        generators = row_generators(self.device, prompts, self.seed, key)
+        completions = sample_groups(self.model, self.processor, prompts, 1, sampling, generators)
         texts = self.processor.decode(completions)
         return texts, score(texts, prompts.examples)
 
@@ -240,9 +247,10 @@ class PostTraining(Accounted, Resumable):
     def anchored(self, loss: Tensor) -> Tensor:
         """The same loss, with every trainable parameter in its graph where there are several ranks.
 
-        DDP waits for a gradient of every parameter, and a batch without an image gives the vision tower none.
+        DDP waits for a gradient of every parameter, and a batch without an image gives the vision tower none. Shards
+        are exchanged whatever has a gradient.
         """
-        if self.trainer.world_size == 1:
+        if self.trainer.world_size == 1 or is_sharded(self.model):
             return loss
         return loss + sum(parameter.sum() for parameter in self.parameters() if parameter.requires_grad) * 0
 

@@ -13,7 +13,7 @@ from cpt_lightning.models.qwen_vl import encode_images, has_dropout, vision_is_f
 from cpt_lightning.modules.updates import ManualUpdates
 from cpt_lightning.rewards import YES_NO_COUNTS, OverlongPenalty, score
 from cpt_lightning.rollouts import Sampling, run_prompts, sample_groups
-from cpt_lightning.rollouts.sampling import keyed_generator
+from cpt_lightning.rollouts.sampling import row_generators
 from cpt_lightning.types import Completions, Prompts, Rollout
 
 
@@ -86,7 +86,6 @@ class GroupRollouts(ManualUpdates):
 
     def collect(self, prompts: Prompts, batch_idx: int) -> Rollout:
         """Samples a group of completions of every prompt and has them rewarded."""
-        generator = keyed_generator(self.device, self.seed, self.current_epoch, batch_idx, self.global_rank)
         with self.timed("rollout"):
             prompts = self.compute_once(prompts)
         parts: list[Completions] = []
@@ -94,7 +93,7 @@ class GroupRollouts(ManualUpdates):
         scores: list[dict[str, float]] = []
         for chunk in self._chunks(prompts):
             with self.timed("rollout"):
-                parts.append(self._sample(chunk, generator))
+                parts.append(self._sample(chunk, batch_idx))
                 new = self.processor.decode(parts[-1])
             with self.timed("reward"):
                 examples = [example for example in chunk.examples for _ in range(self._per_prompt)]
@@ -131,14 +130,15 @@ class GroupRollouts(ManualUpdates):
         for rows in torch.arange(len(prompts)).split(size):
             yield prompts.select(rows.tolist())
 
-    def _sample(self, prompts: Prompts, generator: torch.Generator) -> Completions:
+    def _sample(self, prompts: Prompts, batch_idx: int) -> Completions:
+        generators = row_generators(self.device, prompts, self.seed, self.current_epoch, batch_idx)
         completions = sample_groups(
             self.model,
             self.processor,
             prompts,
             self.group_size,
             self.sampling,
-            generator,
+            generators,
             with_greedy=self.samples_greedy,
         )
         self.account.add_flops(self.flops.sampled(prompts, completions))

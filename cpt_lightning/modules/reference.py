@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import nn
 
 from cpt_lightning.models.adapters import adapter_weights, adapters_off, adapters_replaced, has_adapters
+from cpt_lightning.models.sharding import gather, release, whole
 from cpt_lightning.rollouts.sampling import sampling_mode
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Reference(nn.Module):
         self.copy = None if has_adapters(policy) else copy.deepcopy(policy).requires_grad_(False)
         self.adapters: nn.ParameterList | None = None
         if has_adapters(policy) and kind != "base":
-            frozen = (nn.Parameter(weight.detach().clone(), False) for weight in adapter_weights(policy))
+            frozen = (nn.Parameter(whole(weight.detach()).clone(), False) for weight in adapter_weights(policy))
             self.adapters = nn.ParameterList(frozen)
 
     def renew(self, policy: QwenVL) -> None:
@@ -43,6 +44,7 @@ class Reference(nn.Module):
         if self.kind == "base":
             return
         if self.copy is not None:
+            release(self.copy)
             self.copy.load_state_dict(policy.state_dict())
         if self.adapters is not None:
             for kept, weight in zip(self.adapters, adapter_weights(policy), strict=True):
@@ -52,8 +54,10 @@ class Reference(nn.Module):
     def model(self, policy: QwenVL) -> Iterator[QwenVL]:
         """The reference model, ready to score completions without gradients."""
         if self.copy is not None:
+            gather(self.copy)
             with sampling_mode(self.copy):
                 yield self.copy
+            release(self.copy)
             return
         then = adapters_off(policy) if self.adapters is None else adapters_replaced(policy, self.adapters)
         with sampling_mode(policy), then:

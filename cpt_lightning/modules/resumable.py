@@ -45,10 +45,14 @@ class Resumable(L.LightningModule):
         self._frozen_fingerprint: str | None = None
         self._random_states: list[dict[str, Any]] = []
 
+    def load_model(self) -> QwenVL:
+        """The backbone as its options say."""
+        return self.backbone.load_model()
+
     def configure_model(self) -> None:
         """Loads the backbone, once, and notes which it is."""
         if "model" not in self._modules:
-            self.model = self.backbone.load_model()
+            self.model = self.load_model()
         self._frozen_fingerprint = self._frozen_fingerprint or frozen_fingerprint(self.model)
 
     def without_frozen(self, state: Mapping[str, T]) -> dict[str, T]:

@@ -26,7 +26,9 @@ from cpt_lightning.functional import (
     weighted_sum,
 )
 from cpt_lightning.functional.logprobs import token_logprobs
+from cpt_lightning.models.adapters import has_adapters
 from cpt_lightning.models.qwen_vl import output_weight
+from cpt_lightning.models.sharding import gather, is_sharded
 from cpt_lightning.modules.advantages import Advantage, advantages_of
 from cpt_lightning.modules.group_rollouts import GroupRollouts, check_positive
 from cpt_lightning.modules.reference import Reference, ReferenceKind
@@ -288,7 +290,9 @@ class RFT(GroupRollouts):
         super().configure_model()
         is_fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
         if self.kl_coef and is_fitting and "reference" not in self._modules:
-            self.reference = Reference(self.model, self.reference_kind)
+            # What is in shards cannot be copied: then the reference is loaded like the policy.
+            policy = self.load_model() if is_sharded(self.model) and not has_adapters(self.model) else self.model
+            self.reference = Reference(policy, self.reference_kind)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves the reference out where there is none: to evaluate, or to go on without a KL term."""
@@ -325,6 +329,7 @@ class RFT(GroupRollouts):
         is_due = batch_idx == 0 if self.reference_every is None else batch_idx % self.reference_every == 0
         if self.kl_coef and is_due:
             self.reference.renew(self.model)
+            gather(self.model)
 
     def update_rows(self, rows: Sequence[int]) -> Iterator[list[int]]:
         """Which prompts each update of the rollout learns from."""

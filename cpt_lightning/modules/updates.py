@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 
 from cpt_lightning.functional import PolicyStats
+from cpt_lightning.models.sharding import gather
 from cpt_lightning.modules.base import PostTraining
 from cpt_lightning.types import Completions, Prompts
 
@@ -63,6 +64,7 @@ class ManualUpdates(PostTraining):
             losses: Micro-batches; none if nothing is to be learned, which leaves all weights as they are.
             prompts: Any prompts, for a rank that has fewer micro-batches than another and must not lag behind.
         """
+        gather(self.model)  # the update before left every rank its shards
         optimizer = self.optimizers()
         losses = losses + [partial(self._nothing, prompts)] * (self._max_over_ranks(len(losses)) - len(losses))
         stats = []

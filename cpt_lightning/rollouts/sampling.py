@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -101,6 +102,12 @@ def keyed_generator(device: torch.device | str, *key: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed)
 
 
+def row_generators(device: torch.device | str, prompts: Prompts, *key: int) -> list[torch.Generator]:
+    """A generator for each prompt, keyed by its row too: what it draws depends on no other row, and on no rank."""
+    rows = (zlib.crc32(f"{example.task}/{example.row_id}".encode()) for example in prompts.examples)
+    return [keyed_generator(device, *key, row) for row in rows]
+
+
 @contextmanager
 def sampling_mode(model: QwenVL) -> Iterator[None]:
     """Eval mode without gradients; what was in train mode goes back to it."""
@@ -120,7 +127,7 @@ def sample_groups(
     prompts: Prompts,
     group_size: int,
     sampling: Sampling,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
     with_greedy: bool = False,
 ) -> Completions:
     """Samples ``group_size`` completions of every prompt.
@@ -134,7 +141,7 @@ def sample_groups(
         prompts: B prompts.
         group_size: G.
         sampling: How tokens are drawn.
-        generator: Source of randomness, on the model's device.
+        generator: Source of randomness, on the model's device; one for each prompt, or for all.
         with_greedy: Whether each group has one completion more, its last, that always takes the most probable token.
 
     Returns:
@@ -171,7 +178,7 @@ def _decode(
     prompts: Prompts,
     group_size: int,
     sampling: Sampling,
-    generator: torch.Generator | None,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
     with_greedy: bool,
 ) -> tuple[Tensor, Tensor]:
     """``[N, T]`` sampled ids and their log-probabilities; what stands behind a stop token has no meaning."""
@@ -183,7 +190,7 @@ def _decode(
     stops = prompts.input_ids.new_tensor(processor.stop_token_ids)
     rows = torch.arange(len(hidden), device=hidden.device).view(-1, group_size)  # the completion in each place
     alive = torch.ones_like(rows, dtype=torch.bool)
-    uniform = torch.rand(len(hidden), sampling.max_new_tokens, generator=generator, device=hidden.device)
+    uniform = _uniform(len(prompts), group_size, sampling.max_new_tokens, generator, hidden.device)
     is_greedy = rows % group_size == group_size - 1 if with_greedy else None
     ids = rows.new_full(uniform.shape, processor.pad_token_id)
     logps = torch.zeros_like(uniform)
@@ -204,6 +211,13 @@ def _decode(
         hidden = hidden_states(model, embeds, (positions[rows.flatten()] + step).expand(3, 1, -1), cache)[0]
         cache.length += 1
     raise AssertionError("unreachable: the last step returns")
+
+
+def _uniform(num_prompts: int, group_size: int, length: int, generator, device: torch.device) -> Tensor:
+    """``[N, length]`` random numbers in [0, 1)."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return torch.rand(num_prompts * group_size, length, generator=generator, device=device)
+    return torch.cat([torch.rand(group_size, length, generator=each, device=device) for each in generator])
 
 
 def _still_alive(alive: Tensor) -> tuple[Tensor, Tensor]:
