@@ -35,7 +35,7 @@ OWNERS = {
     "transformers": ["models"],
     "peft": ["models/adapters.py"],
     "bitsandbytes": ["models/adapters.py"],
-    "torch.distributed": ["strategy.py", "models/sharding.py"],
+    "torch.distributed": ["strategy.py", "models/sharding.py", "models/weights.py"],
     "torchvision": [],
 }
 DRAWERS = {"utils", "util", "helpers", "helper", "misc", "common", "tools"}

@@ -110,29 +110,41 @@ class PostTraining(Accounted):
         return -(-int(self.trainer.num_training_batches) // self.trainer.accumulate_grad_batches)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """Clips by norm; a gradient that is not finite is dropped, so that the step changes nothing.
+        """Clips by norm, and logs the gradient's norm and the learning rate of the coming step."""
+        # Not in on_before_optimizer_step: once another hook logs, Lightning (2.6) drops what training_step had logged
+        # before its optimizer step in the first batch of an epoch.
+        self.log_clipping(self.clip_gradients_by_norm(optimizer))
 
-        Logs the gradient's norm and the learning rate of the coming step.
+    def log_clipping(self, shown: dict[str, Tensor | float]) -> None:
+        """Logs what :meth:`clip_gradients_by_norm` tells."""
+        for name, value in shown.items():
+            self.log(name, value, prog_bar=name == "train/nonfinite_steps")
+
+    def clip_gradients_by_norm(self, optimizer) -> dict[str, Tensor | float]:
+        """Scales a large gradient down; drops one that is not finite, so that the step changes nothing.
+
+        Returns:
+            What to log: ``train/grad_norm``, ``train/lr``, and where a gradient was dropped ``train/nonfinite_steps``.
+
+        Raises:
+            FloatingPointError: Gradients were not finite several times in a row.
         """
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         limit = torch.inf if self.max_grad_norm is None else self.max_grad_norm
         norm = nn.utils.clip_grad_norm_(parameters, limit)
-        self.log("train/grad_norm", norm)
-        # Not in on_before_optimizer_step: once another hook logs, Lightning (2.6) drops what training_step had logged
-        # before its optimizer step in the first batch of an epoch.
-        self.log("train/lr", float(optimizer.param_groups[0]["lr"]))
+        shown: dict[str, Tensor | float] = {"train/grad_norm": norm, "train/lr": float(optimizer.param_groups[0]["lr"])}
         if torch.isfinite(norm):
             self._nonfinite_in_a_row = 0
-            return
+            return shown
         optimizer.zero_grad(set_to_none=True)
         self._nonfinite_in_a_row += 1
-        self.log("train/nonfinite_steps", float(self._nonfinite_in_a_row), prog_bar=True)
         if self._nonfinite_in_a_row >= NONFINITE_STEPS_ALLOWED:
             raise FloatingPointError(
                 f"{self._nonfinite_in_a_row} steps in a row had a gradient that is not finite "
                 f"(step {self.global_step}); "
                 "lower the learning rate, or use bf16-mixed or 32-true precision"
             )
+        return {**shown, "train/nonfinite_steps": float(self._nonfinite_in_a_row)}
 
     # -- evaluation ----------------------------------------------------------------------------------------------
 
