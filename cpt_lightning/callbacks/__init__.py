@@ -2,6 +2,7 @@
 
 from cpt_lightning.callbacks.checkpoints import TaskCheckpoint
 from cpt_lightning.callbacks.continual import ContinualLearning
+from cpt_lightning.callbacks.ewc import EWC
 from cpt_lightning.callbacks.l2 import L2
 from cpt_lightning.callbacks.matrix import AccuracyMatrix
 from cpt_lightning.callbacks.merging import ModelMerging
@@ -9,6 +10,7 @@ from cpt_lightning.callbacks.progress import SkippedRows, TaskProgressBar
 from cpt_lightning.callbacks.samples import SampleLog
 
 __all__ = [
+    "EWC",
     "L2",
     "AccuracyMatrix",
     "ContinualLearning",

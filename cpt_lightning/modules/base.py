@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, cast
@@ -235,6 +236,24 @@ class PostTraining(Accounted):
         self.account.add_flops(self.flops.scored(prompts, completions, backward=torch.is_grad_enabled()))
         return completion_logprobs(model or self.model, prompts, completions, temperature=temperature)
 
+    def log_likelihoods(self, batch: Batch, sampling: Sampling | None = None, key: Sequence[int] = ()) -> Tensor:
+        """``[B]`` log-probability of a completion of every row, in nats; callbacks measure the policy by its gradient.
+
+        Args:
+            batch: B rows.
+            sampling: How the policy itself draws the completion; without it the row's target is taken.
+            key: What the draw depends on, besides the seed: the same on every rank.
+
+        Raises:
+            ValueError: A row has no target.
+        """
+        if sampling is None:
+            completions = targets_of(batch)
+        else:
+            generator = keyed_generator(self.device, self.seed, *key)
+            completions = sample_groups(self.model, self.processor, batch.prompts, 1, sampling, generator)
+        return self.logprobs(batch.prompts, completions).sum(dim=1)
+
     def anchored(self, loss: Tensor) -> Tensor:
         """The same loss, with every trainable parameter in its graph where there are several ranks.
 
@@ -247,3 +266,16 @@ class PostTraining(Accounted):
     def mean_over_ranks(self, value: Tensor) -> Tensor:
         """The mean of a scalar over all ranks; every rank must call it."""
         return self.trainer.strategy.reduce(value.detach().clone().float(), reduce_op="mean")
+
+
+def targets_of(batch: Batch) -> Completions:
+    """The reference completions of a batch.
+
+    Raises:
+        ValueError: A row has none; names it.
+    """
+    if batch.targets is None:
+        row = next((example for example in batch.prompts.examples if example.target is None), None)
+        where = f"row {row.row_id} of task {row.task!r}" if row else "this batch"
+        raise ValueError(f"{where} has no target to learn by SFT: give its task a `target` template, e.g. '{{answer}}'")
+    return batch.targets

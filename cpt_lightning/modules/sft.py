@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from cpt_lightning.functional import Reduction, token_weights, weighted_sum
-from cpt_lightning.modules.base import PostTraining
-from cpt_lightning.types import Batch, Completions
+from cpt_lightning.modules.base import PostTraining, targets_of
+from cpt_lightning.types import Batch
 
 
 class SFT(PostTraining):
@@ -34,16 +34,3 @@ class SFT(PostTraining):
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         self.log("train/completion_length", targets.lengths.float().mean(), batch_size=len(batch))
         return self.anchored(loss)
-
-
-def targets_of(batch: Batch) -> Completions:
-    """The reference completions of a batch.
-
-    Raises:
-        ValueError: A row has none; names it.
-    """
-    if batch.targets is None:
-        row = next((example for example in batch.prompts.examples if example.target is None), None)
-        where = f"row {row.row_id} of task {row.task!r}" if row else "this batch"
-        raise ValueError(f"{where} has no target to learn by SFT: give its task a `target` template, e.g. '{{answer}}'")
-    return batch.targets

@@ -7,12 +7,14 @@ from functools import partial
 import pytest
 import torch
 
-from cpt_lightning.callbacks import L2, ModelMerging
+from cpt_lightning.callbacks import EWC, L2, ModelMerging
 from tests.fakes import KillAt, Killed, LinearModule, make_trainer, number_stream
 
 METHODS = {
     "L2 to the task's start": partial(L2, 0.5),
     "L2 to the base": partial(L2, 0.5, "base"),
+    "EWC": partial(EWC, 50.0, num_rows=5),
+    "EWC of every task": partial(EWC, 50.0, "targets", num_rows=5, decay=0.9, anchors="every_task"),
     "average": ModelMerging,
     "average from the base": partial(ModelMerging, start="base"),
     "task arithmetic": partial(ModelMerging, "task_arithmetic", 0.7),
