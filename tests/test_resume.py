@@ -166,6 +166,7 @@ OPTIONS = [
 ]  # fmt: skip
 MODELS = {
     "sft": ["--model=SFT"],
+    "lwf": ["--model=SFT", "--model.kl_coef=0.5"],
     "grpo": [
         "--model=RFT", "--model.group_size=4", "--model.kl_coef=0.05", "--model.updates_per_rollout=2",
         "--model.sampling.max_new_tokens=12",

@@ -1,4 +1,4 @@
-"""The frozen policy from which RFT is kept from straying."""
+"""The frozen policy from which RFT, and SFT if it is to, are kept from straying."""
 
 from __future__ import annotations
 

@@ -49,13 +49,25 @@ def completion_logprobs(
     Raises:
         ValueError: N is no multiple of B.
     """
+    return hidden_logprobs(model, completion_hidden(model, prompts, completions), completions, temperature)
+
+
+def hidden_logprobs(model: QwenVL, hidden: Tensor, completions: Completions, temperature: float = 1.0) -> Tensor:
+    """``[N, T]`` log-probabilities from what :func:`completion_hidden` gives."""
+    logps = token_logprobs(hidden, output_weight(model), completions.ids[completions.mask], temperature)
+    return torch.zeros(completions.mask.shape, device=logps.device).masked_scatter(completions.mask, logps)
+
+
+def completion_hidden(model: QwenVL, prompts: Prompts, completions: Completions) -> Tensor:
+    """``[M, H]`` final hidden states that predict the M unmasked completion tokens, completion after completion.
+
+    Raises:
+        ValueError: N is no multiple of B.
+    """
     if len(completions) % len(prompts):
         raise ValueError(f"{len(completions)} completions cannot be split evenly over {len(prompts)} prompts")
     is_group = len(completions) > len(prompts) or prompts.state is not None
-    hidden = (_group_hidden if is_group else _single_hidden)(model, prompts, completions)
-    tokens = completions.ids[completions.mask]
-    logps = token_logprobs(hidden, output_weight(model), tokens, temperature)
-    return torch.zeros(completions.mask.shape, device=logps.device).masked_scatter(completions.mask, logps)
+    return (_group_hidden if is_group else _single_hidden)(model, prompts, completions)
 
 
 def _group_hidden(model: QwenVL, prompts: Prompts, completions: Completions) -> Tensor:
