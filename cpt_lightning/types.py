@@ -220,6 +220,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def select(self, rows: Sequence[int]) -> Batch:
+        """The batch of the given rows."""
+        return Batch(self.prompts.select(rows), None if self.targets is None else self.targets.select(rows))
+
     def to(self, device: torch.device | str, **kwargs) -> Self:
         """A copy with its tensors on ``device``."""
         targets = None if self.targets is None else self.targets.to(device, **kwargs)

@@ -2,8 +2,21 @@
 
 from cpt_lightning.callbacks.checkpoints import TaskCheckpoint
 from cpt_lightning.callbacks.continual import ContinualLearning
+from cpt_lightning.callbacks.ewc import EWC
+from cpt_lightning.callbacks.l2 import L2
 from cpt_lightning.callbacks.matrix import AccuracyMatrix
+from cpt_lightning.callbacks.merging import ModelMerging
 from cpt_lightning.callbacks.progress import SkippedRows, TaskProgressBar
 from cpt_lightning.callbacks.samples import SampleLog
 
-__all__ = ["AccuracyMatrix", "ContinualLearning", "SampleLog", "SkippedRows", "TaskCheckpoint", "TaskProgressBar"]
+__all__ = [
+    "EWC",
+    "L2",
+    "AccuracyMatrix",
+    "ContinualLearning",
+    "ModelMerging",
+    "SampleLog",
+    "SkippedRows",
+    "TaskCheckpoint",
+    "TaskProgressBar",
+]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
 from torch import Generator
@@ -14,11 +14,12 @@ from torch.utils.data import DataLoader
 
 from cpt_lightning.data.collate import Collate, Processor
 from cpt_lightning.data.loader import StageLoader, StreamBatches
+from cpt_lightning.data.replay import Replay, ReplaySampler
 from cpt_lightning.data.sampler import EvaluationSampler, Mixing, Share, StageSampler, num_steps
 from cpt_lightning.tasks import Split, Task
 from cpt_lightning.tasks.fingerprint import fingerprint
 from cpt_lightning.tasks.prompts import Style
-from cpt_lightning.types import Example
+from cpt_lightning.types import Batch, Example
 
 
 class TaskStream(L.LightningDataModule):
@@ -47,6 +48,7 @@ class TaskStream(L.LightningDataModule):
         target: Replaces the ``target`` of every task: what SFT learns.
         mixing: How often the tasks of a mixed stage are drawn: by ``size``, ``uniform``, or a temperature between
             (shares proportional to size to the power 1/temperature).
+        replay: Rows of earlier tasks in the batches of later ones, such as ``{ratio: 0.1}``; none by default.
         num_workers: Processes that load rows; 0 loads them in the training process.
         seed: Draws the order of rows.
 
@@ -68,6 +70,7 @@ class TaskStream(L.LightningDataModule):
         style: Style | None = None,
         target: str | None = None,
         mixing: Mixing = "size",
+        replay: Replay | None = None,
         num_workers: int = 0,
         seed: int = 0,
     ):
@@ -93,6 +96,7 @@ class TaskStream(L.LightningDataModule):
         self.evaluate_on: Split = evaluate_on
         self.max_prompt_tokens = max_prompt_tokens
         self.mixing = mixing
+        self.replay = replay
         self.num_workers = num_workers
         self.seed = seed
         self._check_numbers()
@@ -145,7 +149,17 @@ class TaskStream(L.LightningDataModule):
             return steps
         passes = self.passes.get(name) if isinstance(self.passes, Mapping) else self.passes
         num_rows = sum(self._sizes(self.stages[stage], "train").values())
-        return num_steps(num_rows, self.prompts_per_step, 1.0 if passes is None else passes)
+        return num_steps(num_rows, self.own_rows_per_step(stage), 1.0 if passes is None else passes)
+
+    def own_rows_per_step(self, stage: int) -> float:
+        """Rows of a batch that are the stage's own and not replayed, on average."""
+        old = self.replay.ratio if self.replay and self.earlier(stage) else 0.0
+        return self.prompts_per_step * (1 - old)
+
+    def earlier(self, stage: int) -> list[str]:
+        """Tasks that were learned before a stage and are not learned in it."""
+        before = dict.fromkeys(task for earlier in self.stages[:stage] for task in earlier)
+        return [task for task in before if task not in self.stages[stage]]
 
     # -- what Lightning asks for -----------------------------------------------------------------------------------
 
@@ -176,16 +190,16 @@ class TaskStream(L.LightningDataModule):
         # Asked for before on_train_epoch_start, and after a resume with the finished epoch first: derive, keep nothing.
         epoch = 0 if self.trainer is None else self.trainer.current_epoch
         stage = min(epoch, self.num_stages - 1)
-        sampler = StageSampler(
-            self._sizes(self.stages[stage], "train"),
-            self.prompts_per_step,
-            self.num_steps(stage),
-            key=(self.seed, stage),
-            mixing=self.mixing,
-            share=self._share,
-        )
         collate = Collate(self.processor, self.max_prompt_tokens)
-        return StageLoader(StreamBatches(self._split("train", self.stages[stage]), collate), sampler, self.num_workers)
+        rows = self._split("train", [*self.stages[stage], *self.earlier(stage)])
+        return StageLoader(StreamBatches(rows, collate), self._stage_sampler(stage), self.num_workers)
+
+    def rows_of_stage(self, stage: int, num_rows: int) -> Batch:
+        """Rows of a stage as one batch, the same on every rank: what methods look at when it has been learned."""
+        names = self.stages[stage]
+        sampler = StageSampler(self._sizes(names, "train"), num_rows, 1, (self.seed, stage), self.mixing)
+        batches = StreamBatches(self._split("train", names), Collate(self.processor, self.max_prompt_tokens))
+        return batches[sampler.batch(0)]
 
     def val_dataloader(self) -> DataLoader:
         """All tasks and probes, one task per batch."""
@@ -204,6 +218,21 @@ class TaskStream(L.LightningDataModule):
     @property
     def _share(self) -> Share:
         return Share() if self.trainer is None else Share(self.trainer.global_rank, self.trainer.world_size)
+
+    def _stage_sampler(self, stage: int) -> StageSampler:
+        options: dict[str, Any] = {
+            "sizes": self._sizes(self.stages[stage], "train"),
+            "batch_size": self.prompts_per_step,
+            "num_steps": self.num_steps(stage),
+            "key": (self.seed, stage),
+            "mixing": self.mixing,
+            "share": self._share,
+        }
+        earlier = self.earlier(stage)
+        if self.replay is None or self.replay.ratio == 0 or not earlier:
+            return StageSampler(**options)
+        numbers = {task: number for number, task in enumerate(self.task_names)}
+        return ReplaySampler(self.replay, self._sizes(earlier, "train"), numbers, **options)
 
     def _split(self, split: Split, names: Sequence[str]) -> dict[str, Sequence[Example]]:
         return {name: self.examples(name, split) for name in names}

@@ -34,6 +34,55 @@ class Share(NamedTuple):
     world_size: int = 1
 
 
+class Passes:
+    """An endless sequence of passes over the rows of tasks, each shuffled.
+
+    Args:
+        sizes: Number of rows of each task.
+        key: What the shuffles depend on.
+        mixing: How often each task is drawn, if there are several.
+    """
+
+    def __init__(self, sizes: dict[str, int], key: Sequence[int], mixing: Mixing = "size") -> None:
+        self.sizes = sizes
+        self.key = list(key)
+        self.counts = rows_per_pass(list(sizes.values()), mixing)
+        self._last: tuple[int, list[RowRef]] = (-1, [])
+
+    def rows(self, start: int, stop: int) -> list[RowRef]:
+        """The rows at these places of the sequence."""
+        found = []
+        for position in range(start, stop):
+            number, index = divmod(position, sum(self.counts))
+            if number != self._last[0]:
+                self._last = number, self.pass_rows(number)
+            found.append(self._last[1][index])
+        return found
+
+    def pass_rows(self, number: int) -> list[RowRef]:
+        """The rows of one pass, shuffled.
+
+        Each task's rows come in an order of their own that runs on from pass to pass: a task that is drawn less than
+        once per pass still shows all its rows before it repeats one.
+        """
+        rows = [
+            RowRef(task, row)
+            for task_number, (task, count) in enumerate(zip(self.sizes, self.counts, strict=True))
+            for row in self._task_rows(task_number, self.sizes[task], number * count, (number + 1) * count)
+        ]
+        order = self._generator(len(self.sizes), number).permutation(len(rows))
+        return [rows[position] for position in order]
+
+    def _task_rows(self, task_number: int, size: int, start: int, stop: int) -> Iterator[int]:
+        for round_number in range(start // size, math.ceil(stop / size)):
+            order = self._generator(task_number, round_number).permutation(size)
+            offset = round_number * size
+            yield from order[max(start - offset, 0) : stop - offset].tolist()
+
+    def _generator(self, *key: int) -> np.random.Generator:
+        return np.random.default_rng([*self.key, *key])
+
+
 class StageSampler(Sampler[list[RowRef]]):
     """The training batches of one stage, this rank's share of each, from ``first_step`` on.
 
@@ -70,51 +119,26 @@ class StageSampler(Sampler[list[RowRef]]):
         self.mixing = mixing
         self.share = share
         self.first_step = 0
-        self.counts = rows_per_pass(list(sizes.values()), mixing)
+        self.passes = Passes(sizes, key, mixing)
 
     def __len__(self) -> int:
         return self.num_steps
 
     def __iter__(self) -> Iterator[list[RowRef]]:
         part = self.batch_size // self.share.world_size
-        known: tuple[int, list[RowRef]] = (-1, [])
+        start = self.share.rank * part
         for step in range(self.first_step, self.num_steps):
-            start = step * self.batch_size + self.share.rank * part
-            batch = []
-            for position in range(start, start + part):
-                number, index = divmod(position, sum(self.counts))
-                if number != known[0]:
-                    known = number, self.pass_rows(number)
-                batch.append(known[1][index])
-            yield batch
+            yield self.batch(step)[start : start + part]
+
+    def batch(self, step: int) -> list[RowRef]:
+        """The rows of a step, over all ranks."""
+        return self.passes.rows(step * self.batch_size, (step + 1) * self.batch_size)
 
     @property
     def identity(self) -> dict:
         """What makes a step mean the same rows, on any number of ranks."""
-        return {"sizes": dict(self.sizes), "prompts_per_step": self.batch_size, "mixing": self.mixing, "key": self.key}
-
-    def pass_rows(self, number: int) -> list[RowRef]:
-        """The rows of one pass, shuffled.
-
-        Each task's rows come in an order of their own that runs on from pass to pass: a task that is drawn less than
-        once per pass still shows all its rows before it repeats one.
-        """
-        rows = [
-            RowRef(task, row)
-            for task_number, (task, count) in enumerate(zip(self.sizes, self.counts, strict=True))
-            for row in self._task_rows(task_number, self.sizes[task], number * count, (number + 1) * count)
-        ]
-        order = self._generator(len(self.sizes), number).permutation(len(rows))
-        return [rows[position] for position in order]
-
-    def _task_rows(self, task_number: int, size: int, start: int, stop: int) -> Iterator[int]:
-        for round_number in range(start // size, math.ceil(stop / size)):
-            order = self._generator(task_number, round_number).permutation(size)
-            offset = round_number * size
-            yield from order[max(start - offset, 0) : stop - offset].tolist()
-
-    def _generator(self, *key: int) -> np.random.Generator:
-        return np.random.default_rng([*self.key, *key])
+        parts = {"sizes": dict(self.sizes), "prompts_per_step": self.batch_size, "mixing": self.mixing}
+        return {**parts, "key": self.key, "replay": None}
 
 
 class EvaluationSampler(Sampler[list[RowRef]]):
@@ -149,7 +173,7 @@ class EvaluationSampler(Sampler[list[RowRef]]):
         return [RowRef(task, rows[min(p, len(rows) - 1)], valid=p < len(rows)) for p in positions]
 
 
-def num_steps(num_rows: int, batch_size: int, passes: float) -> int:
+def num_steps(num_rows: int, batch_size: float, passes: float) -> int:
     """Batches until every row was seen ``passes`` times; the last one is filled up from the next pass.
 
     >>> num_steps(100, 16, passes=1), num_steps(100, 16, passes=0.5)

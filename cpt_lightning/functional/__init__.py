@@ -11,7 +11,7 @@ from cpt_lightning.functional.advantages import (
     whitened_advantages,
     zero_signal_fraction,
 )
-from cpt_lightning.functional.kl import kl_full, kl_k1, kl_k2, kl_k3
+from cpt_lightning.functional.kl import forward_kl, kl_full, kl_k1, kl_k2, kl_k3
 from cpt_lightning.functional.policy_loss import PolicyStats, RatioLevel, clipped_policy_loss, clipped_weight_loss
 from cpt_lightning.functional.reductions import Reduction, masked_mean, token_weights, weighted_sum
 
@@ -22,6 +22,7 @@ __all__ = [
     "Reduction",
     "clipped_policy_loss",
     "clipped_weight_loss",
+    "forward_kl",
     "greedy_baseline_advantages",
     "group_normalized_advantages",
     "kl_full",

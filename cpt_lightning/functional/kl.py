@@ -9,6 +9,9 @@ All estimates are computed in float32 or better: in bfloat16 the difference of t
 of .06.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -79,17 +82,50 @@ def kl_full(
         ref_weight: ``[V, H']`` output matrix of the reference.
         temperature: Divides the logits of both.
         chunk_logits: How many logits of each may exist at once.
+
+    Returns:
+        ``[M]`` in nats (float32).
     """
+    return _by_chunks(_kl, hidden, weight, ref_hidden, ref_weight, temperature, chunk_logits)
+
+
+def forward_kl(
+    hidden: Float[Tensor, "M H"],
+    weight: Float[Tensor, "V H"],
+    ref_hidden: Float[Tensor, "M R"],
+    ref_weight: Float[Tensor, "V R"],
+    temperature: float = 1.0,
+    chunk_logits: int = CHUNK_LOGITS,
+) -> Float[Tensor, " M"]:
+    """KL(reference || policy) over the whole vocabulary, at each position.
+
+    It needs no token that either of them sampled, so it holds on any text. This is the distillation loss of Learning
+    without Forgetting (Li & Hoiem 2016, arXiv 1606.09282) at temperature 1, less the reference's entropy, on which no
+    gradient depends. Arguments as in :func:`kl_full`.
+    """
+    return _by_chunks(lambda p, q: _kl(q, p), hidden, weight, ref_hidden, ref_weight, temperature, chunk_logits)
+
+
+def _kl(logps: Tensor, other_logps: Tensor) -> Tensor:
+    return (logps.exp() * (logps - other_logps)).sum(dim=-1)
+
+
+def _by_chunks(
+    divergence: Callable[[Tensor, Tensor], Tensor],
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    temperature: float,
+    chunk_logits: int,
+) -> Tensor:
+    """``[M]`` divergence of policy and reference from their log-probabilities ``[rows, V]``, chunk by chunk."""
+
+    def of_chunk(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor) -> Tensor:
+        logits = hidden @ weight.T, ref_hidden @ ref_weight.T
+        return divergence(*((each.float() / temperature).log_softmax(dim=-1) for each in logits))
+
     rows = max(1, chunk_logits // len(weight))
     chunks = zip(hidden.split(rows), ref_hidden.detach().split(rows), strict=True)
-    parts = [
-        checkpoint(_kl_of_chunk, part, weight, ref_part, ref_weight.detach(), temperature, use_reentrant=False)
-        for part, ref_part in chunks
-    ]
-    return torch.cat(parts)
-
-
-def _kl_of_chunk(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, temperature: float) -> Tensor:
-    logps = ((hidden @ weight.T).float() / temperature).log_softmax(dim=-1)
-    ref_logps = ((ref_hidden @ ref_weight.T).float() / temperature).log_softmax(dim=-1)
-    return (logps.exp() * (logps - ref_logps)).sum(dim=-1)
+    checkpointed = partial(checkpoint, of_chunk, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([checkpointed(part, weight, ref_part, ref_weight.detach()) for part, ref_part in chunks])

@@ -36,6 +36,11 @@ def backbones_of(module: nn.Module) -> list[QwenVL]:
     return [part for part in module.modules() if isinstance(part, QwenVL)]
 
 
+def trained_backbones(module: nn.Module) -> list[QwenVL]:
+    """Those of them that are trained."""
+    return [model for model in backbones_of(module) if any(weight.requires_grad for weight in model.parameters())]
+
+
 def is_sharded(module: nn.Module) -> bool:
     """Whether the module's weights are spread over ranks."""
     return isinstance(module, FSDPModule)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, cast
@@ -19,7 +20,7 @@ from cpt_lightning.modules.resumable import Resumable
 from cpt_lightning.modules.schedules import TaskSchedule
 from cpt_lightning.rewards import score, with_ratios
 from cpt_lightning.rollouts import Sampling, completion_logprobs, sample_groups
-from cpt_lightning.rollouts.sampling import row_generators
+from cpt_lightning.rollouts.sampling import keyed_generator, row_generators
 from cpt_lightning.strategy import FSDP2
 from cpt_lightning.types import Batch, Completions, Evaluation, Prompts
 
@@ -131,29 +132,41 @@ class PostTraining(Accounted, Resumable):
         return -(-int(self.trainer.num_training_batches) // self.trainer.accumulate_grad_batches)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """Clips by norm; a gradient that is not finite is dropped, so that the step changes nothing.
+        """Clips by norm, and logs the gradient's norm and the learning rate of the coming step."""
+        # Not in on_before_optimizer_step: once another hook logs, Lightning (2.6) drops what training_step had logged
+        # before its optimizer step in the first batch of an epoch.
+        self.log_clipping(self.clip_gradients_by_norm(optimizer))
 
-        Logs the gradient's norm and the learning rate of the coming step.
+    def log_clipping(self, shown: dict[str, Tensor | float]) -> None:
+        """Logs what :meth:`clip_gradients_by_norm` tells."""
+        for name, value in shown.items():
+            self.log(name, value, prog_bar=name == "train/nonfinite_steps")
+
+    def clip_gradients_by_norm(self, optimizer) -> dict[str, Tensor | float]:
+        """Scales a large gradient down; drops one that is not finite, so that the step changes nothing.
+
+        Returns:
+            What to log: ``train/grad_norm``, ``train/lr``, and where a gradient was dropped ``train/nonfinite_steps``.
+
+        Raises:
+            FloatingPointError: Gradients were not finite several times in a row.
         """
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         limit = torch.inf if self.max_grad_norm is None else self.max_grad_norm
         norm = whole(nn.utils.clip_grad_norm_(parameters, limit))
-        self.log("train/grad_norm", norm)
-        # Not in on_before_optimizer_step: once another hook logs, Lightning (2.6) drops what training_step had logged
-        # before its optimizer step in the first batch of an epoch.
-        self.log("train/lr", float(optimizer.param_groups[0]["lr"]))
+        shown: dict[str, Tensor | float] = {"train/grad_norm": norm, "train/lr": float(optimizer.param_groups[0]["lr"])}
         if torch.isfinite(norm):
             self._nonfinite_in_a_row = 0
-            return
+            return shown
         optimizer.zero_grad(set_to_none=True)
         self._nonfinite_in_a_row += 1
-        self.log("train/nonfinite_steps", float(self._nonfinite_in_a_row), prog_bar=True)
         if self._nonfinite_in_a_row >= NONFINITE_STEPS_ALLOWED:
             raise FloatingPointError(
                 f"{self._nonfinite_in_a_row} steps in a row had a gradient that is not finite "
                 f"(step {self.global_step}); "
                 "lower the learning rate, or use bf16-mixed or 32-true precision"
             )
+        return {**shown, "train/nonfinite_steps": float(self._nonfinite_in_a_row)}
 
     # -- evaluation ----------------------------------------------------------------------------------------------
 
@@ -244,6 +257,24 @@ class PostTraining(Accounted, Resumable):
         self.account.add_flops(self.flops.scored(prompts, completions, backward=torch.is_grad_enabled()))
         return completion_logprobs(model or self.model, prompts, completions, temperature=temperature)
 
+    def log_likelihoods(self, batch: Batch, sampling: Sampling | None = None, key: Sequence[int] = ()) -> Tensor:
+        """``[B]`` log-probability of a completion of every row, in nats; callbacks measure the policy by its gradient.
+
+        Args:
+            batch: B rows.
+            sampling: How the policy itself draws the completion; without it the row's target is taken.
+            key: What the draw depends on, besides the seed: the same on every rank.
+
+        Raises:
+            ValueError: A row has no target.
+        """
+        if sampling is None:
+            completions = targets_of(batch)
+        else:
+            generator = keyed_generator(self.device, self.seed, *key)
+            completions = sample_groups(self.model, self.processor, batch.prompts, 1, sampling, generator)
+        return self.logprobs(batch.prompts, completions).sum(dim=1)
+
     def anchored(self, loss: Tensor) -> Tensor:
         """The same loss, with every trainable parameter in its graph where there are several ranks.
 
@@ -257,3 +288,16 @@ class PostTraining(Accounted, Resumable):
     def mean_over_ranks(self, value: Tensor) -> Tensor:
         """The mean of a scalar over all ranks; every rank must call it."""
         return self.trainer.strategy.reduce(value.detach().clone().float(), reduce_op="mean")
+
+
+def targets_of(batch: Batch) -> Completions:
+    """The reference completions of a batch.
+
+    Raises:
+        ValueError: A row has none; names it.
+    """
+    if batch.targets is None:
+        row = next((example for example in batch.prompts.examples if example.target is None), None)
+        where = f"row {row.row_id} of task {row.task!r}" if row else "this batch"
+        raise ValueError(f"{where} has no target to learn by SFT: give its task a `target` template, e.g. '{{answer}}'")
+    return batch.targets

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from cpt_lightning.functional import Reduction, token_weights, weighted_sum
+from cpt_lightning.modules.base import targets_of
 from cpt_lightning.modules.rft import RFT
-from cpt_lightning.modules.sft import targets_of
 from cpt_lightning.modules.updates import Loss, UpdateStats
 from cpt_lightning.types import Batch, Prompts
 

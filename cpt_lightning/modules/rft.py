@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -25,15 +24,11 @@ from cpt_lightning.functional import (
     token_weights,
     weighted_sum,
 )
-from cpt_lightning.functional.logprobs import token_logprobs
-from cpt_lightning.models.adapters import has_adapters
-from cpt_lightning.models.qwen_vl import output_weight
-from cpt_lightning.models.sharding import gather, is_sharded
+from cpt_lightning.models.sharding import gather
 from cpt_lightning.modules.advantages import Advantage, advantages_of
 from cpt_lightning.modules.group_rollouts import GroupRollouts, check_positive
-from cpt_lightning.modules.reference import Reference, ReferenceKind
+from cpt_lightning.modules.reference import HeldToReference
 from cpt_lightning.modules.updates import Loss, UpdateStats
-from cpt_lightning.rollouts import completion_hidden
 from cpt_lightning.types import Batch, Completions, Prompts, Rollout
 
 if TYPE_CHECKING:
@@ -70,7 +65,7 @@ class Policy:
     ref_logps: Tensor | None = None
 
 
-class RFT(GroupRollouts):
+class RFT(GroupRollouts, HeldToReference):
     """Reinforcement fine-tuning with GRPO (DeepSeekMath, arXiv 2402.03300) and its relatives.
 
     A training batch is a rollout: of each of its prompts (``data.prompts_per_step``) ``group_size`` completions are
@@ -94,15 +89,11 @@ class RFT(GroupRollouts):
         dual_clip: Bounds the loss of completions with a negative advantage (paper A: 3.0); off by default.
         reduction: How the loss averages over tokens: ``token_mean``, ``sequence_mean``, or ``constant``, which divides
             token sums by ``sampling.max_new_tokens`` (Dr. GRPO).
-        kl_coef: Weight of the divergence from the reference; 0 needs no reference.
         kl_estimator: Per token ``k1``, ``k2`` or ``k3`` (GRPO), or ``full`` over the whole vocabulary.
         kl_in_reward: Subtract each completion's summed divergence from its reward, as PPO does, in place of a term of
             the loss; logged as ``train/reward/kl``.
-        reference: The policy that is strayed from: ``task_start`` as it was when the task began, which is after the
-            task before (paper A), ``base`` as it was loaded, ``synchronised`` as it was at the last of every
-            ``reference_every`` steps.
         reference_every: Training steps between two renewals of a ``synchronised`` reference.
-        **kwargs: Options of :class:`GroupRollouts` and :class:`PostTraining`.
+        **kwargs: Options of :class:`GroupRollouts`, :class:`HeldToReference` and :class:`PostTraining`.
     """
 
     def __init__(
@@ -116,15 +107,13 @@ class RFT(GroupRollouts):
         clip_high: float = 0.3,
         dual_clip: float | None = None,
         reduction: Reduction = "token_mean",
-        kl_coef: float = 0.0,
         kl_estimator: KLEstimator = "k3",
         kl_in_reward: bool = False,
-        reference: ReferenceKind = "task_start",
         reference_every: int | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
-        for name, value in {"kl_coef": kl_coef, "clip_low": clip_low, "clip_high": clip_high}.items():
+        for name, value in {"clip_low": clip_low, "clip_high": clip_high}.items():
             if value < 0:
                 raise ValueError(f"{name}={value} must not be negative")
         if dual_clip is not None and dual_clip <= 1:
@@ -133,10 +122,10 @@ class RFT(GroupRollouts):
             raise ValueError(f"dual_clip={dual_clip} has no meaning for policy_loss=cispo, whose clip_high is a bound")
         if kl_in_reward and kl_estimator == "full":
             raise ValueError("kl_in_reward needs a number per sampled token: kl_estimator k1, k2 or k3, not full")
-        if (reference == "synchronised") != (reference_every is not None):
+        if (self.reference_kind == "synchronised") != (reference_every is not None):
             raise ValueError(
-                f"reference={reference}, reference_every={reference_every}: a synchronised reference, and no other, is "
-                "renewed every so many steps"
+                f"reference={self.reference_kind}, reference_every={reference_every}: a synchronised reference, and no "
+                "other, is renewed every so many steps"
             )
         if self.group_size < 2 and advantage not in ("remax", "reinforce_plus_plus", "one_zero"):
             raise ValueError(
@@ -155,8 +144,7 @@ class RFT(GroupRollouts):
         self.policy_loss: PolicyLoss = policy_loss
         self.clip_low, self.clip_high, self.dual_clip = clip_low, clip_high, dual_clip
         self.reduction: Reduction = reduction
-        self.kl_coef, self.kl_estimator, self.kl_in_reward = kl_coef, kl_estimator, kl_in_reward
-        self.reference_kind: ReferenceKind = reference
+        self.kl_estimator, self.kl_in_reward = kl_estimator, kl_in_reward
         self.reference_every = reference_every
 
     # -- the algorithm -------------------------------------------------------------------------------------------
@@ -251,15 +239,7 @@ class RFT(GroupRollouts):
         """``[N, T]`` log-probabilities by the policy, and where it is computed in full its divergence."""
         if not (self._has_kl_loss and self.kl_estimator == "full"):
             return self._score(prompts, completions, self.model), None
-        with self.reference.model(self.model) as reference:
-            ref_hidden = completion_hidden(reference, replace(prompts, state=None), completions)
-            ref_weight = output_weight(reference)
-        self.account.add_flops(self.flops.scored(prompts, completions))
-        hidden, weight = completion_hidden(self.model, prompts, completions), output_weight(self.model)
-        temperature = self.sampling.temperature
-        logps = token_logprobs(hidden, weight, completions.ids[completions.mask], temperature)
-        kl = kl_full(hidden, weight, ref_hidden, ref_weight, temperature)
-        return completions.unpacked(logps), completions.unpacked(kl)
+        return self.logps_and_divergence(prompts, completions, kl_full, self.sampling.temperature)
 
     def _penalize(self, rollout: Rollout, ref_logps: Tensor) -> None:
         """Takes the divergence from the reference out of the rewards."""
@@ -284,22 +264,6 @@ class RFT(GroupRollouts):
     @property
     def _has_kl_loss(self) -> bool:
         return bool(self.kl_coef) and not self.kl_in_reward
-
-    def configure_model(self) -> None:
-        """Loads the backbone, and for training the reference if the KL term needs one."""
-        super().configure_model()
-        is_fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
-        if self.kl_coef and is_fitting and "reference" not in self._modules:
-            # What is in shards cannot be copied: then the reference is loaded like the policy.
-            policy = self.load_model() if is_sharded(self.model) and not has_adapters(self.model) else self.model
-            self.reference = Reference(policy, self.reference_kind)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leaves the reference out where there is none: to evaluate, or to go on without a KL term."""
-        weights = checkpoint.get("state_dict")
-        if weights is not None and "reference" not in self._modules:
-            checkpoint["state_dict"] = {k: weights[k] for k in weights if not k.startswith("reference.")}
-        super().on_load_checkpoint(checkpoint)
 
     @property
     def steps_of_task(self) -> int:
@@ -326,8 +290,7 @@ class RFT(GroupRollouts):
                 f"{self.updates_per_rollout} update(s) of {-(-num_prompts // self.updates_per_rollout)} prompts, "
                 f"{self.micro_batch_prompts or 'all'} at once through backward."
             )
-        is_due = batch_idx == 0 if self.reference_every is None else batch_idx % self.reference_every == 0
-        if self.kl_coef and is_due:
+        if self.kl_coef and self.reference_every is not None and batch_idx % self.reference_every == 0:
             self.reference.renew(self.model)
             gather(self.model)
 

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
+from torch.optim import Optimizer
 
 from cpt_lightning.functional import PolicyStats
 from cpt_lightning.models.sharding import gather
@@ -48,6 +49,7 @@ class ManualUpdates(PostTraining):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.automatic_optimization = False
+        self._clipped: dict[str, Tensor | float] = {}
 
     def on_fit_start(self) -> None:
         """Refuses a precision whose loss scaling would reach the clipping of gradients."""
@@ -73,13 +75,17 @@ class ManualUpdates(PostTraining):
                 loss, part = compute()
                 self.manual_backward(self.anchored(loss))
             stats.append(part)
-        if losses:
-            self.configure_gradient_clipping(optimizer)
         optimizer.step()
+        self.log_clipping(self._clipped)
         optimizer.zero_grad()
         if schedule := self.lr_schedulers():
             schedule.step()
         return stats
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Clips, as automatic optimization does, when callbacks have added to the gradient what they add."""
+        # Logged by the step: see configure_gradient_clipping.
+        self._clipped = self.clip_gradients_by_norm(optimizer)
 
     def _nothing(self, prompts: Prompts) -> tuple[Tensor, UpdateStats]:
         """A loss of 0 that has a graph: gradients of the other ranks have something to be added to."""
