@@ -50,6 +50,11 @@ class FSDP2(ModelParallelStrategy):
         """Whether this rank gets its share from rank 0, and so need not read the checkpoint."""
         return self.global_rank > 0
 
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Lightning hands the optimizers' state over, as it does to any strategy with one file."""
+        return True
+
     # -- set-up --------------------------------------------------------------------------------------------------
 
     def setup_environment(self) -> None:
@@ -68,9 +73,9 @@ class FSDP2(ModelParallelStrategy):
         precision = self.precision_plugin.precision
         if precision not in COMPUTE_DTYPES:
             raise ValueError(f"trainer.precision={precision}: strategy fsdp2 has {', '.join(COMPUTE_DTYPES)}")
-        assert self.model is not None
-        self.model = self.precision_plugin.convert_module(self.model)
-        for backbone in backbones_of(self.model):
+        assert self.lightning_module is not None
+        self.precision_plugin.convert_module(self.lightning_module)  # in place
+        for backbone in backbones_of(self.lightning_module):
             if not is_sharded(backbone):
                 mesh = self.device_mesh["data_parallel"]
                 shard(backbone, mesh, COMPUTE_DTYPES[precision], self.cpu_offload)

@@ -1,9 +1,8 @@
-"""The runs that ``test_sharded`` compares, by one process of one or two: ``python -m tests.sharded_runs ...``."""
+"""The runs that ``test_sharded`` compares: ``python -m tests.sharded_runs FOLDER STRATEGY NUM_PROCESSES``."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,67 +10,113 @@ from typing import Any
 import lightning as L
 import torch
 from torch import distributed
-from torch.utils.data import DataLoader
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group as param_group
+from torch.utils.data import DataLoader, Dataset
 
 from cpt_lightning.models import Backbone
 from cpt_lightning.models.adapters import Lora
 from cpt_lightning.modules import RFT, SFT
 from cpt_lightning.rollouts import Sampling
+from cpt_lightning.types import Batch
 from tests.training import sgd, with_examples
 
-BACKBONES = {"full": {"tuning": "full"}, "lora": {"tuning": "lora", "lora": Lora(rank=4)}}
-RUNS: dict[str, Callable[..., L.LightningModule]] = {
+RUNS = {
     "sft_full": partial(SFT, max_grad_norm=0.05),
     "sft_lora": partial(SFT, max_grad_norm=0.05),
     "rft_full": partial(RFT, group_size=4, sampling=Sampling(max_new_tokens=8), micro_batch_prompts=1, kl_coef=0.1),
-    "rft_lora": partial(
-        RFT, group_size=4, sampling=Sampling(max_new_tokens=8), updates_per_rollout=1, kl_coef=0.1, reference="base"
-    ),
+    "rft_lora": partial(RFT, group_size=4, sampling=Sampling(max_new_tokens=8), kl_coef=0.1, reference="base"),
+    "resumed_full": SFT,
 }
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+GATHERS = [0]
+SEEN: dict[str, Any] = {"gathers_while_sampling": [], "lengths": []}
 
 
-def run(name: str, backbone: str, prompts: Any, strategy: str, devices: int) -> dict:
-    """Two steps of one objective; what the weights are then, on rank 0."""
-    torch.manual_seed(0)
-    options = BACKBONES[name.rpartition("_")[2]]
-    module = RUNS[name](backbone=Backbone(backbone, **options), optimizer=sgd)
-    trainer = L.Trainer(
-        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, limit_val_batches=0,
-        enable_progress_bar=False, enable_model_summary=False, inference_mode=False, use_distributed_sampler=False,
-        strategy=strategy, devices=devices, accumulate_grad_batches=2 if name.startswith("sft") else 1,
-    )  # fmt: skip
-    loader = DataLoader(Share(prompts, module.processor, trainer), batch_size=None)
-    trainer.fit(module, loader)
-    state = trainer.strategy.lightning_module_state_dict()
-    return {name.removeprefix("model."): weight.clone() for name, weight in state.items()}
+class Share(Dataset):
+    """Four batches of the same four prompts, this rank's share of each: one rank may have text alone, the other images.
 
+    Only the second row has no image: it makes up a micro-batch of RFT alone.
+    """
 
-class Share(torch.utils.data.Dataset):
-    """Two batches of the same four prompts, this rank's share of each: rank 0 has an image and text, rank 1 images."""
-
-    def __init__(self, prompts: Any, processor: Any, trainer: L.Trainer) -> None:
-        self.whole, self.trainer = with_examples(prompts, processor), trainer
+    def __init__(self, whole: Batch, trainer: L.Trainer) -> None:
+        self.whole, self.trainer = whole, trainer
 
     def __len__(self) -> int:
         return 4
 
-    def __getitem__(self, step: int) -> Any:
-        if step >= len(self):
-            raise IndexError
-        # The row with text alone and the one with two images trade places: it is the only one of its rank.
-        rows = [[1, 0, 2, 3], [2, 3, 1, 0]][step % 2]
+    def __getitem__(self, step: int) -> Batch:
+        rows = [[1, 1, 2, 3], [2, 3, 1, 0]][step % 2]
         part = len(rows) // self.trainer.world_size
         mine = rows[self.trainer.global_rank * part :][:part]
-        return type(self.whole)(self.whole.prompts.select(mine), self.whole.targets.select(mine))
+        return Batch(self.whole.prompts.select(mine), self.whole.targets.select(mine))
 
 
-def main(folder: Path, strategy: str, devices: int, *names: str) -> None:
-    prompts = torch.load(folder / "prompts.pt", weights_only=False)
-    for name in names:
-        state = run(name, str(folder / "backbone"), prompts, strategy, devices)
-        if not distributed.is_initialized() or distributed.get_rank() == 0:
-            torch.save(state, folder / f"{name}_{strategy}_{devices}.pt")
+def make_trainer(strategy: str, devices: int, accumulate: int = 1, max_epochs: int = 1) -> L.Trainer:
+    return L.Trainer(
+        **QUIET, max_epochs=max_epochs, accelerator="cpu", limit_val_batches=0, inference_mode=False,
+        use_distributed_sampler=False, strategy=strategy, devices=devices, accumulate_grad_batches=accumulate,
+    )  # fmt: skip
+
+
+def run(name: str, folder: Path, strategy: str, devices: int) -> dict:
+    """The weights after the run, and what was seen on the way."""
+    torch.manual_seed(0)
+    tuning = name.rpartition("_")[2]
+    backbone = Backbone(str(folder / "backbone"), tuning=tuning, lora=Lora(rank=4))
+    optimizer = partial(torch.optim.AdamW, lr=1e-2, eps=1e-3) if name == "resumed_full" else sgd
+    module = RUNS[name](backbone=backbone, optimizer=optimizer)
+    batch = with_examples(torch.load(folder / "prompts.pt", weights_only=False), module.processor)
+    fit = partial(_fit, module, batch)
+    if name == "resumed_full":
+        checkpoint = str(folder / f"{strategy}.ckpt")
+        fit(make_trainer(strategy, devices)).save_checkpoint(checkpoint)
+        module = RUNS[name](backbone=backbone, optimizer=optimizer)
+        trainer = _fit(module, batch, make_trainer(strategy, devices, max_epochs=2), checkpoint)
+    else:
+        trainer = fit(make_trainer(strategy, devices, accumulate=2 if name.startswith("sft") else 1))
+    local = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in module.parameters())
+    weights = {key: weight.clone() for key, weight in trainer.strategy.lightning_module_state_dict().items()}
+    return {"weights": weights, "local": local, **SEEN}
+
+
+def _fit(module: L.LightningModule, batch: Batch, trainer: L.Trainer, checkpoint: str | None = None) -> L.Trainer:
+    trainer.fit(module, DataLoader(Share(batch, trainer), batch_size=None), ckpt_path=checkpoint, weights_only=True)
+    return trainer
+
+
+def watch() -> None:
+    """Counts what is gathered while completions are sampled, and notes what a rank's load of the backbone holds."""
+    gather, sample, load = param_group.foreach_all_gather, group_rollouts.sample_groups, Backbone.load_model
+
+    def counted_gather(*args: Any, **kwargs: Any) -> Any:
+        GATHERS[0] += 1
+        return gather(*args, **kwargs)
+
+    def counted_sample(*args: Any, **kwargs: Any) -> Any:
+        before = GATHERS[0]
+        completions = sample(*args, **kwargs)
+        SEEN["gathers_while_sampling"].append(GATHERS[0] - before)
+        SEEN["lengths"].append(completions.lengths.tolist())
+        return completions
+
+    def noted_load(*args: Any, **kwargs: Any) -> Any:
+        model = load(*args, **kwargs)
+        SEEN["loaded"] = sum(p.numel() for p in model.parameters() if not p.is_meta)
+        return model
+
+    param_group.foreach_all_gather, group_rollouts.sample_groups, Backbone.load_model = (
+        counted_gather, counted_sample, noted_load,
+    )  # fmt: skip
+
+
+def main(folder: Path, strategy: str, devices: int) -> None:
+    watch()
+    for name in RUNS:
+        seen = run(name, folder, strategy, devices)
+        rank = distributed.get_rank() if distributed.is_initialized() else 0
+        torch.save({**seen, "gathers": GATHERS[0]}, folder / f"{name}_{strategy}_{rank}.pt")
+        SEEN["gathers_while_sampling"], SEEN["lengths"] = [], []
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), *sys.argv[4:])
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

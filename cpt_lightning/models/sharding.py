@@ -8,8 +8,8 @@ all gradients are summed up after it. In between nothing is, not even while toke
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from cpt_lightning.models.decoder import use_patterns
 from cpt_lightning.models.qwen_vl import QwenVL
@@ -33,7 +34,7 @@ from cpt_lightning.models.vision import use_fast_vision
 
 def backbones_of(module: nn.Module) -> list[QwenVL]:
     """The models inside a module, references included."""
-    return [part for part in module.modules() if isinstance(part, QwenVL)]
+    return [part for part in module.modules() if isinstance(part, Qwen2_5_VLForConditionalGeneration)]
 
 
 def trained_backbones(module: nn.Module) -> list[QwenVL]:
@@ -63,28 +64,24 @@ def shard(model: QwenVL, mesh: DeviceMesh, compute_dtype: torch.dtype | None = N
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=compute_dtype and torch.float32, cast_forward_inputs=False
     )
-    options = {
-        "mesh": mesh,
-        "mp_policy": policy,
-        "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
-    }
+    offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
     for block in [*model.model.visual.blocks, *model.model.language_model.layers]:
-        fully_shard(block, **options)
-    fully_shard(model, **options)
+        fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
     _keep_gathered(model)
-    device = torch.device("cpu") if cpu_offload else torch.device(mesh.device_type, _device_index(mesh))
+    device = _device_of(mesh)
     if any(parameter.is_meta for parameter in model.parameters()):
-        model.to_empty(device=device)
+        model.to_empty(device="cpu" if cpu_offload else device)
         model.tie_weights()
     everything = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, weights, options=everything)
-    _share_buffers(model, buffers, torch.device(mesh.device_type, _device_index(mesh)))
+    _share_buffers(model, buffers, device)
 
 
 def gather(model: nn.Module) -> None:
     """Gathers all weights on every rank, unless they are; every rank must call it, whatever it will do with them."""
     if isinstance(model, FSDPModule):
-        model.touched()  # a forward of the whole model comes first, or a block would take itself for the whole
+        _touch(model)  # a forward of the whole model comes first, or a block would take itself for the whole
         for block in _blocks(model):
             block.unshard()
 
@@ -107,7 +104,7 @@ def exchange_gradients(model: nn.Module) -> None:
     model.set_requires_gradient_sync(True)
     # FSDP2 exchanges at the end of a backward pass: here of one through next to nothing, the same on all ranks.
     with torch.enable_grad():
-        model.touched().backward()
+        _touch(model).backward()
     model.set_requires_gradient_sync(False)
     release(model)
 
@@ -142,11 +139,16 @@ def _keep_gathered(model: QwenVL) -> None:
         block.set_reshard_after_backward(False, recurse=False)
     model.set_requires_gradient_sync(False)
     model.set_reduce_scatter_unused_params(True)
-    model.touched = lambda: _touched(model)
-    register_fsdp_forward_method(model, "touched")
+    model._nothing = lambda: _nothing(model)
+    register_fsdp_forward_method(model, "_nothing")
 
 
-def _touched(model: QwenVL) -> Tensor:
+def _touch(model: nn.Module) -> Tensor:
+    """A forward of the whole model, to FSDP2, that yields 0."""
+    return cast(Callable[[], Tensor], model._nothing)()
+
+
+def _nothing(model: nn.Module) -> Tensor:
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     smallest = min(trainable, key=Tensor.numel, default=None)
     return torch.zeros(()) if smallest is None else smallest.sum() * 0
@@ -161,5 +163,7 @@ def _share_buffers(model: QwenVL, known: Mapping[str, Tensor], device: torch.dev
         setattr(model.get_submodule(module), attribute, shared)
 
 
-def _device_index(mesh: DeviceMesh) -> int | None:
-    return None if mesh.device_type == "cpu" else torch.accelerator.current_device_index()
+def _device_of(mesh: DeviceMesh) -> torch.device:
+    if mesh.device_type == "cpu":
+        return torch.device("cpu")
+    return torch.device(mesh.device_type, torch.accelerator.current_device_index())
