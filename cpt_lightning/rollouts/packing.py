@@ -55,7 +55,7 @@ def completion_logprobs(
     hidden = (_group_hidden if is_group else _single_hidden)(model, prompts, completions)
     tokens = completions.ids[completions.mask]
     logps = token_logprobs(hidden, output_weight(model), tokens, temperature)
-    return torch.zeros(completions.mask.shape, device=logps.device).masked_scatter(completions.mask, logps)
+    return logps.new_zeros(completions.mask.shape).masked_scatter(completions.mask, logps)
 
 
 def _group_hidden(model: QwenVL, prompts: Prompts, completions: Completions) -> Tensor:
