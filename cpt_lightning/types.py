@@ -184,7 +184,7 @@ class Completions:
 
     def unpacked(self, values: Tensor) -> Tensor:
         """``[N, T]`` of values ``[M]`` of the M tokens in a row, 0 where masked; carries the gradient."""
-        return torch.zeros(self.mask.shape, device=values.device).masked_scatter(self.mask, values)
+        return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
 
     @staticmethod
     def cat(parts: Sequence[Completions], pad_id: int) -> Completions:

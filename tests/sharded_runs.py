@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cpt_lightning.models import Backbone
 from cpt_lightning.models.adapters import Lora
-from cpt_lightning.modules import RFT, SFT
+from cpt_lightning.modules import RFT, SFT, group_rollouts
 from cpt_lightning.rollouts import Sampling
 from cpt_lightning.types import Batch
 from tests.training import sgd, with_examples

@@ -64,7 +64,7 @@ def shard(model: QwenVL, mesh: DeviceMesh, compute_dtype: torch.dtype | None = N
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=compute_dtype and torch.float32, cast_forward_inputs=False
     )
-    offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    offload = CPUOffloadPolicy(pin_memory=torch.accelerator.is_available()) if cpu_offload else OffloadPolicy()
     for block in [*model.model.visual.blocks, *model.model.language_model.layers]:
         fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=offload)
     fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)

@@ -303,7 +303,7 @@ class RFT(GroupRollouts, HeldToReference):
     def _logps(self, model: QwenVL, rollout: Rollout) -> Tensor:
         """``[N, T]`` of the whole rollout, in micro-batches, by a model that need not be the one that sampled."""
         prompts, num_prompts = replace(rollout.prompts, state=None), len(rollout.prompts)
-        logps = torch.zeros(rollout.completions.mask.shape, device=self.device)
+        logps = torch.zeros(rollout.completions.mask.shape, device=self.device, dtype=torch.float32)
         for rows in torch.arange(num_prompts).split(self.micro_batch_prompts or num_prompts):
             index = rollout.completions_of(rows.tolist())
             completions = rollout.completions.select(index)

@@ -214,10 +214,12 @@ def _decode(
 
 
 def _uniform(num_prompts: int, group_size: int, length: int, generator, device: torch.device) -> Tensor:
-    """``[N, length]`` random numbers in [0, 1)."""
-    if generator is None or isinstance(generator, torch.Generator):
-        return torch.rand(num_prompts * group_size, length, generator=generator, device=device)
-    return torch.cat([torch.rand(group_size, length, generator=each, device=device) for each in generator])
+    """``[N, length]`` random numbers in [0, 1); in float32 whatever the default dtype, for bfloat16 knows but 256."""
+    generators = [generator] if generator is None or isinstance(generator, torch.Generator) else generator
+    rows = num_prompts * group_size // len(generators)
+    return torch.cat(
+        [torch.rand(rows, length, generator=each, device=device, dtype=torch.float32) for each in generators]
+    )
 
 
 def _still_alive(alive: Tensor) -> tuple[Tensor, Tensor]:
