@@ -33,7 +33,7 @@ STRANGERS = {"modules": {"data", "callbacks"}, "data": {"modules", "callbacks"},
 # Who may name a library: files or folders, relative to the package.
 OWNERS = {
     "transformers": ["models"],
-    "peft": ["models/adapters.py"],
+    "peft": ["models/adapters.py", "models/adapter_folders.py"],
     "bitsandbytes": ["models/adapters.py"],
     "torch.distributed": ["strategy.py", "models/sharding.py"],
     "torchvision": [],

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from cpt_lightning.models.adapter_folders import base_of, is_adapter_folder, load_adapter_folder, processor_of
 from cpt_lightning.models.adapters import Lora, Part
 
 if TYPE_CHECKING:
@@ -18,7 +19,8 @@ class Backbone:
     """The Qwen2.5-VL that is tuned.
 
     Args:
-        path: Local folder, hub id, or ``tiny`` for the embedded base of 3 M parameters.
+        path: Local folder, hub id, or ``tiny`` for the embedded base of 3 M parameters. May be the folder of a LoRA
+            adapter: with ``lora`` tuning that adapter is trained on, with ``full`` it is merged into its base first.
         tuning: ``full`` trains all weights that are not frozen, ``lora`` only low-rank adapters.
         lora: Settings of the adapters.
         freeze: Parts that are not trained.
@@ -49,18 +51,22 @@ class Backbone:
         from cpt_lightning.models.processor import PromptProcessor
 
         self._check_path()
-        return PromptProcessor.load(self.path, self.min_pixels, self.max_pixels)
+        return PromptProcessor.load(processor_of(self.path), self.min_pixels, self.max_pixels)
 
     def load_model(self) -> QwenVL:
         """The model, in train mode, with what is not tuned frozen."""
-        from cpt_lightning.models.adapters import add_lora, freeze
+        from cpt_lightning.models.adapters import add_lora, freeze, has_adapters
         from cpt_lightning.models.processor import resolve_path
         from cpt_lightning.models.qwen_vl import QwenVL
 
         self._check_path()
-        model = QwenVL.from_pretrained(resolve_path(self.path), dtype=self.dtype)
+        model = QwenVL.from_pretrained(resolve_path(base_of(self.path)), dtype=self.dtype)
+        if has_adapters(model):
+            raise ValueError(f"backbone.path={self.path!r} is an adapter on the hub: download it and give its folder")
         if self.tuning == "lora":
             add_lora(model, self.lora)
+        if is_adapter_folder(self.path):
+            load_adapter_folder(model, self.path, self.lora if self.tuning == "lora" else None)
         freeze(model, self.freeze)
         modules = {"vision_tower": model.model.visual, "language_model": model.model.language_model}
         for part in self.gradient_checkpointing:
@@ -71,10 +77,13 @@ class Backbone:
 
     def _check_path(self) -> None:
         """A path that looks like a folder must be one, or the hub would be asked for it."""
-        looks_local = self.path.startswith((".", "/", "~")) or self.path.count("/") > 1
-        if looks_local and not (Path(self.path) / "config.json").is_file():
+        path = base_of(self.path)
+        looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+        if looks_local and not (Path(path) / "config.json").is_file():
+            base = "" if path == self.path else f"its base {path!r}: "
             raise FileNotFoundError(
-                f"backbone.path={self.path!r}: no config.json there; give a transformers folder, a hub id or 'tiny'"
+                f"backbone.path={self.path!r}: {base}no config.json there; give a transformers folder, a PEFT adapter's, "
+                "a hub id or 'tiny'"
             )
 
 
