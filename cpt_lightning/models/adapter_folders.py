@@ -41,13 +41,17 @@ def base_of(path: str) -> str:
     """
     if not is_adapter_folder(path):
         return path
-    base = json.loads((Path(path) / CONFIG_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = _settings(path).get("base_model_name_or_path")
     if not base:
         raise ValueError(
             f"backbone.path={path!r} holds an adapter of an unknown model: name its folder or hub id as "
             f"base_model_name_or_path in {CONFIG_FILE}"
         )
     return base
+
+
+def _settings(path: str) -> dict:
+    return json.loads((Path(path) / CONFIG_FILE).read_text(encoding="utf-8"))
 
 
 def processor_of(path: str) -> str:
@@ -75,7 +79,8 @@ def save_adapter(model: QwenVL, folder: Path, base: str, weights: Mapping[str, T
     named = {**config.to_dict(), "base_model_name_or_path": base, "inference_mode": True}
     text = json.dumps({name: _plain(value) for name, value in named.items()}, indent=2, sort_keys=True)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-    tensors = {PEFT_PREFIX + name: weight.cpu().contiguous() for name, weight in _adapter_weights(model, weights).items()}
+    adapter = _adapter_weights(model, weights)
+    tensors = {PEFT_PREFIX + name: weight.cpu().contiguous() for name, weight in adapter.items()}
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     if base == "tiny":
         shutil.copytree(TINY, folder / BASE_BESIDE, ignore=shutil.ignore_patterns("scores.json"))
@@ -110,13 +115,14 @@ def load_adapter_folder(model: QwenVL, path: str, lora: Lora | None) -> None:
     """
     from peft import PeftConfig
 
+    if (kind := _settings(path).get("peft_type")) != "LORA":
+        raise ValueError(f"backbone.path={path!r} holds a {kind} adapter; only LoRA is supported")
     config = PeftConfig.from_pretrained(path)
-    if config.peft_type != "LORA":
-        raise ValueError(f"backbone.path={path!r} holds a {config.peft_type} adapter; only LoRA is supported")
     if lora is None:
         model.add_adapter(config)
         _bind(model, path)
         merge_adapters(model)
+        model.requires_grad_(True)  # which it was before adapters came
         return
     own = model.peft_config["default"]
     for name in DECISIVE:
