@@ -2,8 +2,19 @@
 
 from cpt_lightning.callbacks.checkpoints import TaskCheckpoint
 from cpt_lightning.callbacks.continual import ContinualLearning
+from cpt_lightning.callbacks.exports import TaskExport
 from cpt_lightning.callbacks.matrix import AccuracyMatrix
 from cpt_lightning.callbacks.progress import SkippedRows, TaskProgressBar
 from cpt_lightning.callbacks.samples import SampleLog
+from cpt_lightning.callbacks.scores import TestScores
 
-__all__ = ["AccuracyMatrix", "ContinualLearning", "SampleLog", "SkippedRows", "TaskCheckpoint", "TaskProgressBar"]
+__all__ = [
+    "AccuracyMatrix",
+    "ContinualLearning",
+    "SampleLog",
+    "SkippedRows",
+    "TaskCheckpoint",
+    "TaskExport",
+    "TaskProgressBar",
+    "TestScores",
+]

@@ -109,7 +109,7 @@ def _scores(matrix: AccuracyMatrix | None, num_stages: int) -> str:
 
 def _shown(config: dict) -> dict:
     parts = {part: {name: config.get(part, {}).get(name) for name in names} for part, names in SHOWN.items()}
-    given = {part: {name: value for name, value in values.items() if value is not None} for part, values in parts.items()}
+    given = {part: {n: value for n, value in values.items() if value is not None} for part, values in parts.items()}
     return {"seed_everything": config.get("seed_everything"), "model": config.get("model"), **given}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -44,7 +45,7 @@ class TaskExport(Checkpoint):
         Raises:
             ValueError: ``merge`` with full tuning.
         """
-        if self.when != "never" and self.merge and pl_module.backbone.tuning != "lora":
+        if self.when != "never" and self.merge and pl_module.backbone.tuning == "full":
             raise ValueError("export.merge: with full tuning there is no adapter to merge; leave it out")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -59,10 +60,12 @@ class TaskExport(Checkpoint):
         if trainer.is_global_zero:
             self._export(trainer, pl_module, weights_of_model(weights), names, Path(folder))
 
-    def _export(self, trainer: Trainer, module: LightningModule, weights: dict[str, Tensor], names: list[str], run: Path):
+    def _export(
+        self, trainer: Trainer, module: LightningModule, weights: dict[str, Tensor], names: list[str], run: Path
+    ) -> None:
         model, backbone = module.model, module.backbone
         if self.merge:
-            model = backbone.load_model()
+            model = replace(backbone, tuning="lora").load_model()  # not quantized
             load_weights(model, weights, "the run")
             merge_adapters(model)
         kind: Kind = "merged" if self.merge else "adapter" if has_adapters(model) else "full"

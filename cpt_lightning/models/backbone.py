@@ -66,7 +66,7 @@ class Backbone:
         if self.tuning == "lora":
             add_lora(model, self.lora)
         if is_adapter_folder(self.path):
-            load_adapter_folder(model, self.path, self.lora if self.tuning == "lora" else None)
+            load_adapter_folder(model, self.path, self.lora if self.tuning != "full" else None)
         freeze(model, self.freeze)
         modules = {"vision_tower": model.model.visual, "language_model": model.model.language_model}
         for part in self.gradient_checkpointing:
