@@ -68,7 +68,7 @@ def export(
         kind,
         lasting_name(backbone.path),
         str(model.dtype).removeprefix("torch."),
-        learned_stages(path, checkpoint, matrix),
+        *learned_stages(path, checkpoint, matrix),
         matrix,
         config,
     )
@@ -136,13 +136,16 @@ def read_checkpoint(path: Path) -> dict:
     return checkpoint
 
 
-def learned_stages(path: Path, checkpoint: dict, matrix: AccuracyMatrix | None) -> list[str]:
-    """Names of the stages that were learned before a checkpoint; what it was in the middle of is not among them."""
+def learned_stages(path: Path, checkpoint: dict, matrix: AccuracyMatrix | None) -> tuple[list[str], str | None]:
+    """Names of the stages that were learned before a checkpoint, and of the one that had only begun."""
+    names = [] if matrix is None else matrix.stage_names
     if match := TASK_CHECKPOINT.fullmatch(path.name):
-        number = int(match["stage"])
-        return matrix.stage_names[:number] if matrix is not None else [match["name"]]
-    record = checkpoint.get("callbacks", {}).get("ContinualLearning", {})
-    return ["+".join(stage) for stage in record.get("stages", [])[: len(record.get("rows", []))]]
+        return names[: int(match["stage"])] or [match["name"]], None
+    # A row joins the record at the end of its stage; a checkpoint without a record may be from before or after.
+    stage, record = checkpoint["epoch"], checkpoint.get("callbacks", {}).get("ContinualLearning", {})
+    if len(record.get("rows", [])) > stage:
+        return names[: stage + 1], None
+    return names[:stage], names[stage] if stage < len(names) else "the stream"
 
 
 def push(folder: Path, repo_id: str) -> str:

@@ -30,15 +30,17 @@ steps: 2
 """
 OPTIONS = [
     "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.logger=false",
-    "--trainer.accelerator=cpu", "--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=1e-3",
-    "--model.evaluation.max_new_tokens=16", "--export.when=every_task",
+    "--trainer.accelerator=cpu", "--model.evaluation.max_new_tokens=16", "--export.when=every_task",
 ]  # fmt: skip
 MODELS = {
     "full": [
-        "--model=RFT", "--model.group_size=4", "--model.kl_coef=0.05", "--model.sampling.max_new_tokens=12",
-        "--model.backbone.freeze=[vision_tower]",
+        "--model=RFT", "--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=1e-3", "--model.group_size=4",
+        "--model.kl_coef=0.05", "--model.sampling.max_new_tokens=12", "--model.backbone.freeze=[vision_tower]",
     ],
-    "lora": ["--model=SFT", "--model.backbone.tuning=lora", "--model.backbone.lora.rank=4"],
+    "lora": [
+        "--model=SFT", "--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=5e-3",
+        "--model.backbone.tuning=lora", "--model.backbone.lora.rank=4",
+    ],
 }  # fmt: skip
 
 
@@ -56,7 +58,7 @@ def rows(run: Path) -> list[dict]:
     return [row["scores"] for row in json.loads((run / "accuracy_matrix.json").read_text())["rows"]]
 
 
-def tested(run: Path, folder: Path, *options: str) -> dict:
+def scores_of_test(run: Path, folder: Path, *options: str) -> dict:
     """What ``cpt test`` writes with the configuration of the run."""
     main(["test", "-c", str(run / "config.yaml"), f"--run_dir={folder}", *options])
     return json.loads((folder / "test_scores.json").read_text())
@@ -83,14 +85,17 @@ def plain(folder: Path):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_checkpoint_and_exported_folder_score_what_the_matrix_says(runs, tmp_path, name, capsys):
-    """Row by row; the rows differ, so that no folder could pass for another."""
+    """Row by row, answer by answer; the rows differ, so that no folder could pass for another."""
     run = runs[name]
     assert rows(run)[0] != rows(run)[1] != rows(run)[2]
     for stage, task in ((1, "word2"), (2, "bars2")):
-        checkpoint = tested(run, tmp_path / f"checkpoint{stage}", f"--ckpt_path={run / f'{stage}_{task}.ckpt'}")
+        checkpoint = scores_of_test(run, tmp_path / f"checkpoint{stage}", f"--ckpt_path={run / f'{stage}_{task}.ckpt'}")
         folder = f"--model.init_args.backbone.path={run / 'exports' / f'{stage}_{task}'}"
-        exported = tested(run, tmp_path / f"export{stage}", folder)
+        exported = scores_of_test(run, tmp_path / f"export{stage}", folder)
         assert checkpoint["scores"] == exported["scores"] == rows(run)[stage]
+        said = [line["completion"] for line in lines(run / "samples.jsonl") if line["stage"] == stage]
+        for kind in ("checkpoint", "export"):
+            assert [line["completion"] for line in lines(tmp_path / f"{kind}{stage}" / "test.jsonl")] == said
         assert (checkpoint["backbone"], exported["checkpoint"]) == ("tiny", None)
     matrix = json.loads((run / "accuracy_matrix.json").read_text())
     assert exported["fingerprints"] == matrix["fingerprints"]
@@ -152,11 +157,14 @@ def test_the_cards_code_loads_the_trained_adapter(runs, mixed_prompts):
     assert torch.equal(logits(names["model"], mixed_prompts), logits(alone, mixed_prompts))
 
 
-def test_a_merged_export_is_the_adapted_model_to_1e_5(runs, mixed_prompts, tmp_path):
+def test_a_merged_export_is_the_adapted_model_to_1e_6_of_the_largest_logit(runs, mixed_prompts, tmp_path):
+    """The logits of the base are larger than those of a random model, where the difference is below 1e-5."""
     merged = export(runs["lora"], merge=True, output=tmp_path / "merged")
     adapter = runs["lora"] / "exports" / "2_bars2"
     adapted = logits(PeftModel.from_pretrained(plain(adapter / "base"), adapter), mixed_prompts)
-    assert (logits(plain(merged), mixed_prompts) - adapted).abs().max() < 1e-5
+    difference, largest = (logits(plain(merged), mixed_prompts) - adapted).abs().max(), adapted.abs().max()
+    print(f"largest difference {difference:.1e} of logits up to {largest:.1f}")
+    assert difference < 1e-6 * largest
     assert not (merged / "adapter_config.json").exists()
 
 
@@ -176,7 +184,7 @@ def test_a_checkpoint_within_a_task_does_not_claim_its_scores(runs, tmp_path):
     record["rows"] = record["rows"][:1]
     torch.save(checkpoint, tmp_path / "run" / "last.ckpt")
     card = (export(tmp_path / "run") / "README.md").read_text()
-    assert "Learned, in this order: word2, and part of bars2." in card
+    assert "Learned, in this order: word2, and bars2 at least in part." in card
     assert "Not measured at this point." in card
 
 

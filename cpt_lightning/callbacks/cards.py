@@ -52,6 +52,7 @@ def model_card(
     base: str,
     dtype: str,
     stages: list[str],
+    within: str | None = None,
     matrix: AccuracyMatrix | None = None,
     config: dict | None = None,
 ) -> str:
@@ -63,6 +64,7 @@ def model_card(
         base: What training began from, by a name that lasts.
         dtype: Precision of the weights.
         stages: Names of the stages that were learned, in order.
+        within: Name of the stage that had begun.
         matrix: The run's record up to the last of them; ``None`` where it has none.
         config: The run's configuration, if it has one.
     """
@@ -79,15 +81,19 @@ def model_card(
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
         f"# {name}",
         f"{WHAT[kind]} `{base}` (weights in {dtype}), by continual post-training with cpt_lightning {__version__}.",
-        f"Learned, in this order: {', '.join(stages) or 'nothing yet; these are the weights that training began from'}.",
+        f"Learned, in this order: {_learned(stages, within)}.",
         f"```python\n{code}```",
-        "## Scores\n\n" + _scores(matrix, len(stages)),
+        "## Scores\n\n" + ("Not measured at this point." if within else _scores(matrix, len(stages))),
         *([f"## Settings\n\n```yaml\n{yaml.safe_dump(_shown(config), sort_keys=False)}```"] if config else []),
         "## Made with\n\n" + ", ".join(f"{library} {version(library)}" for library in LIBRARIES) + ".",
-        "## Licence\n\nThat of the base, and of the data that was learned, which this program does not know: look it up "
-        "before you pass these weights on.",
+        "## Licence\n\nThat of the base, and of the data that was learned, which this program does not know: look it "
+        "up before you pass these weights on.",
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def _learned(stages: list[str], within: str | None) -> str:
+    return ", and ".join(filter(None, [", ".join(stages), within and f"{within} at least in part"])) or "nothing"
 
 
 def _base_in_code(base: str) -> str:

@@ -73,7 +73,7 @@ class TaskExport(Checkpoint):
         record = next((each for each in trainer.callbacks if isinstance(each, ContinualLearning)), None)
         matrix = None if record is None else record.matrix(trainer)
         dtype = str(model.dtype).removeprefix("torch.")
-        card = model_card(name, kind, lasting_name(backbone.path), dtype, names, matrix, config_of(run))
+        card = model_card(name, kind, lasting_name(backbone.path), dtype, names, None, matrix, config_of(run))
         folder = run / EXPORTS / name
         save_folder(
             model, module.processor, folder, backbone.path, card, None if self.merge else weights, overwrite=True

@@ -82,8 +82,8 @@ class Backbone:
         if looks_local and not (Path(path) / "config.json").is_file():
             base = "" if path == self.path else f"its base {path!r}: "
             raise FileNotFoundError(
-                f"backbone.path={self.path!r}: {base}no config.json there; give a folder of transformers or PEFT, a hub "
-                "id or 'tiny'"
+                f"backbone.path={self.path!r}: {base}no config.json there; give a folder of transformers or PEFT, "
+                "a hub id or 'tiny'"
             )
 
 

@@ -47,6 +47,7 @@ def save_folder(
     """
     with whole_folder(Path(folder), overwrite) as part:
         processor.tokenizer._set_processor_class("Qwen2_5_VLProcessor")  # what AutoProcessor looks for
+        processor.tokenizer.backend_tokenizer.no_padding()  # of the last batch, which would be saved with it
         processor.tokenizer.save_pretrained(part)
         processor.image_processor.save_pretrained(part)
         (part / "README.md").write_text(card, encoding="utf-8")
