@@ -157,15 +157,17 @@ def test_the_cards_code_loads_the_trained_adapter(runs, mixed_prompts):
     assert torch.equal(logits(names["model"], mixed_prompts), logits(alone, mixed_prompts))
 
 
-def test_a_merged_export_is_the_adapted_model_to_1e_6_of_the_largest_logit(runs, mixed_prompts, tmp_path):
-    """The logits of the base are larger than those of a random model, where the difference is below 1e-5."""
-    merged = export(runs["lora"], merge=True, output=tmp_path / "merged")
+def test_a_merged_export_is_the_adapted_model_to_1e_5(runs, mixed_prompts, tmp_path):
+    """Computed in float64, so that only the rounding of the merged weights shows: in float32 either model is by itself
+    further than that from its float64 logits."""
+    merged = plain(export(runs["lora"], merge=True, output=tmp_path / "merged"))
     adapter = runs["lora"] / "exports" / "2_bars2"
-    adapted = logits(PeftModel.from_pretrained(plain(adapter / "base"), adapter), mixed_prompts)
-    difference, largest = (logits(plain(merged), mixed_prompts) - adapted).abs().max(), adapted.abs().max()
-    print(f"largest difference {difference:.1e} of logits up to {largest:.1f}")
-    assert difference < 1e-6 * largest
-    assert not (merged / "adapter_config.json").exists()
+    adapted = PeftModel.from_pretrained(plain(adapter / "base"), adapter)
+    single = (logits(merged, mixed_prompts) - logits(adapted, mixed_prompts)).abs().max()
+    double = (logits(merged.double(), mixed_prompts) - logits(adapted.double(), mixed_prompts)).abs().max()
+    print(f"largest difference {single:.1e} in float32, {double:.1e} in float64")
+    assert double < 1e-5
+    assert not (tmp_path / "merged" / "adapter_config.json").exists()
 
 
 def test_an_adapter_that_was_exported_goes_on_being_trained(runs, tmp_path):

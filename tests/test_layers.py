@@ -24,7 +24,8 @@ LAYERS = [
     ["data"],
     ["callbacks"],
     ["modules"],
-    ["cli", "report", "export"],
+    ["report", "export"],
+    ["cli"],
     ["__main__"],
 ]
 # They meet through the batch, logged metric names and the Trainer.
