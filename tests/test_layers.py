@@ -25,7 +25,8 @@ LAYERS = [
     ["data"],
     ["callbacks"],
     ["modules"],
-    ["cli", "report", "export"],
+    ["report", "export"],
+    ["cli"],
     ["__main__"],
 ]
 # They meet through the batch, logged metric names and the Trainer.
@@ -34,7 +35,7 @@ STRANGERS = {"modules": {"data", "callbacks"}, "data": {"modules", "callbacks"},
 # Who may name a library: files or folders, relative to the package.
 OWNERS = {
     "transformers": ["models"],
-    "peft": ["models/adapters.py"],
+    "peft": ["models/adapters.py", "models/adapter_folders.py"],
     "bitsandbytes": ["models/quantization.py"],
     "torch.distributed": ["strategy.py", "models/sharding.py"],
     "torchvision": [],

@@ -15,7 +15,15 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-from cpt_lightning.callbacks import ContinualLearning, SampleLog, SkippedRows, TaskCheckpoint, TaskProgressBar
+from cpt_lightning.callbacks import (
+    ContinualLearning,
+    SampleLog,
+    SkippedRows,
+    TaskCheckpoint,
+    TaskExport,
+    TaskProgressBar,
+    TestScores,
+)
 from cpt_lightning.checkpoint_io import check_resumable, next_step, read_checkpoint
 from cpt_lightning.cli import VERBS
 from cpt_lightning.cli.errors import refusal
@@ -94,6 +102,8 @@ class CPTCLI(LightningCLI):
         )
         parser.add_lightning_class_args(ContinualLearning, "continual")
         parser.add_lightning_class_args(TaskCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(TaskExport, "export")
+        parser.set_defaults({"export.when": "never"})
         parser.add_lightning_class_args(SampleLog, "samples")
         # One number for all that is random, so that another seed is another run in every respect.
         for target in ("data.seed", "model.init_args.seed"):
@@ -177,7 +187,7 @@ class CPTCLI(LightningCLI):
             kwargs["max_epochs"] = self.datamodule.num_stages
         own = options.callbacks or []
         own = list(own) if isinstance(own, list) else [own]
-        own.append(SkippedRows())
+        own += [SkippedRows(), TestScores()]
         if options.enable_progress_bar is not False and not any(isinstance(callback, ProgressBar) for callback in own):
             own.append(TaskProgressBar())
         rank_zero_info(f"run directory: {config.run_dir}")
