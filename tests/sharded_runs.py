@@ -26,6 +26,7 @@ RUNS = {
     "rft_full": partial(RFT, group_size=4, sampling=Sampling(max_new_tokens=8), micro_batch_prompts=1, kl_coef=0.1),
     "rft_lora": partial(RFT, group_size=4, sampling=Sampling(max_new_tokens=8), kl_coef=0.1, reference="base"),
     "resumed_full": SFT,
+    "resumed_lora": partial(RFT, group_size=4, sampling=Sampling(max_new_tokens=8), kl_coef=0.1),
 }
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 GATHERS = [0]
@@ -63,12 +64,12 @@ def run(name: str, folder: Path, strategy: str, devices: int) -> dict:
     torch.manual_seed(0)
     tuning = name.rpartition("_")[2]
     backbone = Backbone(str(folder / "backbone"), tuning=tuning, lora=Lora(rank=4))
-    optimizer = partial(torch.optim.AdamW, lr=1e-2, eps=1e-3) if name == "resumed_full" else sgd
+    optimizer = partial(torch.optim.AdamW, lr=1e-2, eps=1e-3) if name.startswith("resumed") else sgd
     module = RUNS[name](backbone=backbone, optimizer=optimizer)
     batch = with_examples(torch.load(folder / "prompts.pt", weights_only=False), module.processor)
     fit = partial(_fit, module, batch)
-    if name == "resumed_full":
-        checkpoint = str(folder / f"{strategy}.ckpt")
+    if name.startswith("resumed"):
+        checkpoint = str(folder / f"{name}_{strategy}.ckpt")
         fit(make_trainer(strategy, devices)).save_checkpoint(checkpoint)
         module = RUNS[name](backbone=backbone, optimizer=optimizer)
         trainer = _fit(module, batch, make_trainer(strategy, devices, max_epochs=2), checkpoint)

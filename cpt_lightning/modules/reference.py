@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
@@ -47,7 +48,7 @@ class Reference(nn.Module):
         self.copy = None if has_adapters(policy) else copy.deepcopy(policy).requires_grad_(False)
         self.adapters: nn.ParameterList | None = None
         if has_adapters(policy) and kind != "base":
-            frozen = (nn.Parameter(whole(weight.detach()).clone(), False) for weight in adapter_weights(policy))
+            frozen = (nn.Parameter(_kept(weight), requires_grad=False) for weight in adapter_weights(policy))
             self.adapters = nn.ParameterList(frozen)
 
     def renew(self, policy: QwenVL) -> None:
@@ -73,6 +74,12 @@ class Reference(nn.Module):
         then = adapters_off(policy) if self.adapters is None else adapters_replaced(policy, self.adapters)
         with sampling_mode(policy), then:
             yield policy
+
+
+def _kept(weight: Tensor) -> Tensor:
+    """A copy; zeros of a weight that another rank has, which the task's start or a checkpoint will fill."""
+    # Not on the meta device: Lightning's strategy would take the whole module for one without weights.
+    return torch.zeros(weight.shape, dtype=weight.dtype) if weight.is_meta else whole(weight.detach()).clone()
 
 
 class HeldToReference(PostTraining):
