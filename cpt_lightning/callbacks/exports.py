@@ -89,7 +89,7 @@ def weights_of_model(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     if any(name.startswith("earlier.") for name in state_dict):
         raise ValueError(
-            "the run made a new adapter for every task (backbone.lora.along_stream): the last one alone, on the base, is "
+            "the run made a new adapter for every task (backbone.lora.along_stream): the last one alone is "
             "not the model that was evaluated, so that only the end of the first task can be exported"
         )
     prefix = "model."
