@@ -13,6 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from cpt_lightning.callbacks.exports import weights_of_model
 from cpt_lightning.cli import main
 from cpt_lightning.export import export, push
 
@@ -221,6 +222,13 @@ def test_what_cannot_be_exported_is_said_in_a_line(runs, tmp_path, capsys):
     assert files(run) == before
     main(["export", str(run), "--task", "1_word2", "--overwrite"])
     assert files(run).keys() == before.keys()
+
+
+def test_an_adapter_that_is_not_the_only_one_is_not_passed_off_as_the_model():
+    weights = {"model.a": torch.zeros(1), "reference.copy.a": torch.ones(1)}
+    assert weights_of_model(weights) == {"a": torch.zeros(1)}
+    with pytest.raises(ValueError, match="along_stream"):
+        weights_of_model({**weights, "earlier.0.0": torch.zeros(1)})
 
 
 def test_an_upload_is_of_the_whole_folder_to_a_private_repository(runs, monkeypatch):

@@ -82,6 +82,15 @@ class TaskExport(Checkpoint):
 
 
 def weights_of_model(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The backbone's weights among those of a module, by their name in it; a reference's copy is left out."""
+    """The backbone's weights among those of a module, by their name in it; a reference's copy is left out.
+
+    Raises:
+        ValueError: The adapter is not the only one since the base, and would be another model without the earlier ones.
+    """
+    if any(name.startswith("earlier.") for name in state_dict):
+        raise ValueError(
+            "the run made a new adapter for every task (backbone.lora.along_stream): the last one alone is "
+            "not the model that was evaluated, so that only the end of the first task can be exported"
+        )
     prefix = "model."
     return {name.removeprefix(prefix): weight for name, weight in state_dict.items() if name.startswith(prefix)}

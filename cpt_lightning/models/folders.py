@@ -55,7 +55,9 @@ def save_folder(
             model.generation_config.save_pretrained(part)
             save_adapter(model, part, lasting_name(base), weights)
         else:
-            model.save_pretrained(part, state_dict=None if weights is None else dict(weights))
+            tied = model.all_tied_weights_keys  # gathered, they are no longer one tensor, and would be written twice
+            kept = None if weights is None else {name: weights[name] for name in weights if name not in tied}
+            model.save_pretrained(part, state_dict=kept)
 
 
 def load_weights(model: QwenVL, weights: Mapping[str, Tensor], source: str) -> None:

@@ -8,6 +8,7 @@ import os
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
 from cpt_lightning.models import Backbone, Lora
@@ -112,6 +113,7 @@ def test_weights_given_apart_are_the_ones_that_are_written(small_folder, process
         gathered = {weight: tensor.clone() for weight, tensor in model.state_dict().items()}  # no longer tied
         save(other, processor, tmp_path / name, small_folder, "card", weights=gathered)
         assert torch.equal(logits(plain(tmp_path / name), mixed_prompts), logits(model, mixed_prompts))
+    assert "lm_head.weight" not in load_file(tmp_path / "full" / "model.safetensors")
 
 
 def test_tokenizer_images_and_generation_settings_come_along(small_folder, processor, tmp_path):
