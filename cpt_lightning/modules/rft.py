@@ -138,6 +138,11 @@ class RFT(GroupRollouts):
                 f"reference={reference}, reference_every={reference_every}: a synchronised reference, and no other, is "
                 "renewed every so many steps"
             )
+        if kl_coef and reference == "base" and self.along_stream == "renewed":
+            raise ValueError(
+                "reference=base: with backbone.lora.along_stream=renewed adapters are merged into the base; set "
+                "reference to task_start, or along_stream to shared or per_task"
+            )
         if self.group_size < 2 and advantage not in ("remax", "reinforce_plus_plus", "one_zero"):
             raise ValueError(
                 f"group_size={self.group_size}: a completion is compared with its siblings, so sample 2 or more"
