@@ -72,7 +72,7 @@ class TaskAdapters(Resumable):
         if self.along_stream != "per_task" or not stages or stages[-1] == len(self.earlier):
             yield
             return
-        with adapters_replaced(self.model, self.earlier[stages[-1]]):
+        with adapters_replaced(self.model, self.earlier[stages[-1]].parameters()):
             yield
 
     # -- in the checkpoint -----------------------------------------------------------------------------------------
