@@ -15,7 +15,7 @@ from cpt_lightning.callbacks.exports import EXPORTS, weights_of_model
 from cpt_lightning.callbacks.matrix import AccuracyMatrix
 from cpt_lightning.checkpoint_io import read_checkpoint
 from cpt_lightning.models import Backbone
-from cpt_lightning.models.adapter_folders import merge_adapters
+from cpt_lightning.models.adapter_folders import merge_and_unload
 from cpt_lightning.models.adapters import has_adapters
 from cpt_lightning.models.folders import lasting_name, load_weights, refuse_filled, save_folder
 
@@ -59,7 +59,7 @@ def export(
     model = (replace(backbone, tuning="lora") if merge else backbone).load_model()
     load_weights(model, weights_of_model(checkpoint["state_dict"]), str(path))
     if merge:
-        merge_adapters(model)
+        merge_and_unload(model)
     kind: Kind = "merged" if merge else "adapter" if has_adapters(model) else "full"
     matrix = AccuracyMatrix.load(run / FILENAME) if (run / FILENAME).is_file() else None
     card = model_card(

@@ -190,6 +190,7 @@ MODELS = {
     "sft": ["--model=SFT"],
     "lora with dropout": ["--model=SFT", "--model.backbone.tuning=lora", "--model.backbone.lora.dropout=0.3"],
     "lwf": ["--model=SFT", "--model.kl_coef=0.5"],
+    "renewed adapters": ["--model=SFT", "--model.backbone.tuning=lora", "--model.backbone.lora.along_stream=renewed"],
     "grpo": [
         "--model=RFT", "--model.group_size=4", "--model.kl_coef=0.05", "--model.updates_per_rollout=2",
         "--model.sampling.max_new_tokens=12",

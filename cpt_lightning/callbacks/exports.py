@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cpt_lightning.callbacks.cards import Kind, config_of, model_card
 from cpt_lightning.callbacks.continual import ContinualLearning
-from cpt_lightning.models.adapter_folders import merge_adapters
+from cpt_lightning.models.adapter_folders import merge_and_unload
 from cpt_lightning.models.adapters import has_adapters
 from cpt_lightning.models.folders import lasting_name, load_weights, save_folder
 
@@ -40,13 +40,18 @@ class TaskExport(Checkpoint):
         self.merge = merge
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuses to merge what has no adapters.
+        """Refuses to merge what has no adapters, and to export what is more than one.
 
         Raises:
-            ValueError: ``merge`` with full tuning.
+            ValueError: ``merge`` with full tuning, or adapters that are renewed or a task's own.
         """
         if self.when != "never" and self.merge and pl_module.backbone.tuning == "full":
             raise ValueError("export.merge: with full tuning there is no adapter to merge; leave it out")
+        if self.when != "never" and pl_module.backbone.lora.along_stream != "shared":
+            raise ValueError(
+                f"export.when={self.when}: with backbone.lora.along_stream={pl_module.backbone.lora.along_stream} the "
+                "model is more than its newest adapter, which is all that an export holds; set export.when to never"
+            )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Exports the task's end."""
@@ -67,7 +72,7 @@ class TaskExport(Checkpoint):
         if self.merge:
             model = replace(backbone, tuning="lora").load_model()  # not quantized
             load_weights(model, weights, "the run")
-            merge_adapters(model)
+            merge_and_unload(model)
         kind: Kind = "merged" if self.merge else "adapter" if has_adapters(model) else "full"
         name = f"{len(names)}_{names[-1]}" + ("_merged" if self.merge else "")
         record = next((each for each in trainer.callbacks if isinstance(each, ContinualLearning)), None)

@@ -121,7 +121,7 @@ def load_adapter_folder(model: QwenVL, path: str, lora: Lora | None) -> None:
     if lora is None:
         model.add_adapter(config)
         _bind(model, path)
-        merge_adapters(model)
+        merge_and_unload(model)
         model.requires_grad_(True)  # which it was before adapters came
         return
     own = model.peft_config["default"]
@@ -158,7 +158,7 @@ def _bind(model: QwenVL, path: str) -> None:
 # -- merging -----------------------------------------------------------------------------------------------------------
 
 
-def merge_adapters(model: QwenVL) -> None:
+def merge_and_unload(model: QwenVL) -> None:
     """Adds the adapters to the weights they adapt, in place; what is left is a model without adapters.
 
     Raises:

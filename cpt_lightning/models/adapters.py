@@ -8,12 +8,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
+
     from cpt_lightning.models.qwen_vl import QwenVL
 
 Part = Literal["vision_tower", "projector", "language_model"]
+AlongStream = Literal["shared", "renewed", "per_task"]
 
 LINEAR_LAYERS = {
     "language_model": r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj",
@@ -35,6 +39,9 @@ class Lora:
         targets: Regular expression over module names, in place of ``parts``.
         use_rslora: Scale by ``alpha / sqrt(rank)`` instead (rsLoRA, arXiv 2312.03732), so that high ranks still learn.
         use_dora: Learn magnitude and direction of the weights apart (DoRA, arXiv 2402.09353).
+        along_stream: ``shared``: one adapter learns all tasks. ``renewed``: when the next task begins, the adapter is
+            merged into the weights and begun anew. ``per_task``: every task gets a new adapter over the base; a task
+            that was learned is evaluated with its own (so which task a row is of is known), all else with the newest.
     """
 
     rank: int = 16
@@ -44,6 +51,7 @@ class Lora:
     targets: str | None = None
     use_rslora: bool = False
     use_dora: bool = False
+    along_stream: AlongStream = "shared"
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -141,3 +149,33 @@ def adapters_replaced(model: QwenVL, weights: Iterable[Tensor]) -> Iterator[None
     finally:
         for weight, data in zip(adapters, own, strict=True):
             weight.data = data
+
+
+def merge_adapters(model: QwenVL) -> None:
+    """Adds what the adapters do to the weights under them, in place; the adapters stay as they are.
+
+    Raises:
+        ValueError: A sum is not finite.
+    """
+    for layer in _adapted_layers(model):
+        layer.merge(safe_merge=True)
+        layer.merged_adapters.clear()  # PEFT would go on without the adapter
+
+
+def begin_adapters_anew(model: QwenVL, seed: int) -> None:
+    """Gives the adapters fresh weights, in place, that have no effect yet.
+
+    DoRA's magnitudes stay: after a merge they are the lengths of the rows of the weights.
+    """
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        for layer in _adapted_layers(model):
+            for name in layer.active_adapters:
+                layer.reset_lora_parameters(name, init_lora_weights=True)
+
+
+def _adapted_layers(model: QwenVL) -> list[LoraLayer]:
+    from peft.tuners.lora import LoraLayer
+
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]

@@ -52,6 +52,14 @@ class Backbone:
             raise ValueError(f"backbone: {sorted(both)} cannot be frozen and get LoRA adapters; drop one of the two")
         if self.tuning == "full" and len(set(self.freeze)) == 3:
             raise ValueError("backbone.freeze names every part: nothing would be trained")
+        along_stream = self.lora.along_stream
+        if self.tuning == "full" and along_stream != "shared":
+            raise ValueError(f"backbone.lora.along_stream={along_stream} needs adapters: set backbone.tuning to lora")
+        if self.tuning == "qlora" and along_stream == "renewed":
+            raise ValueError(
+                "backbone.lora.along_stream=renewed: four-bit weights cannot take in an adapter without rounding it "
+                "away; set backbone.tuning to lora, or along_stream to per_task"
+            )
 
     def load_processor(self) -> PromptProcessor:
         """The tokenizer and image processor that belong to the weights."""

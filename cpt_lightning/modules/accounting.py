@@ -121,6 +121,7 @@ class Accounted(L.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """An evaluation may lie before the first step of a task."""
+        super().on_train_epoch_start()
         self.account.pause()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:

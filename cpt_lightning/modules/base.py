@@ -16,8 +16,8 @@ from torchmetrics import SumMetric
 from cpt_lightning.models import Backbone
 from cpt_lightning.models.sharding import is_sharded, whole
 from cpt_lightning.modules.accounting import Accounted
-from cpt_lightning.modules.resumable import Resumable
 from cpt_lightning.modules.schedules import TaskSchedule
+from cpt_lightning.modules.task_adapters import TaskAdapters
 from cpt_lightning.rewards import score, with_ratios
 from cpt_lightning.rollouts import Sampling, completion_logprobs, sample_groups
 from cpt_lightning.rollouts.sampling import keyed_generator, row_generators
@@ -35,7 +35,7 @@ NONFINITE_STEPS_ALLOWED = 5
 """After so many steps in a row without a finite gradient the run stops: it will not recover."""
 
 
-class PostTraining(Accounted, Resumable):
+class PostTraining(Accounted, TaskAdapters):
     """The base of all objectives: owns the backbone and the optimizer, and evaluates by letting the model answer.
 
     Args:
@@ -87,12 +87,22 @@ class PostTraining(Accounted, Resumable):
         super().configure_model()
 
     def _check_strategy(self) -> None:
-        """Four-bit weights know their scales by an attribute of the tensor, which no sharding takes along."""
-        sharded = self._trainer is not None and isinstance(self._trainer.strategy, SHARDED)
-        if self.backbone.tuning == "qlora" and sharded:
+        """Refuses to split what must stay whole.
+
+        Four-bit weights know their scales by an attribute of the tensor, which no sharding takes along.
+        """
+        if self._trainer is None or not isinstance(self._trainer.strategy, SHARDED):
+            return
+        if self.backbone.tuning == "qlora":
             raise ValueError(
                 f"backbone.tuning=qlora: {type(self._trainer.strategy).__name__} would split four-bit weights and lose "
                 "their scales; set trainer.strategy to auto or ddp, or backbone.tuning to lora"
+            )
+        if self.along_stream != "shared":
+            raise ValueError(
+                f"backbone.lora.along_stream={self.along_stream}: {type(self._trainer.strategy).__name__} splits "
+                "adapters and weights over ranks, which are exchanged and merged whole; set trainer.strategy to auto "
+                "or ddp, or along_stream to shared"
             )
 
     def load_model(self) -> QwenVL:
@@ -114,6 +124,7 @@ class PostTraining(Accounted, Resumable):
 
     def on_fit_start(self) -> None:
         """Refuses Trainer options that would silently do nothing, or that another option replaces."""
+        super().on_fit_start()
         if self.trainer.gradient_clip_val is not None:
             raise ValueError(
                 "trainer.gradient_clip_val: set model.init_args.max_grad_norm instead, for every objective"
@@ -174,17 +185,18 @@ class PostTraining(Accounted, Resumable):
         """Lets the model answer every prompt once and grades the answers.
 
         Args:
-            batch: B rows.
+            batch: B rows; of one task, where each has its own adapters.
             key: Tells this batch from others, so that sampling (not greedy) is the same whenever it is repeated.
         """
         prompts = batch.prompts
         valid = [True] * len(prompts) if prompts.valid is None else prompts.valid.tolist()
-        texts, scores = self._answer(prompts, self.evaluation, key)
-        if self.forced_prefix is not None:
-            forced = self._answer(prompts, replace(self.evaluation, prefix=self.forced_prefix), key)[1]
-            scores = [
-                {**free, "forced_accuracy": other["accuracy"]} for free, other in zip(scores, forced, strict=True)
-            ]
+        with self.adapters_of(prompts.examples[0].task):
+            texts, scores = self._answer(prompts, self.evaluation, key)
+            if self.forced_prefix is not None:
+                forced = self._answer(prompts, replace(self.evaluation, prefix=self.forced_prefix), key)[1]
+                scores = [
+                    {**free, "forced_accuracy": other["accuracy"]} for free, other in zip(scores, forced, strict=True)
+                ]
         return Evaluation(prompts.examples, texts, scores, valid)
 
     def _answer(self, prompts: Prompts, sampling: Sampling, key: int) -> tuple[list[str], list[dict[str, float]]]:

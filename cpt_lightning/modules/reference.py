@@ -96,6 +96,11 @@ class HeldToReference(PostTraining):
         super().__init__(**kwargs)
         if kl_coef < 0:
             raise ValueError(f"kl_coef={kl_coef} must not be negative")
+        if kl_coef and reference == "base" and self.along_stream == "renewed":
+            raise ValueError(
+                "reference=base: with backbone.lora.along_stream=renewed adapters are merged into the base; set "
+                "reference to task_start, or along_stream to shared or per_task"
+            )
         self.kl_coef = kl_coef
         self.reference_kind: ReferenceKind = reference
 

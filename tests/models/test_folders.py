@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
 from cpt_lightning.models import Backbone, Lora
-from cpt_lightning.models.adapter_folders import WEIGHTS_FILE, merge_adapters
+from cpt_lightning.models.adapter_folders import WEIGHTS_FILE, merge_and_unload
 from cpt_lightning.models.decoder import use_patterns
 from cpt_lightning.models.folders import load_weights, save_folder, whole_folder
 from cpt_lightning.models.processor import PromptProcessor
@@ -97,7 +97,7 @@ def test_an_adapter_folder_alone_is_enough_for_plain_transformers(small_folder, 
 def test_a_merged_model_is_the_adapted_one_to_1e_5(small_folder, processor, mixed_prompts, tmp_path):
     model = trained(small_folder, **LORA)
     adapted = logits(model, mixed_prompts)
-    merge_adapters(model)
+    merge_and_unload(model)
     expected = logits(model, mixed_prompts)
     save(model, processor, tmp_path / "out", small_folder, "card")
     merged = logits(plain(tmp_path / "out"), mixed_prompts)
@@ -201,7 +201,7 @@ def test_what_is_wrong_with_an_adapter_folder_is_said(adapter, tmp_path):
 def test_adapters_on_shared_embeddings_are_not_merged(small_folder):
     model = Backbone(small_folder, tuning="lora", lora=Lora(rank=2, targets="lm_head")).load_model()
     with pytest.raises(ValueError, match="shared by embeddings and output matrix"):
-        merge_adapters(model)
+        merge_and_unload(model)
 
 
 # -- weights of a checkpoint, and whole folders ------------------------------------------------------------------------

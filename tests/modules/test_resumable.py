@@ -103,6 +103,8 @@ def spoil(saved: dict, kind: str) -> None:
     match kind:
         case "missing":
             del saved["state_dict"][some]
+        case "renamed":
+            saved["state_dict"][some.replace("default", "other")] = saved["state_dict"].pop(some)
         case "strange":
             saved["state_dict"]["model.head.weight"] = torch.ones(1)
         case "shape":
@@ -115,6 +117,7 @@ def spoil(saved: dict, kind: str) -> None:
     "kind, complaint",
     [
         ("missing", r"checkpoint .*lora.ckpt lacks model\..*lora_A"),
+        ("renamed", r"checkpoint .*lora.ckpt lacks model\.model\.language_model\.layers\.0\..*lora_A.default.weight;"),
         ("strange", r"lora.ckpt holds model.head.weight, which the model does not have"),
         ("shape", r"has the shape \[3, 5\], the model's \[2, 32\]"),
         ("foreign", "was not written by cpt_lightning"),
