@@ -150,7 +150,7 @@ def test_a_task_is_evaluated_with_its_own_adapter_and_all_else_with_the_newest(t
         with module.adapters_of(name):
             pairs = list(zip(adapter_weights(module.model), record.weights[stage], strict=True))
             assert all(torch.equal(weight, value) for weight, value in pairs)
-    assert len(said) == 3, "or the comparison would not tell adapters apart"
+    assert len(said) > 1, "or the answers would not tell adapters apart"
     assert record.answers[0]["b"] == alone_after(alone, record.weights[0], stream.batches["b"]), "not yet learned"
     assert record.answers[0]["a"] == record.answers[2]["a"], "nothing is forgotten"
 
