@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -151,7 +151,7 @@ def adapters_replaced(model: QwenVL, weights: Iterable[Tensor]) -> Iterator[None
             weight.data = data
 
 
-def merge_adapters(model: QwenVL) -> None:
+def merge_into_base(model: QwenVL) -> None:
     """Adds what the adapters do to the weights under them, in place; the adapters stay as they are.
 
     Raises:
@@ -160,6 +160,21 @@ def merge_adapters(model: QwenVL) -> None:
     for layer in _adapted_layers(model):
         layer.merge(safe_merge=True)
         layer.merged_adapters.clear()  # PEFT would go on without the adapter
+
+
+def merge_earlier(model: QwenVL, state: Mapping[str, Tensor]) -> None:
+    """Merges what a module's state dict keeps as ``earlier.<stage>.<number>``: adapters of earlier stages, in order.
+
+    Args:
+        model: The backbone as loaded, with adapters; these stay as they are.
+        state: The module's; numbers are places in :func:`adapter_weights`.
+    """
+    own = adapter_weights(model)
+    stages = {name.split(".")[1] for name in state if name.startswith("earlier.")}
+    for stage in range(len(stages)):
+        weights = [state[f"earlier.{stage}.{number}"].to(weight.device) for number, weight in enumerate(own)]
+        with adapters_replaced(model, weights):
+            merge_into_base(model)
 
 
 def begin_adapters_anew(model: QwenVL, seed: int) -> None:

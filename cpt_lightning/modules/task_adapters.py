@@ -13,7 +13,8 @@ from cpt_lightning.models.adapters import (
     adapter_weights,
     adapters_replaced,
     begin_adapters_anew,
-    merge_adapters,
+    merge_earlier,
+    merge_into_base,
 )
 from cpt_lightning.modules.resumable import KEY, Resumable
 from cpt_lightning.rollouts.sampling import keyed_generator
@@ -50,7 +51,7 @@ class TaskAdapters(Resumable):
         if stage > 0:
             self.earlier.append(_frozen(adapter_weights(self.model)))
             if self.along_stream == "renewed":
-                merge_adapters(self.model)
+                merge_into_base(self.model)
             begin_adapters_anew(self.model, keyed_generator("cpu", self.seed, stage).initial_seed())
             for optimizer in self.trainer.optimizers:
                 optimizer.state.clear()  # moments of another adapter, if the optimizer itself is kept
@@ -92,15 +93,10 @@ class TaskAdapters(Resumable):
             self.model.load_state_dict(self.load_model().state_dict())
         # Where it was merged first: another device rounds otherwise.
         self.model.to(self.trainer.strategy.root_device)
-        adapters = adapter_weights(self.model)
-        self.earlier = nn.ModuleList(_frozen(adapters) for _ in self.stages_begun[1:])
+        self.earlier = nn.ModuleList(_frozen(adapter_weights(self.model)) for _ in self.stages_begun[1:])
         super().on_load_checkpoint(checkpoint)
-        if self.along_stream != "renewed":
-            return
-        for stage in range(len(self.earlier)):
-            saved = [checkpoint["state_dict"][f"earlier.{stage}.{i}"] for i in range(len(adapters))]
-            with adapters_replaced(self.model, [weight.to(self.model.device) for weight in saved]):
-                merge_adapters(self.model)
+        if self.along_stream == "renewed":
+            merge_earlier(self.model, checkpoint["state_dict"])
 
 
 def _frozen(weights: Iterable[Tensor]) -> nn.ParameterList:

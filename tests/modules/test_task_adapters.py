@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from cpt_lightning.models import Backbone
-from cpt_lightning.models.adapters import Lora, adapter_weights, adapters_off, begin_adapters_anew, merge_adapters
+from cpt_lightning.models.adapters import Lora, adapter_weights, adapters_off, begin_adapters_anew, merge_into_base
 from cpt_lightning.modules import RFT, SFT
 from cpt_lightning.rollouts import Sampling, completion_logprobs
 from tests.training import with_examples
@@ -16,13 +16,15 @@ STEPS = 2
 
 
 class Stream(L.LightningDataModule):
-    """Three tasks on the same prompts, with targets and answers of their own rows' names."""
+    """Three tasks on the same prompts: each wants its own name, over and over."""
 
     stages = [[name] for name in NAMES]  # noqa: RUF012
 
     def __init__(self, prompts, processor):
         super().__init__()
         self.batches = {name: with_examples(prompts, processor, task=name) for name in [*NAMES, "probe"]}
+        for name, batch in self.batches.items():
+            batch.targets = processor.encode_targets([name * 8] * len(batch))
 
     def train_dataloader(self):
         return loader([self.batches[NAMES[self.trainer.current_epoch]]] * STEPS)
@@ -225,11 +227,11 @@ def test_a_merge_adds_the_scaled_product_of_the_matrices(small_folder):
     layer = model.model.language_model.layers[0].self_attn.q_proj
     before = layer.base_layer.weight.clone()
     a, b = layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data.normal_()
-    merge_adapters(model)
+    merge_into_base(model)
     torch.testing.assert_close(layer.base_layer.weight.data, before + 4 * b @ a)
     b.fill_(torch.nan)
     with pytest.raises(ValueError, match="NaN"):
-        merge_adapters(model)
+        merge_into_base(model)
 
 
 @pytest.mark.parametrize(
