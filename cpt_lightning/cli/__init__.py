@@ -1,4 +1,4 @@
-"""The command line: ``cpt fit|validate|test|predict|inspect``."""
+"""The command line: ``cpt fit|validate|test|predict|inspect|plan``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ VERBS = {
     "test": "the same on the test split",
     "predict": "write down what the model answers, with verdicts",
     "inspect": "show what the model will be asked: rows, lengths, answers, examples; needs no weights and no GPU",
+    "plan": "say what memory a run needs, and whether a GPU has it; needs no weights and no GPU",
 }
 
 USAGE = f"""usage: cpt VERB -c CONFIG.yaml [--ckpt_path CHECKPOINT] [--OPTION VALUE ...]
@@ -25,6 +26,7 @@ for example:
   cpt fit -c configs/demo/grpo.yaml --print_config                         the resolved configuration
   cpt fit -c configs/demo/grpo.yaml --ckpt_path runs/demo_grpo/last.ckpt   go on where a run ended
   cpt inspect -c configs/demo/grpo.yaml                                    look at the data first
+  cpt plan -c configs/demo/grpo.yaml --plan.gpu 80GB                       will it fit?
   cpt fit --help                                                           all options of a verb
   cpt fit --model.help RFT                                                 those of a model, or other class
 """
@@ -62,6 +64,11 @@ def main(args: list[str] | None = None) -> None:
         from cpt_lightning.cli.inspect.command import InspectCLI
 
         return InspectCLI(args[1:]).inspect()
+
+    if args[0] == "plan":
+        from cpt_lightning.cli.plan.command import PlanCLI
+
+        return PlanCLI(args[1:]).plan()
 
     from cpt_lightning.cli.lightning_cli import CPTCLI
 

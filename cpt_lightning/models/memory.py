@@ -7,9 +7,14 @@ not a formula that goes stale. Lengths and masks stay real, because the code ask
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -41,6 +46,11 @@ class LiveBytes(TorchDispatchMode):
                 self._count(tensor.untyped_storage())
         return output
 
+    def lap(self) -> int:
+        """The peak since the last lap; what lives now is where the next one begins."""
+        peak, self.peak = self.peak, self.now
+        return peak
+
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key in self._storages:
@@ -57,6 +67,65 @@ class LiveBytes(TorchDispatchMode):
 
 def _as_meta(tensor: Tensor) -> Tensor:
     return tensor if tensor.is_meta else torch.empty_like(tensor, device="meta")
+
+
+class FusedKernels(TorchFunctionMode):
+    """Gives meta tensors what real ones have: attention and norms that keep no intermediate results, and autocast.
+
+    Torch (2.13) takes both apart on the meta device, which would keep the square of a sequence's length, and autocast
+    does not know it.
+
+    Args:
+        autocast: Dtype that products are cast to, if any; casts of trained weights are kept, as autocast does.
+    """
+
+    def __init__(self, autocast: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.autocast = autocast
+        self._casts: dict[int, Tensor] = {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Runs the function, or its fused form."""
+        kwargs = kwargs or {}
+        if not (args and isinstance(args[0], Tensor) and args[0].is_meta):
+            return func(*args, **kwargs)
+        if self.autocast and func in PRODUCTS:
+            args, kwargs = tree_map_only(Tensor, self._cast, (args, kwargs))
+        if func is scaled_dot_product_attention:
+            return _attention(*args, **kwargs)
+        if func is rms_norm:
+            return torch.ops.aten._fused_rms_norm(*args, **kwargs)[0]
+        return func(*args, **kwargs)
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point() or tensor.dtype == self.autocast:
+            return tensor
+        if not (isinstance(tensor, nn.Parameter) and tensor.requires_grad and torch.is_grad_enabled()):
+            return tensor.to(self.autocast)
+        if id(tensor) not in self._casts:
+            self._casts[id(tensor)] = tensor.to(self.autocast)
+        return self._casts[id(tensor)]
+
+
+PRODUCTS = {linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, torch.baddbmm, torch.addmm, torch.mm}
+PRODUCTS |= {scaled_dot_product_attention}
+"""Functions whose operands autocast casts."""
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask=None, dropout_p=0.0, is_causal=False, **_: Any):
+    """The fused kernel of the CPU, which knows the meta device; a GPU's keeps as much: output and a sum a query."""
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask)[0]
+
+
+@contextmanager
+def counted(autocast: torch.dtype | None = None) -> Iterator[LiveBytes]:
+    """Counts what the code inside makes of meta tensors, as kernels of a GPU or CPU would."""
+    with ExitStack() as stack:
+        if autocast is not None:
+            stack.enter_context(torch.autocast("cpu", autocast))
+        stack.enter_context(FusedKernels(autocast))
+        yield stack.enter_context(LiveBytes())
 
 
 def weight_bytes(model: nn.Module, *, trainable_only: bool = False) -> int:
