@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -126,6 +127,17 @@ def counted(autocast: torch.dtype | None = None) -> Iterator[LiveBytes]:
             stack.enter_context(torch.autocast("cpu", autocast))
         stack.enter_context(FusedKernels(autocast))
         yield stack.enter_context(LiveBytes())
+
+
+def go_back(loss: Tensor) -> None:
+    """Backward, inside :func:`counted`.
+
+    ``loss.backward()`` would switch the fused kernels off for what is computed again: torch does so with any mode while
+    it handles one of its own functions.
+    """
+    _engine_run_backward(
+        (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
 
 
 def weight_bytes(model: nn.Module, *, trainable_only: bool = False) -> int:

@@ -12,7 +12,7 @@ from cpt_lightning.cli.plan.devices import Devices
 from cpt_lightning.cli.plan.worst_batch import full_completions, longest_prompts
 from cpt_lightning.models import Backbone
 from cpt_lightning.models.adapters import adapter_weights, has_adapters
-from cpt_lightning.models.memory import LiveBytes, counted, weight_bytes
+from cpt_lightning.models.memory import LiveBytes, counted, go_back, weight_bytes
 from cpt_lightning.models.qwen_vl import (
     QwenVL,
     embed,
@@ -265,7 +265,7 @@ class _Planner:
         logps = completion_logprobs(self.model, prompts, completions)
         if old_gradients == "forward":
             self.model.zero_grad()
-        logps.sum().backward()
+        go_back(logps.sum())
         self.model.zero_grad()
 
 
