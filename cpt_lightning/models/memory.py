@@ -7,7 +7,7 @@ not a formula that goes stale. Lengths and masks stay real, because the code ask
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -78,12 +78,13 @@ class FusedKernels(TorchFunctionMode):
 
     Args:
         autocast: Dtype that products are cast to, if any; casts of trained weights are kept, as autocast does.
+        cast: Weights that are in that dtype already, as gathered shards are: their casts cost nothing.
     """
 
-    def __init__(self, autocast: torch.dtype | None = None) -> None:
+    def __init__(self, autocast: torch.dtype | None = None, cast: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.autocast = autocast
-        self._casts: dict[int, Tensor] = {}
+        self._casts = {id(weight): weight.to(autocast) for weight in cast} if autocast else {}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         """Runs the function, or its fused form."""
@@ -101,11 +102,11 @@ class FusedKernels(TorchFunctionMode):
     def _cast(self, tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point() or tensor.dtype == self.autocast:
             return tensor
-        if not (isinstance(tensor, nn.Parameter) and tensor.requires_grad and torch.is_grad_enabled()):
-            return tensor.to(self.autocast)
-        if id(tensor) not in self._casts:
-            self._casts[id(tensor)] = tensor.to(self.autocast)
-        return self._casts[id(tensor)]
+        if id(tensor) in self._casts:
+            return self._casts[id(tensor)]
+        if isinstance(tensor, nn.Parameter) and tensor.requires_grad and torch.is_grad_enabled():
+            return self._casts.setdefault(id(tensor), tensor.to(self.autocast))
+        return tensor.to(self.autocast)
 
 
 PRODUCTS = {linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, torch.baddbmm, torch.addmm, torch.mm}
@@ -120,12 +121,15 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask=None, dropou
 
 
 @contextmanager
-def counted(autocast: torch.dtype | None = None) -> Iterator[LiveBytes]:
-    """Counts what the code inside makes of meta tensors, as kernels of a GPU or CPU would."""
+def counted(autocast: torch.dtype | None = None, cast: Iterable[Tensor] = ()) -> Iterator[LiveBytes]:
+    """Counts what the code inside makes of meta tensors, as kernels of a GPU or CPU would.
+
+    Arguments as of :class:`FusedKernels`.
+    """
     with ExitStack() as stack:
         if autocast is not None:
             stack.enter_context(torch.autocast("cpu", autocast))
-        stack.enter_context(FusedKernels(autocast))
+        stack.enter_context(FusedKernels(autocast, cast))
         yield stack.enter_context(LiveBytes())
 
 

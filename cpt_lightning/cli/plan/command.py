@@ -78,7 +78,7 @@ class PlanCLI(BeforehandCLI):
         room = int(gpu_bytes(gpu) * USABLE)
         out.print(verdict(plan, gpu, room))
         if plan.peak.total > room:
-            out.print(*advice(self.model, plan), sep="\n")
+            out.print(*advice(self.model, plan), sep="\n", markup=False)
             raise SystemExit(1)
 
     def _workload(self) -> Workload:

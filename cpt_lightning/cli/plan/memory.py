@@ -233,7 +233,7 @@ class _Planner:
     # -- the engine's code -----------------------------------------------------------------------------------------
 
     def _counting(self) -> AbstractContextManager[LiveBytes]:
-        return counted(self.devices.autocast)
+        return counted(self.devices.autocast, self.model.parameters() if self.devices.is_sharded else ())
 
     def _prompts(self, num_prompts: int) -> Prompts:
         sizes = self.workload
