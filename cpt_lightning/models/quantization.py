@@ -44,6 +44,11 @@ class Quantization:
             llm_int8_skip_modules=KEPT_WHOLE,
         )
 
+    @property
+    def bytes_per_weight(self) -> float:
+        """Half a byte, and a share of the scale of each 64 weights: 4 bytes, or 1 and 4 more for 256 of these."""
+        return 0.5 + ((1 + 4 / 256) / 64 if self.double_quant else 4 / 64)
+
 
 def settle_quantized(model: QwenVL) -> None:
     """Makes forward passes leave the frozen four-bit layers as they are.
