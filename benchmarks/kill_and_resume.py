@@ -33,7 +33,7 @@ from record import write_record
 from cpt_lightning import checkpoint_io
 from cpt_lightning.callbacks import continual, samples
 from cpt_lightning.cli.lightning_cli import CPTCLI
-from cpt_lightning.modules import rft
+from cpt_lightning.modules import group_rollouts
 
 TASK = "{source: {class_path: cpt_lightning.tasks.ToyWorld, init_args: {family: %s}}, num_test: 4}"
 STREAM = f"""
@@ -108,7 +108,7 @@ class Kill(Callback):
         torch.save(checkpoint, file)
 
     def install(self) -> None:
-        self.wrap(rft, "sample_groups", "rollout")
+        self.wrap(group_rollouts, "sample_groups", "rollout")
         self.wrap(torch.optim.AdamW, "step", "update")
         self.wrap(continual.AccuracyMatrix, "save", "recording")
         self.wrap(samples, "append_lines", "recording")
