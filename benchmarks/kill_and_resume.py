@@ -157,8 +157,8 @@ def start(folder: Path, ranks: int, kill: Kill | None) -> list[int]:
 
 def be_rank(folder: Path, rank: int, ranks: int, port: str, kill: Kill | None) -> None:
     """Runs the command."""
-    # Here, where there is one thread: after a fork torch (2.13) makes its thread pool anew, and threads that load weights
-    # could meet it half made ("Invalid thread pool!").
+    # Here, where there is one thread: after a fork torch (2.13) makes its thread pool anew, and threads that load
+    # weights could meet it half made ("Invalid thread pool!").
     torch.set_num_threads(1)
     log = (folder.parent / f"{folder.name}_{rank}.log").open("a")
     os.dup2(log.fileno(), 1)
