@@ -290,3 +290,15 @@ def test_joint_training_samples_dynamically_too(small_folder, processor, mixed_p
         assert [example.row_id for example in rollouts[0].prompts.examples] == ["demo/2"]
         results.append(largest_difference(before, weights(module)))
     assert results[0] > 1e-4 and results[1] == 0
+
+
+def test_pure_bfloat16_samples_and_scores_in_float32(small_folder, processor, mixed_prompts):
+    """The Trainer makes bfloat16 the default dtype there; log-probabilities and random numbers would be too coarse."""
+    module = make(small_folder, kl_coef=0.1, passes_per_rollout=2)
+    rollouts, policies = catch_rollouts(module), []
+    prepare = module.prepare
+    module.prepare = lambda rollout: policies.append(prepare(rollout)) or policies[-1]
+    trainer = fit(module, [with_examples(mixed_prompts, processor)], precision="bf16-true")
+    assert {weight.dtype for weight in module.model.parameters()} == {torch.bfloat16}
+    assert rollouts[0].completions.logps.dtype == policies[0].old_logps.dtype == torch.float32
+    assert torch.isfinite(trainer.callback_metrics["train/loss"])

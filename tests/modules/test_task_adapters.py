@@ -153,6 +153,9 @@ def test_a_task_is_evaluated_with_its_own_adapter_and_all_else_with_the_newest(t
             pairs = list(zip(adapter_weights(module.model), record.weights[stage], strict=True))
             assert all(torch.equal(weight, value) for weight, value in pairs)
     assert len(said) > 1, "or the answers would not tell adapters apart"
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        pairs = list(zip(record.weights[one], record.weights[other], strict=True))
+        assert not any(torch.equal(weight, value) for weight, value in pairs), "no two stages have the same adapter"
     assert record.answers[0]["b"] == alone_after(alone, record.weights[0], stream.batches["b"]), "not yet learned"
     assert record.answers[0]["a"] == record.answers[2]["a"], "nothing is forgotten"
 
