@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from cpt_lightning.models.sharding import (
     backbones_of,
+    exchange_block_by_block,
     exchange_gradients,
     gather,
     is_sharded,
@@ -32,8 +33,10 @@ COMPUTE_DTYPES = {"bf16-mixed": torch.bfloat16, "bf16-true": None, "32-true": No
 class FSDP2(ModelParallelStrategy):
     """Every rank keeps a share of weights, gradients and optimizer, and holds the whole weights only while it computes.
 
-    Shares go over all ranks of all nodes. A training step gathers the weights once and exchanges gradients once per
-    optimizer step; a rollout or an evaluation gathers once, and decodes without waiting for other ranks.
+    Shares go over all ranks of all nodes. An optimizer step's passes gather the weights once; a rollout or an
+    evaluation gathers once, and decodes without waiting for other ranks. Of the gradients a rank holds its share, and
+    for a moment those of a decoder layer; where an update goes back through the rollout's own pass, in which ranks may
+    differ (``RFT`` with one update per rollout and no micro-batches), it holds all of them until they are exchanged.
 
     Args:
         cpu_offload: Keep the shares in main memory; the optimizer steps there.
@@ -79,6 +82,7 @@ class FSDP2(ModelParallelStrategy):
             if not is_sharded(backbone):
                 mesh = self.device_mesh["data_parallel"]
                 shard(backbone, mesh, COMPUTE_DTYPES[precision], self.cpu_offload)
+        exchange_block_by_block(self.lightning_module.model, self.lightning_module.ranks_go_back_alike)
         super().setup(trainer)
 
     def model_to_device(self) -> None:

@@ -13,6 +13,7 @@ from torch import distributed
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group as param_group
 from torch.utils.data import DataLoader, Dataset
 
+from cpt_lightning import strategy
 from cpt_lightning.models import Backbone
 from cpt_lightning.models.adapters import Lora
 from cpt_lightning.modules import RFT, SFT, group_rollouts
@@ -30,7 +31,7 @@ RUNS = {
 }
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 GATHERS = [0]
-SEEN: dict[str, Any] = {"gathers_while_sampling": [], "lengths": []}
+SEEN: dict[str, Any] = {"gathers_while_sampling": [], "lengths": [], "waiting_gradients": []}
 
 
 class Share(Dataset):
@@ -52,10 +53,10 @@ class Share(Dataset):
         return Batch(self.whole.prompts.select(mine), self.whole.targets.select(mine))
 
 
-def make_trainer(strategy: str, devices: int, accumulate: int = 1, max_epochs: int = 1) -> L.Trainer:
+def make_trainer(name: str, devices: int, accumulate: int = 1, max_epochs: int = 1) -> L.Trainer:
     return L.Trainer(
         **QUIET, max_epochs=max_epochs, accelerator="cpu", limit_val_batches=0, inference_mode=False,
-        use_distributed_sampler=False, strategy=strategy, devices=devices, accumulate_grad_batches=accumulate,
+        use_distributed_sampler=False, strategy=name, devices=devices, accumulate_grad_batches=accumulate,
     )  # fmt: skip
 
 
@@ -86,8 +87,14 @@ def _fit(module: L.LightningModule, batch: Batch, trainer: L.Trainer, checkpoint
 
 
 def watch() -> None:
-    """Counts what is gathered while completions are sampled, and notes what a rank's load of the backbone holds."""
+    """Counts what is gathered in sampling and what waits to be exchanged, and notes what a rank's load holds."""
     gather, sample, load = param_group.foreach_all_gather, group_rollouts.sample_groups, Backbone.load_model
+    exchange = strategy.exchange_gradients
+
+    def noted_exchange(model: Any) -> None:
+        layers = model.model.language_model.layers
+        SEEN["waiting_gradients"].append(sum(p.grad.numel() for p in layers.parameters() if p.grad is not None))
+        exchange(model)
 
     def counted_gather(*args: Any, **kwargs: Any) -> Any:
         GATHERS[0] += 1
@@ -105,6 +112,7 @@ def watch() -> None:
         SEEN["loaded"] = sum(p.numel() for p in model.parameters() if not p.is_meta)
         return model
 
+    strategy.exchange_gradients = noted_exchange
     param_group.foreach_all_gather, group_rollouts.sample_groups, Backbone.load_model = (
         counted_gather, counted_sample, noted_load,
     )  # fmt: skip
@@ -116,7 +124,7 @@ def main(folder: Path, strategy: str, devices: int) -> None:
         seen = run(name, folder, strategy, devices)
         rank = distributed.get_rank() if distributed.is_initialized() else 0
         torch.save({**seen, "gathers": GATHERS[0]}, folder / f"{name}_{strategy}_{rank}.pt")
-        SEEN["gathers_while_sampling"], SEEN["lengths"] = [], []
+        SEEN.update(gathers_while_sampling=[], lengths=[], waiting_gradients=[])
 
 
 if __name__ == "__main__":

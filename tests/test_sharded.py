@@ -77,6 +77,14 @@ def test_nothing_is_gathered_while_completions_are_sampled(runs):
         assert run["gathers"] > 0, "the counter counts nothing"
 
 
+def test_decoder_layers_exchange_gradients_as_they_come(runs):
+    """Only an update that goes back through the rollout's pass holds those of all layers."""
+    for rank in (0, 1):
+        for name in ("sft_full", "sft_lora", "rft_full"):
+            assert set(seen(runs, name, "fsdp2", rank)["waiting_gradients"]) == {0}, name
+        assert all(seen(runs, "rft_lora", "fsdp2", rank)["waiting_gradients"])
+
+
 def test_only_rank_0_reads_weights_and_each_keeps_its_share(runs):
     """Rank 1 has loaded no weight; both keep half, up to rows that do not divide."""
     total = seen(runs, "sft_full", "auto")["local"]

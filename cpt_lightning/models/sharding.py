@@ -3,7 +3,8 @@
 Ranks do not do the same work: one has images and another text alone, completions differ in length, groups without a
 signal cost no forward. If every block gathered its own weights whenever it runs, as FSDP2 does by default, ranks would
 wait for each other for ever. So what is exchanged does not depend on the work: all weights are gathered before it, and
-all gradients are summed up after it. In between nothing is, not even while tokens are sampled.
+nothing is while tokens are sampled. Gradients are summed up when a backward pass is through; those of the language
+model, which every rank goes back through whatever its rows are, as soon as each block has its own.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from cpt_lightning.models.decoder import use_patterns
 from cpt_lightning.models.qwen_vl import QwenVL
 from cpt_lightning.models.vision import use_fast_vision
+
+BLOCK_BY_BLOCK = "_exchanges_block_by_block"
+"""Names the note on a sharded model of whether decoder layers exchange gradients as they come."""
 
 
 def backbones_of(module: nn.Module) -> list[QwenVL]:
@@ -93,6 +97,17 @@ def release(model: nn.Module) -> None:
             block.reshard()
 
 
+def exchange_block_by_block(model: nn.Module, wanted: bool) -> None:
+    """Whether decoder layers exchange their gradients within each backward pass, so that no rank holds them all.
+
+    Then every rank must go back through the language model equally often. Otherwise, and in the vision tower, the
+    embeddings and the output layer, gradients wait for :func:`exchange_gradients`.
+    """
+    if isinstance(model, FSDPModule):
+        setattr(model, BLOCK_BY_BLOCK, wanted)
+        _exchange_later(model)
+
+
 def exchange_gradients(model: nn.Module) -> None:
     """Averages over ranks the gradients of all backward passes since the last time, and leaves each its shards.
 
@@ -105,7 +120,7 @@ def exchange_gradients(model: nn.Module) -> None:
     # FSDP2 exchanges at the end of a backward pass: here of one through next to nothing, the same on all ranks.
     with torch.enable_grad():
         _touch(model).backward()
-    model.set_requires_gradient_sync(False)
+    _exchange_later(model)
     release(model)
 
 
@@ -132,15 +147,28 @@ def _blocks(model: nn.Module) -> Iterator[FSDPModule]:
     return (module for module in model.modules() if isinstance(module, FSDPModule))
 
 
+def _decoder_layers(model: QwenVL) -> Iterator[FSDPModule]:
+    return iter(model.model.language_model.layers)
+
+
 def _keep_gathered(model: QwenVL) -> None:
     """Makes FSDP2 gather and exchange when it is told to, at no other time."""
     for block in _blocks(model):
         block.set_reshard_after_forward(False, recurse=False)
         block.set_reshard_after_backward(False, recurse=False)
-    model.set_requires_gradient_sync(False)
+    exchange_block_by_block(model, False)
     model.set_reduce_scatter_unused_params(True)
+    for layer in _decoder_layers(model):
+        layer.set_reduce_scatter_unused_params(False)  # no rank leaves one out
     model._nothing = lambda: _nothing(model)
     register_fsdp_forward_method(model, "_nothing")
+
+
+def _exchange_later(model: QwenVL) -> None:
+    """Lets gradients wait, but for those that are exchanged block by block."""
+    model.set_requires_gradient_sync(False)
+    for layer in _decoder_layers(model):
+        layer.set_requires_gradient_sync(getattr(model, BLOCK_BY_BLOCK))
 
 
 def _touch(model: nn.Module) -> Tensor:

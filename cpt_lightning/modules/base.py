@@ -287,6 +287,15 @@ class PostTraining(Accounted, TaskAdapters):
             completions = sample_groups(self.model, self.processor, batch.prompts, 1, sampling, generator)
         return self.logprobs(batch.prompts, completions).sum(dim=1)
 
+    @property
+    def ranks_go_back_alike(self) -> bool:
+        """Whether the backward passes of a step go through each decoder layer equally often on every rank.
+
+        Then ``fsdp2`` need not hold the gradients of all layers at once. An objective that may leave the language model
+        out on one rank alone says ``False``.
+        """
+        return True
+
     def anchored(self, loss: Tensor) -> Tensor:
         """The same loss, with every trainable parameter in its graph where there are several ranks.
 

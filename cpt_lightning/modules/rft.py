@@ -262,6 +262,11 @@ class RFT(GroupRollouts, HeldToReference):
         return self.updates_per_step == 1 and self.micro_batch_prompts is None and self.informative_prompts is None
 
     @property
+    def ranks_go_back_alike(self) -> bool:
+        """Not through the rollout's pass over the prompts: it is left out where few groups have a signal."""
+        return not self.goes_back_through_rollout
+
+    @property
     def _has_kl_loss(self) -> bool:
         return bool(self.kl_coef) and not self.kl_in_reward
 
