@@ -9,7 +9,7 @@ import torch
 
 from cpt_lightning.cli import main
 from cpt_lightning.cli.plan.devices import Devices, gpu_bytes
-from cpt_lightning.cli.plan.memory import Plan, Workload, make_plan
+from cpt_lightning.cli.plan.memory import Plan, Workload, make_plan, weightless_model
 from cpt_lightning.cli.plan.worst_batch import full_completions, longest_prompts
 from cpt_lightning.models import Backbone
 from cpt_lightning.models.memory import LiveBytes
@@ -93,6 +93,24 @@ def test_shards_are_shares_and_whole_weights_are_gathered():
     assert found["gathered weights"] == 2 * NUM_WEIGHTS
     offloaded = kinds(SFT(), Devices("fsdp2_offload", world_size=2, foreach=False))
     assert "weights" not in offloaded and "optimizer" not in offloaded
+
+
+def test_gradients_of_decoder_layers_are_exchanged_as_they_come():
+    """What waits is vision and embeddings; unless the update goes back through the rollout's pass."""
+    devices = Devices("fsdp2", world_size=2, foreach=False)
+    weights = weightless_model(Backbone(), devices).named_parameters()
+    layers = sum(weight.numel() for name, weight in weights if ".layers." in name)
+    assert kinds(SFT(), devices)["gradients"] == 4 * (NUM_WEIGHTS - layers) + 2 * layers
+    assert kinds(RFT(group_size=4, micro_batch_prompts=1), devices)["gradients"] < 4 * NUM_WEIGHTS
+    phases = {phase.name: phase.kinds for phase in make_plan(RFT(group_size=4, kl_coef=0.1), WORKLOAD, devices).phases}
+    assert phases["update"]["gradients"] == 4 * NUM_WEIGHTS
+    assert phases["optimizer step"]["gradients"] == 2 * NUM_WEIGHTS
+    gathered = {name: phase.get("gathered weights", 0) / NUM_WEIGHTS for name, phase in phases.items()}
+    assert gathered == {"rollout": 4, "reference": 8, "update": 4, "optimizer step": 0, "evaluation": 4}
+
+
+def test_sft_held_to_a_reference_has_one():
+    assert kinds(SFT(kl_coef=0.1))["reference"] == 4 * NUM_WEIGHTS
 
 
 def test_ddp_has_buckets_and_mixed_precision_smaller_activations():

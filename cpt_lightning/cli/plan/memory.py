@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
@@ -23,6 +24,7 @@ from cpt_lightning.models.qwen_vl import (
     vision_is_frozen,
 )
 from cpt_lightning.modules import RFT, MultiTask, PostTraining
+from cpt_lightning.modules.reference import HeldToReference
 from cpt_lightning.rollouts import Sampling, completion_logprobs, run_prompts
 from cpt_lightning.rollouts.cache import GroupCache
 from cpt_lightning.rollouts.sampling import sampling_mode
@@ -104,18 +106,28 @@ class _Planner:
         self.model = weightless_model(module.backbone, devices)
         self.trainable = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.num_trainable = sum(weight.numel() for weight in self.trainable)
+        self.dtype = self.trainable[0].dtype
         self.gradient_bytes = weight_bytes(self.model, trainable_only=True)
-        self.optimizer = OptimizerCost.of(module, self.trainable[0].dtype, devices.foreach)
+        self.optimizer = OptimizerCost.of(module, self.dtype, devices.foreach)
+        self.exchanged = self._exchange_block_by_block() if devices.is_sharded and module.ranks_go_back_alike else []
 
     def plan(self) -> Plan:
         """All phases."""
         phases = [*self._training(), self._optimizer_step(), self._evaluation()]
         return Plan(sum(weight.numel() for weight in self.model.parameters()), self.num_trainable, phases)
 
+    def _exchange_block_by_block(self) -> list[nn.Parameter]:
+        """Lets go of decoder layers' gradients as they come, as ``fsdp2`` does; gives the weights concerned."""
+        layers = self.model.model.language_model.layers
+        exchanged = [weight for weight in layers.parameters() if weight.requires_grad]
+        for weight in exchanged:
+            weight.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
+        return exchanged
+
     # -- what is always there --------------------------------------------------------------------------------------
 
-    def _phase(self, name: str, **kinds: int) -> Phase:
-        """A part of the run, with what stands by while a device computes."""
+    def _phase(self, name: str, gathers: Sequence[str] = ("policy",), /, **kinds: int) -> Phase:
+        """A part of the run, with what stands by; of shards, those of the models named are gathered meanwhile."""
         reference = self._reference_bytes()
         standing = {
             "weights": self._kept(stored_bytes(self.model, self.module.backbone)),
@@ -123,9 +135,9 @@ class _Planner:
             "optimizer": self._kept(self.num_trainable * self.optimizer.state),
         }
         if self.devices.is_sharded:
-            dtype = self.trainable[0].dtype
-            scale = (self.devices.autocast or dtype).itemsize / dtype.itemsize
-            standing["gathered weights"] = int((weight_bytes(self.model) + reference) * scale)
+            whole = {"policy": weight_bytes(self.model), "reference": reference}
+            scale = (self.devices.autocast or self.dtype).itemsize / self.dtype.itemsize
+            standing["gathered weights"] = int(sum(whole[model] for model in gathers) * scale)
         shown = {kind.replace("_", " "): size for kind, size in {**standing, **kinds}.items() if size}
         return Phase(name, shown)
 
@@ -137,12 +149,12 @@ class _Planner:
 
     def _reference_bytes(self) -> int:
         """A second model, or second adapters."""
-        if not isinstance(self.module, RFT) or not self.module.kl_coef:
+        if not isinstance(self.module, HeldToReference) or not self.module.kl_coef:
             return 0
         if not has_adapters(self.model):
             return weight_bytes(self.model)
         is_base = self.module.reference_kind == "base"
-        return 0 if is_base else sum(weight.numel() * weight.element_size() for weight in adapter_weights(self.model))
+        return 0 if is_base else _bytes(adapter_weights(self.model))
 
     @property
     def _buckets(self) -> int:
@@ -169,12 +181,17 @@ class _Planner:
         return self._update_phase(name, live.peak, prompts)
 
     def _update_phase(self, name: str, peak: int, prompts: Prompts) -> Phase:
-        gradients = min(self.gradient_bytes, peak)
+        whole = min(self.gradient_bytes - _bytes(self.exchanged), peak)
+        in_exchange = 0
+        if self.exchanged:
+            # FSDP2 copies a layer's gradients before it exchanges them.
+            in_exchange = _bytes(self.exchanged) // len(self.model.model.language_model.layers)
         return self._phase(
             name,
-            gradients=gradients,
+            gradients=whole + self._kept(_bytes(self.exchanged)),
+            gradients_in_exchange=in_exchange,
             gradient_buckets=self._buckets,
-            activations_and_log_probs=peak - gradients,
+            activations_and_log_probs=peak - whole,
             batch=pixel_bytes(prompts),
         )
 
@@ -203,7 +220,18 @@ class _Planner:
             self._go_back(rows, group_size, sampling.max_new_tokens, old)
             update = live.lap()
         kinds = {"KV_cache": cache, "activations_and_log_probs": rollout - cache, "batch": pixel_bytes(whole)}
-        return [self._phase("rollout", **kinds), self._update_phase("update", update, whole)]
+        phases = [self._phase("rollout", **kinds), self._update_phase("update", update, whole)]
+        if self.devices.is_sharded and self._reference_bytes() and not has_adapters(self.model):
+            phases.insert(1, self._reference(rows, whole, group_size, sampling.max_new_tokens))
+        return phases
+
+    def _reference(self, prompts: Prompts, whole: Prompts, group_size: int, num_tokens: int) -> Phase:
+        """The reference scores the rollout, gathered beside the policy."""
+        completions = full_completions(self.model, len(prompts) * group_size, num_tokens)
+        with self._counting() as live, torch.no_grad():
+            completion_logprobs(self.model, replace(prompts, state=None), completions)
+        gathers = ("policy", "reference")
+        return self._phase("reference", gathers, activations_and_log_probs=live.peak, batch=pixel_bytes(whole))
 
     def _optimizer_step(self) -> Phase:
         """Updates all weights at once, or one after the other."""
@@ -211,7 +239,8 @@ class _Planner:
         share = self.devices.world_size if self.devices.is_sharded else 1
         return self._phase(
             "optimizer step",
-            gradients=self.gradient_bytes,
+            (),
+            gradients=self._kept(self.gradient_bytes),
             gradient_buckets=self._buckets,
             optimizer_step=int(at_once * self.optimizer.step / share),
         )
@@ -223,7 +252,7 @@ class _Planner:
             cache = self._sample(prompts, 1, self.module.evaluation)
         return self._phase(
             "evaluation",
-            gradients=self.gradient_bytes if self.module.automatic_optimization else 0,
+            gradients=self._kept(self.gradient_bytes) if self.module.automatic_optimization else 0,
             gradient_buckets=self._buckets,
             KV_cache=cache,
             activations_and_log_probs=live.peak - cache,
@@ -260,7 +289,8 @@ class _Planner:
         """Scores full completions and goes back; gradients may be there already, while scoring or all along."""
         completions = full_completions(self.model, len(prompts) * group_size, num_tokens)
         if old_gradients != "none":
-            for weight in self.trainable:
+            waiting = set(self.trainable) - set(self.exchanged)
+            for weight in waiting:
                 weight.grad = torch.empty_like(weight)
         logps = completion_logprobs(self.model, prompts, completions)
         if old_gradients == "forward":
@@ -312,6 +342,10 @@ def stored_bytes(model: QwenVL, backbone: Backbone) -> int:
     packed = [weight for name, weight in layers if weight.dim() == 2 and "lora_" not in name]
     saved = sum(weight.numel() * (weight.element_size() - backbone.quantization.bytes_per_weight) for weight in packed)
     return int(weight_bytes(model) - saved)
+
+
+def _bytes(weights: Sequence[Tensor]) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in weights)
 
 
 def pixel_bytes(prompts: Prompts) -> int:

@@ -15,7 +15,7 @@ ADVICE = {
     "weights": "backbone.dtype bfloat16, backbone.tuning qlora, or trainer.strategy fsdp2",
     "gathered weights": "backbone.dtype bfloat16; fsdp2 holds the whole weights while it computes",
     "reference": "kl_coef 0, or backbone.tuning lora, whose reference is the adapters' own",
-    "gradients": "backbone.tuning lora, or backbone.freeze [vision_tower]",
+    "gradients": "backbone.tuning lora, backbone.freeze [vision_tower], or under fsdp2 micro_batch_prompts 1",
     "gradient buckets": "trainer.strategy fsdp2, or backbone.tuning lora",
     "optimizer": "backbone.tuning lora, configs/optimizers/adamw_8bit.yaml, or trainer.strategy fsdp2",
     "optimizer step": "optimizer.init_args.fused true, or configs/optimizers/adamw_8bit.yaml",
