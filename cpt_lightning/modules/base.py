@@ -87,9 +87,10 @@ class PostTraining(Accounted, TaskAdapters):
         super().configure_model()
 
     def _check_strategy(self) -> None:
-        """Refuses to split what must stay whole.
+        """Refuses to split what must stay whole, and to split by other means than ours.
 
-        Four-bit weights know their scales by an attribute of the tensor, which no sharding takes along.
+        Four-bit weights know their scales by an attribute of the tensor, which no sharding takes along. Under other
+        strategies a rank would clip by the norm of its own share of the gradient, and sample from its share of weights.
         """
         if self._trainer is None or not isinstance(self._trainer.strategy, SHARDED):
             return
@@ -103,6 +104,11 @@ class PostTraining(Accounted, TaskAdapters):
                 f"backbone.lora.along_stream={self.along_stream}: {type(self._trainer.strategy).__name__} splits "
                 "adapters and weights over ranks, which are exchanged and merged whole; set trainer.strategy to auto "
                 "or ddp, or along_stream to shared"
+            )
+        if not isinstance(self._trainer.strategy, FSDP2):
+            raise ValueError(
+                f"trainer.strategy={type(self._trainer.strategy).__name__}: every rank would clip by the norm of its "
+                "own share of the gradient, and sample without the whole weights; set trainer.strategy to fsdp2"
             )
 
     def load_model(self) -> QwenVL:
