@@ -13,7 +13,7 @@ from torch import distributed
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group as param_group
 from torch.utils.data import DataLoader, Dataset
 
-from cpt_lightning.models import Backbone
+from cpt_lightning.models import Backbone, Quantization
 from cpt_lightning.models.adapters import Lora
 from cpt_lightning.modules import RFT, SFT, group_rollouts
 from cpt_lightning.rollouts import Sampling
@@ -25,10 +25,13 @@ RUNS = {
     "sft_lora": partial(SFT, max_grad_norm=0.05),
     "rft_full": partial(RFT, group_size=4, sampling=Sampling(max_new_tokens=8), micro_batch_prompts=1, kl_coef=0.1),
     "rft_lora": partial(RFT, group_size=4, sampling=Sampling(max_new_tokens=8), kl_coef=0.1, reference="base"),
+    "sft_qlora": partial(SFT, max_grad_norm=0.05),
+    "rft_qlora": partial(RFT, group_size=4, sampling=Sampling(max_new_tokens=8), kl_coef=0.1, reference="base"),
     "resumed_full": SFT,
     "resumed_lora": partial(RFT, group_size=4, sampling=Sampling(max_new_tokens=8), kl_coef=0.1),
 }
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+FLOAT32 = Quantization(compute_dtype="float32")
 GATHERS = [0]
 SEEN: dict[str, Any] = {"gathers_while_sampling": [], "lengths": []}
 
@@ -52,6 +55,11 @@ class Share(Dataset):
         return Batch(self.whole.prompts.select(mine), self.whole.targets.select(mine))
 
 
+def runs_by(strategy: str) -> list[str]:
+    """Names of the runs by a strategy: shards cannot be made of four-bit weights."""
+    return [name for name in RUNS if strategy != "fsdp2" or not name.endswith("qlora")]
+
+
 def make_trainer(strategy: str, devices: int, accumulate: int = 1, max_epochs: int = 1) -> L.Trainer:
     return L.Trainer(
         **QUIET, max_epochs=max_epochs, accelerator="cpu", limit_val_batches=0, inference_mode=False,
@@ -63,7 +71,7 @@ def run(name: str, folder: Path, strategy: str, devices: int) -> dict:
     """The weights after the run, and what was seen on the way."""
     torch.manual_seed(0)
     tuning = name.rpartition("_")[2]
-    backbone = Backbone(str(folder / "backbone"), tuning=tuning, lora=Lora(rank=4))
+    backbone = Backbone(str(folder / "backbone"), tuning=tuning, lora=Lora(rank=4), quantization=FLOAT32)
     optimizer = partial(torch.optim.AdamW, lr=1e-2, eps=1e-3) if name.startswith("resumed") else sgd
     module = RUNS[name](backbone=backbone, optimizer=optimizer)
     batch = with_examples(torch.load(folder / "prompts.pt", weights_only=False), module.processor)
@@ -112,7 +120,7 @@ def watch() -> None:
 
 def main(folder: Path, strategy: str, devices: int) -> None:
     watch()
-    for name in RUNS:
+    for name in runs_by(strategy):
         seen = run(name, folder, strategy, devices)
         rank = distributed.get_rank() if distributed.is_initialized() else 0
         torch.save({**seen, "gathers": GATHERS[0]}, folder / f"{name}_{strategy}_{rank}.pt")

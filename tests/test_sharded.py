@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.sharded_runs import RUNS
+from tests.sharded_runs import FLOAT32, runs_by
 
 ROOT = Path(__file__).parents[1]
 DEVICES = {"auto": 1, "ddp": 2, "fsdp2": 2}
@@ -43,14 +43,32 @@ def seen(runs: Path, name: str, strategy: str, rank: int = 0) -> dict:
     return torch.load(runs / f"{name}_{strategy}_{rank}.pt")
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    [(name, strategy) for strategy in ("ddp", "fsdp2") for name in runs_by(strategy)],
+)
 def test_two_ranks_learn_what_one_process_does(runs, name, strategy):
     """Accumulated or in micro-batches, clipped, with text alone on one rank, unequal completions, resumed with Adam."""
     one, two = seen(runs, name, "auto"), seen(runs, name, strategy)
     assert one["weights"].keys() == two["weights"].keys()
     for key, weight in one["weights"].items():
         torch.testing.assert_close(two["weights"][key], weight, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sft_qlora", "rft_qlora"])
+def test_four_bit_weights_and_all_else_that_is_frozen_stay_bit_identical_on_two_ranks(runs, name):
+    """The packed bytes and their scales are those of a fresh load on either rank; the adapters alone have moved."""
+    from cpt_lightning.models import Backbone
+    from cpt_lightning.models.adapters import Lora
+
+    torch.manual_seed(0)
+    fresh = Backbone(str(runs / "backbone"), tuning="qlora", lora=Lora(rank=4), quantization=FLOAT32).load_model()
+    start = fresh.state_dict()
+    assert sum(weight.dtype == torch.uint8 and key.endswith("weight") for key, weight in start.items()) == 2 * 7
+    for rank in (0, 1):
+        weights = seen(runs, name, "ddp", rank)["weights"]
+        changed = {key for key, weight in start.items() if not torch.equal(weights[f"model.{key}"], weight)}
+        assert changed and all("lora_" in key for key in changed)
 
 
 def test_the_runs_that_are_compared_learn_something(runs):
