@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -11,11 +10,10 @@ from jsonargparse import ArgumentParser
 
 from cpt_lightning.callbacks.cards import Kind, config_of, model_card
 from cpt_lightning.callbacks.continual import FILENAME
-from cpt_lightning.callbacks.exports import EXPORTS, weights_of_model
+from cpt_lightning.callbacks.exports import EXPORTS, merged_model, weights_of_model
 from cpt_lightning.callbacks.matrix import AccuracyMatrix
 from cpt_lightning.checkpoint_io import read_checkpoint
 from cpt_lightning.models import Backbone
-from cpt_lightning.models.adapter_folders import merge_and_unload
 from cpt_lightning.models.adapters import has_adapters
 from cpt_lightning.models.folders import lasting_name, load_weights, refuse_filled, save_folder
 
@@ -31,10 +29,12 @@ def export(
 ) -> Path:
     """Exports a checkpoint: with LoRA as PEFT adapter, otherwise as a whole transformers model.
 
+    Where every task has an adapter of its own, that of the checkpoint's task is exported.
+
     Args:
         run: Directory of the run.
         task: The task after which, as ``word2`` or ``1_word2``; where the run stands last by default.
-        merge: Merge the adapter into its base; the folder then holds a whole model.
+        merge: Merge the adapter into its base, after those it was renewed from; the folder then holds a whole model.
         output: Folder to write; ``exports/<name of the checkpoint>`` in the run's by default.
         overwrite: Replace a folder that is not empty.
 
@@ -44,7 +44,8 @@ def export(
     Raises:
         FileNotFoundError: There is no such run or checkpoint.
         FileExistsError: The folder is not empty.
-        ValueError: There is nothing to merge, or the checkpoint's weights are not those of the run's model.
+        ValueError: There is nothing to merge, what was merged along the stream is to be left out, or the checkpoint's
+            weights are not those of the run's model.
     """
     run = Path(run)
     config = _config(run)
@@ -55,11 +56,13 @@ def export(
     if merge and backbone.tuning == "full":
         raise ValueError("--merge: this run tuned the weights themselves, there is no adapter to merge; leave it out")
     checkpoint = read_checkpoint(path, mmap=True)
-    # A base that was quantized while adapters were trained is merged with as it was before.
-    model = (replace(backbone, tuning="lora") if merge else backbone).load_model()
-    load_weights(model, weights_of_model(checkpoint["state_dict"]), str(path))
+    state = checkpoint["state_dict"]
     if merge:
-        merge_and_unload(model)
+        model = merged_model(backbone, state, str(path))
+    else:
+        _check_one_adapter(backbone, state, path)
+        model = backbone.load_model()
+        load_weights(model, weights_of_model(state), str(path))
     kind: Kind = "merged" if merge else "adapter" if has_adapters(model) else "full"
     matrix = AccuracyMatrix.load(run / FILENAME) if (run / FILENAME).is_file() else None
     card = model_card(
@@ -70,9 +73,18 @@ def export(
         *learned_stages(path, checkpoint, matrix),
         matrix,
         config,
+        backbone.lora.along_stream,
     )
     save_folder(model, backbone.load_processor(), folder, backbone.path, card, overwrite=overwrite)
     return folder
+
+
+def _check_one_adapter(backbone: Backbone, state: dict, path: Path) -> None:
+    if backbone.lora.along_stream == "renewed" and any(name.startswith("earlier.") for name in state):
+        raise ValueError(
+            f"{path.name}: adapters were merged into the weights and begun anew (backbone.lora.along_stream=renewed), "
+            "so the last one alone is not the model that was evaluated; --merge exports it, with all of them merged"
+        )
 
 
 def find_checkpoint(folder: Path, task: str | None) -> Path:

@@ -13,8 +13,8 @@ from torch import distributed
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group as param_group
 from torch.utils.data import DataLoader, Dataset
 
-from cpt_lightning import strategy
-from cpt_lightning.models import Backbone
+from cpt_lightning import strategy as strategies
+from cpt_lightning.models import Backbone, Quantization
 from cpt_lightning.models.adapters import Lora
 from cpt_lightning.modules import RFT, SFT, group_rollouts
 from cpt_lightning.rollouts import Sampling
@@ -26,10 +26,20 @@ RUNS = {
     "sft_lora": partial(SFT, max_grad_norm=0.05),
     "rft_full": partial(RFT, group_size=4, sampling=Sampling(max_new_tokens=8), micro_batch_prompts=1, kl_coef=0.1),
     "rft_lora": partial(RFT, group_size=4, sampling=Sampling(max_new_tokens=8), kl_coef=0.1, reference="base"),
+    "sft_qlora": partial(SFT, max_grad_norm=0.05),
+    "rft_qlora": partial(RFT, group_size=4, sampling=Sampling(max_new_tokens=8), kl_coef=0.1, reference="base"),
+    "mixed_sft_full": partial(SFT, max_grad_norm=0.05),  # in bf16-mixed
+    "mixed_rft_full": partial(
+        RFT, group_size=4, sampling=Sampling(max_new_tokens=8), micro_batch_prompts=1, kl_coef=0.1
+    ),
     "resumed_full": SFT,
     "resumed_lora": partial(RFT, group_size=4, sampling=Sampling(max_new_tokens=8), kl_coef=0.1),
 }
+OFFLOADED = ["sft_full", "rft_lora", "mixed_sft_full", "resumed_full"]
+"""Runs that the launch of fsdp2 repeats with its shards in main memory."""
+
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+FLOAT32 = Quantization(compute_dtype="float32")
 GATHERS = [0]
 SEEN: dict[str, Any] = {"gathers_while_sampling": [], "lengths": [], "waiting_gradients": []}
 
@@ -53,10 +63,17 @@ class Share(Dataset):
         return Batch(self.whole.prompts.select(mine), self.whole.targets.select(mine))
 
 
-def make_trainer(name: str, devices: int, accumulate: int = 1, max_epochs: int = 1) -> L.Trainer:
+def runs_by(strategy: str) -> list[str]:
+    """Names of the runs by a strategy: shards cannot be made of four-bit weights."""
+    if strategy == "fsdp2_offload":
+        return OFFLOADED
+    return [name for name in RUNS if strategy != "fsdp2" or not name.endswith("qlora")]
+
+
+def make_trainer(strategy: str, devices: int, max_epochs: int = 1, **options: Any) -> L.Trainer:
     return L.Trainer(
-        **QUIET, max_epochs=max_epochs, accelerator="cpu", limit_val_batches=0, inference_mode=False,
-        use_distributed_sampler=False, strategy=name, devices=devices, accumulate_grad_batches=accumulate,
+        **QUIET, **options, max_epochs=max_epochs, accelerator="cpu", limit_val_batches=0, inference_mode=False,
+        use_distributed_sampler=False, strategy=strategy, devices=devices,
     )  # fmt: skip
 
 
@@ -64,7 +81,7 @@ def run(name: str, folder: Path, strategy: str, devices: int) -> dict:
     """The weights after the run, and what was seen on the way."""
     torch.manual_seed(0)
     tuning = name.rpartition("_")[2]
-    backbone = Backbone(str(folder / "backbone"), tuning=tuning, lora=Lora(rank=4))
+    backbone = Backbone(str(folder / "backbone"), tuning=tuning, lora=Lora(rank=4), quantization=FLOAT32)
     optimizer = partial(torch.optim.AdamW, lr=1e-2, eps=1e-3) if name.startswith("resumed") else sgd
     module = RUNS[name](backbone=backbone, optimizer=optimizer)
     batch = with_examples(torch.load(folder / "prompts.pt", weights_only=False), module.processor)
@@ -75,7 +92,9 @@ def run(name: str, folder: Path, strategy: str, devices: int) -> dict:
         module = RUNS[name](backbone=backbone, optimizer=optimizer)
         trainer = _fit(module, batch, make_trainer(strategy, devices, max_epochs=2), checkpoint)
     else:
-        trainer = fit(make_trainer(strategy, devices, accumulate=2 if name.startswith("sft") else 1))
+        options = {"precision": "bf16-mixed"} if name.startswith("mixed") else {}
+        accumulate = 2 if "sft" in name else 1
+        trainer = fit(make_trainer(strategy, devices, accumulate_grad_batches=accumulate, **options))
     local = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in module.parameters())
     weights = {key: weight.clone() for key, weight in trainer.strategy.lightning_module_state_dict().items()}
     return {"weights": weights, "local": local, **SEEN}
@@ -89,7 +108,7 @@ def _fit(module: L.LightningModule, batch: Batch, trainer: L.Trainer, checkpoint
 def watch() -> None:
     """Counts what is gathered in sampling and what waits to be exchanged, and notes what a rank's load holds."""
     gather, sample, load = param_group.foreach_all_gather, group_rollouts.sample_groups, Backbone.load_model
-    exchange = strategy.exchange_gradients
+    exchange = strategies.exchange_gradients
 
     def noted_exchange(model: Any) -> None:
         layers = model.model.language_model.layers
@@ -112,19 +131,20 @@ def watch() -> None:
         SEEN["loaded"] = sum(p.numel() for p in model.parameters() if not p.is_meta)
         return model
 
-    strategy.exchange_gradients = noted_exchange
+    strategies.exchange_gradients = noted_exchange
     param_group.foreach_all_gather, group_rollouts.sample_groups, Backbone.load_model = (
         counted_gather, counted_sample, noted_load,
     )  # fmt: skip
 
 
-def main(folder: Path, strategy: str, devices: int) -> None:
+def main(folder: Path, launched: str, devices: int) -> None:
     watch()
-    for name in RUNS:
-        seen = run(name, folder, strategy, devices)
-        rank = distributed.get_rank() if distributed.is_initialized() else 0
-        torch.save({**seen, "gathers": GATHERS[0]}, folder / f"{name}_{strategy}_{rank}.pt")
-        SEEN.update(gathers_while_sampling=[], lengths=[], waiting_gradients=[])
+    for strategy in [launched, "fsdp2_offload"] if launched == "fsdp2" else [launched]:
+        for name in runs_by(strategy):
+            seen = run(name, folder, strategy, devices)
+            rank = distributed.get_rank() if distributed.is_initialized() else 0
+            torch.save({**seen, "gathers": GATHERS[0]}, folder / f"{name}_{strategy}_{rank}.pt")
+            SEEN.update(gathers_while_sampling=[], lengths=[], waiting_gradients=[])
 
 
 if __name__ == "__main__":

@@ -13,9 +13,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from cpt_lightning.callbacks.exports import weights_of_model
+from cpt_lightning.callbacks.exports import TaskExport, weights_of_model
 from cpt_lightning.cli import main
 from cpt_lightning.export import export, push
+from cpt_lightning.models import Backbone, Lora
+from cpt_lightning.models.processor import TINY
+from cpt_lightning.modules import SFT
 
 # peft 0.21 asks transformers 5.23 by an old name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -224,11 +227,97 @@ def test_what_cannot_be_exported_is_said_in_a_line(runs, tmp_path, capsys):
     assert files(run).keys() == before.keys()
 
 
-def test_an_adapter_that_is_not_the_only_one_is_not_passed_off_as_the_model():
-    weights = {"model.a": torch.zeros(1), "reference.copy.a": torch.ones(1)}
+@pytest.fixture(scope="module")
+def streams(runs, tmp_path_factory) -> dict[str, Path]:
+    """Runs over three stages whose adapters are renewed, or each task's own; the former exports itself merged."""
+    folder = tmp_path_factory.mktemp("streams")
+    for name, options in {"renewed": ["--export.merge=true"], "per_task": []}.items():
+        main([
+            "fit", f"--data={runs['lora'].parent / 'stream.yaml'}", *MODELS["lora"], *OPTIONS, *options,
+            f"--model.backbone.lora.along_stream={name}", "--data.stages=[word2,bars2,facts_too]",
+            "--data.tasks.facts_too={source: {class_path: ToyWorld, init_args: {family: facts}}, num_test: 3}",
+            f"--run_dir={folder / name}",
+        ])  # fmt: skip
+    return {name: folder / name for name in ("renewed", "per_task")}
+
+
+def base_with(state: dict, prefixes: list[str]):
+    """The base plus ``alpha / rank * B A`` of every adapter that is named, 32 / 4 = 8 times, added up by hand.
+
+    The adapters' weights come in the order of the model: A and B of one layer after the other.
+    """
+    model = plain(TINY)
+    names = [name for name in state if name.startswith("model.") and "lora_" in name]
+    with torch.no_grad():
+        for prefix in prefixes:
+            weights = [state[name] for name in names] if prefix == "model" else own(state, prefix)
+            for name, a, b in zip(names[::2], weights[::2], weights[1::2], strict=True):
+                layer = name.removeprefix("model.").partition(".lora_A")[0]
+                model.get_parameter(f"{layer}.weight").add_(8 * b @ a)
+    return model
+
+
+def own(state: dict, prefix: str) -> list[torch.Tensor]:
+    return [state[f"{prefix}.{number}"] for number in range(sum(name.startswith(f"{prefix}.") for name in state))]
+
+
+@pytest.mark.parametrize("stem, stages", [("1_word2", 1), ("2_bars2", 2), ("3_facts_too", 3)])
+def test_a_merged_export_of_renewed_adapters_holds_all_of_them(streams, mixed_prompts, tmp_path, stem, stages):
+    """In the middle of the stream and at its end: the logits of the base with every adapter so far, which each matter;
+    the folder of the command and the one that the run wrote are the same."""
+    run = streams["renewed"]
+    state = torch.load(run / f"{stem}.ckpt", weights_only=True)["state_dict"]
+    prefixes = [*(f"earlier.{stage}" for stage in range(stages - 1)), "model"]
+    folder = export(run, task=stem, merge=True, output=tmp_path / "merged")
+    given = logits(plain(folder).double(), mixed_prompts)
+    torch.testing.assert_close(given, logits(base_with(state, prefixes).double(), mixed_prompts), atol=1e-5, rtol=0)
+    for left_out in prefixes:
+        fewer = base_with(state, [prefix for prefix in prefixes if prefix != left_out])
+        assert (logits(fewer.double(), mixed_prompts) - given).abs().max() > 1e-2
+    weights = (folder / "model.safetensors").read_bytes()
+    assert weights == (run / "exports" / f"{stem}_merged" / "model.safetensors").read_bytes()
+    assert "all of them are in these weights" in (folder / "README.md").read_text()
+
+
+def test_a_merged_export_of_renewed_adapters_scores_what_the_matrix_says(streams, tmp_path):
+    run = streams["renewed"]
+    folder = f"--model.init_args.backbone.path={run / 'exports' / '2_bars2_merged'}"
+    tuning = "--model.init_args.backbone={tuning: full, lora: {along_stream: shared}}"
+    assert scores_of_test(run, tmp_path / "scores", tuning, folder)["scores"] == rows(run)[2]
+    said = [line["completion"] for line in lines(run / "samples.jsonl") if line["stage"] == 2]
+    assert [line["completion"] for line in lines(tmp_path / "scores" / "test.jsonl")] == said
+
+
+def test_a_renewed_adapter_alone_is_not_passed_off_as_the_model(streams, tmp_path, capsys):
+    """But the first is all that there is."""
+    with pytest.raises(SystemExit):
+        main(["export", str(streams["renewed"]), "--task", "bars2", "--output", str(tmp_path / "second")])
+    assert "2_bars2.ckpt: adapters were merged into the weights" in (said := capsys.readouterr().err)
+    assert "--merge exports it" in said
+    export(streams["renewed"], task="word2", output=tmp_path / "first")
+    refused = SFT(backbone=Backbone(tuning="lora", lora=Lora(along_stream="renewed")))
+    with pytest.raises(ValueError, match="along_stream=renewed .* set export.merge to true"):
+        TaskExport().setup(None, refused, "fit")
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_an_export_of_adapters_per_task_is_the_tasks_own(streams, mixed_prompts, tmp_path, merge):
+    run = streams["per_task"]
+    state = torch.load(run / "2_bars2.ckpt", weights_only=True)["state_dict"]
+    folder = export(run, task="bars2", merge=merge, output=tmp_path / "export")
+    model = plain(folder) if merge else PeftModel.from_pretrained(plain(folder / "base"), folder)
+    given = logits(model.double(), mixed_prompts)
+    torch.testing.assert_close(given, logits(base_with(state, ["model"]).double(), mixed_prompts), atol=1e-5, rtol=0)
+    assert (given - logits(base_with(state, ["earlier.0"]).double(), mixed_prompts)).abs().max() > 1e-2
+    assert "This is the last one alone" in (folder / "README.md").read_text()
+    if not merge:
+        name = "adapter_model.safetensors"
+        assert (folder / name).read_bytes() == (run / "exports" / "2_bars2" / name).read_bytes()
+
+
+def test_the_reference_is_no_part_of_the_model():
+    weights = {"model.a": torch.zeros(1), "reference.copy.a": torch.ones(1), "earlier.0.0": torch.ones(1)}
     assert weights_of_model(weights) == {"a": torch.zeros(1)}
-    with pytest.raises(ValueError, match="along_stream"):
-        weights_of_model({**weights, "earlier.0.0": torch.zeros(1)})
 
 
 def test_an_upload_is_of_the_whole_folder_to_a_private_repository(runs, monkeypatch):

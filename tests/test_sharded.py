@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.sharded_runs import RUNS
+from tests.sharded_runs import FLOAT32, OFFLOADED, runs_by
 
 ROOT = Path(__file__).parents[1]
 DEVICES = {"auto": 1, "ddp": 2, "fsdp2": 2}
@@ -33,7 +33,7 @@ def runs(prepared) -> Path:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         for strategy, devices in DEVICES.items():
             command = [sys.executable, "-m", "tests.sharded_runs", str(prepared), strategy, str(devices)]
-            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
             assert done.returncode == 0, done.stderr[-3000:]
         CACHE["runs"] = prepared
     return CACHE["runs"]
@@ -43,14 +43,67 @@ def seen(runs: Path, name: str, strategy: str, rank: int = 0) -> dict:
     return torch.load(runs / f"{name}_{strategy}_{rank}.pt")
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    [(name, strategy) for strategy in ("ddp", "fsdp2") for name in runs_by(strategy) if not name.startswith("mixed")],
+)
 def test_two_ranks_learn_what_one_process_does(runs, name, strategy):
     """Accumulated or in micro-batches, clipped, with text alone on one rank, unequal completions, resumed with Adam."""
     one, two = seen(runs, name, "auto"), seen(runs, name, strategy)
     assert one["weights"].keys() == two["weights"].keys()
     for key, weight in one["weights"].items():
         torch.testing.assert_close(two["weights"][key], weight, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sft_qlora", "rft_qlora"])
+def test_four_bit_weights_and_all_else_that_is_frozen_stay_bit_identical_on_two_ranks(runs, name):
+    """The packed bytes and their scales are those of a fresh load on either rank; the adapters alone have moved."""
+    from cpt_lightning.models import Backbone
+    from cpt_lightning.models.adapters import Lora
+
+    torch.manual_seed(0)
+    fresh = Backbone(str(runs / "backbone"), tuning="qlora", lora=Lora(rank=4), quantization=FLOAT32).load_model()
+    start = fresh.state_dict()
+    assert sum(weight.dtype == torch.uint8 and key.endswith("weight") for key, weight in start.items()) == 2 * 7
+    for rank in (0, 1):
+        weights = seen(runs, name, "ddp", rank)["weights"]
+        changed = {key for key, weight in start.items() if not torch.equal(weights[f"model.{key}"], weight)}
+        assert changed and all("lora_" in key for key in changed)
+
+
+@pytest.mark.parametrize("name", OFFLOADED)
+def test_shards_in_main_memory_learn_the_same_bit_for_bit(runs, name):
+    kept, offloaded = (seen(runs, name, strategy)["weights"] for strategy in ("fsdp2", "fsdp2_offload"))
+    assert kept.keys() == offloaded.keys()
+    assert [key for key, weight in kept.items() if not torch.equal(offloaded[key], weight)] == []
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_mixed_precision_on_two_ranks_is_near_that_of_one_process(runs, strategy):
+    """Text alone on one rank, accumulated: rounding is a small part of what is learned, and weights stay float32."""
+    start = start_of(runs)
+    one, two = (seen(runs, "mixed_sft_full", each)["weights"] for each in ("auto", strategy))
+    assert {weight.dtype for weight in two.values()} == {torch.float32}
+    assert distance(two, one) < 0.05 * distance(one, start)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_rft_in_mixed_precision_learns_on_two_ranks(runs, strategy):
+    """Other tokens are sampled where rounding differs, so that only the size of what is learned compares."""
+    start = start_of(runs)
+    one, two = (distance(seen(runs, "mixed_rft_full", each)["weights"], start) for each in ("auto", strategy))
+    assert two == pytest.approx(one, rel=0.5)
+
+
+def start_of(runs: Path) -> dict:
+    from cpt_lightning.models.qwen_vl import QwenVL
+
+    return {f"model.{key}": weight for key, weight in QwenVL.from_pretrained(runs / "backbone").state_dict().items()}
+
+
+def distance(one: dict, other: dict) -> float:
+    """Length of the difference of all weights."""
+    return sum((one[key] - other[key]).square().sum().item() for key in other) ** 0.5
 
 
 def test_the_runs_that_are_compared_learn_something(runs):

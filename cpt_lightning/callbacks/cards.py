@@ -10,6 +10,7 @@ import yaml
 
 from cpt_lightning import __version__
 from cpt_lightning.callbacks.matrix import AccuracyMatrix
+from cpt_lightning.models.adapters import AlongStream
 
 Kind = Literal["adapter", "merged", "full"]
 """What a folder holds: a LoRA adapter, the base with it merged in, or a model of which everything was tuned."""
@@ -19,6 +20,13 @@ WHAT = {
     "merged": "With a LoRA adapter merged in, a descendant of",
     "full": "Tuned from",
 }
+
+ADAPTERS = {
+    "renewed": "Each had an adapter, merged into the weights before the next began: all of them are in these weights.",
+    "per_task": "Each had an adapter of its own over the base. This is the last one alone: scores of tasks before it "
+    "are those of their own adapters, which are exported from the checkpoints of these tasks.",
+}
+"""What became of the adapters, where it was not one that learned all tasks."""
 
 LIBRARIES = ("torch", "transformers", "peft", "lightning")
 
@@ -55,6 +63,7 @@ def model_card(
     within: str | None = None,
     matrix: AccuracyMatrix | None = None,
     config: dict | None = None,
+    along_stream: AlongStream = "shared",
 ) -> str:
     """The text of the card.
 
@@ -67,6 +76,7 @@ def model_card(
         within: Name of the stage that had begun.
         matrix: The run's record up to the last of them; ``None`` where it has none.
         config: The run's configuration, if it has one.
+        along_stream: What became of adapters from task to task.
     """
     is_adapter = kind == "adapter"
     header = {
@@ -82,6 +92,7 @@ def model_card(
         f"# {name}",
         f"{WHAT[kind]} `{base}` (weights in {dtype}), by continual post-training with cpt_lightning {__version__}.",
         f"Learned, in this order: {_learned(stages, within)}.",
+        *([ADAPTERS[along_stream]] if along_stream in ADAPTERS else []),
         f"```python\n{code}```",
         "## Scores\n\n" + ("Not measured at this point." if within else _scores(matrix, len(stages))),
         *([f"## Settings\n\n```yaml\n{yaml.safe_dump(_shown(config), sort_keys=False)}```"] if config else []),

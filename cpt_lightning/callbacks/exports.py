@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -14,8 +15,12 @@ from torch import Tensor
 from cpt_lightning.callbacks.cards import Kind, config_of, model_card
 from cpt_lightning.callbacks.continual import ContinualLearning
 from cpt_lightning.models.adapter_folders import merge_and_unload
-from cpt_lightning.models.adapters import has_adapters
+from cpt_lightning.models.adapters import has_adapters, merge_earlier
 from cpt_lightning.models.folders import lasting_name, load_weights, save_folder
+
+if TYPE_CHECKING:
+    from cpt_lightning.models import Backbone
+    from cpt_lightning.models.qwen_vl import QwenVL
 
 EXPORTS = "exports"
 """Folder of the exports in a run's."""
@@ -26,7 +31,7 @@ class TaskExport(Checkpoint):
 
     With LoRA a folder holds a PEFT adapter, or the whole model with it merged in (``.._merged``); with full tuning the
     whole model. ``cpt export`` makes the same folders afterwards, from checkpoints. An earlier export of that name is
-    replaced.
+    replaced. Of adapters ``per_task`` a folder holds the task's own; ``renewed`` ones can only be merged, all of them.
 
     Args:
         when: After each task, or once after the last.
@@ -40,17 +45,19 @@ class TaskExport(Checkpoint):
         self.merge = merge
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuses to merge what has no adapters, and to export what is more than one.
+        """Refuses to merge what has no adapters, and to export one adapter where several make up the model.
 
         Raises:
-            ValueError: ``merge`` with full tuning, or adapters that are renewed or a task's own.
+            ValueError: ``merge`` with full tuning, or adapters that are renewed without it.
         """
-        if self.when != "never" and self.merge and pl_module.backbone.tuning == "full":
+        if stage != "fit" or self.when == "never":  # a merged export is evaluated by the very config that made it
+            return
+        if self.merge and pl_module.backbone.tuning == "full":
             raise ValueError("export.merge: with full tuning there is no adapter to merge; leave it out")
-        if self.when != "never" and pl_module.backbone.lora.along_stream != "shared":
+        if not self.merge and pl_module.backbone.lora.along_stream == "renewed":
             raise ValueError(
-                f"export.when={self.when}: with backbone.lora.along_stream={pl_module.backbone.lora.along_stream} the "
-                "model is more than its newest adapter, which is all that an export holds; set export.when to never"
+                f"export.when={self.when}: with backbone.lora.along_stream=renewed the model is more than its newest "
+                "adapter; set export.merge to true, or export.when to never"
             )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -63,39 +70,46 @@ class TaskExport(Checkpoint):
         # Where the model is spread over ranks this gathers it: all of them must call it.
         weights = trainer.strategy.lightning_module_state_dict()
         if trainer.is_global_zero:
-            self._export(trainer, pl_module, weights_of_model(weights), names, Path(folder))
+            self._export(trainer, pl_module, weights, names, Path(folder))
 
     def _export(
-        self, trainer: Trainer, module: LightningModule, weights: dict[str, Tensor], names: list[str], run: Path
+        self, trainer: Trainer, module: LightningModule, state: dict[str, Tensor], names: list[str], run: Path
     ) -> None:
-        model, backbone = module.model, module.backbone
-        if self.merge:
-            model = replace(backbone, tuning="lora").load_model()  # not quantized
-            load_weights(model, weights, "the run")
-            merge_and_unload(model)
+        backbone = module.backbone
+        model = merged_model(backbone, state, "the run") if self.merge else module.model
+        weights = None if self.merge else weights_of_model(state)
         kind: Kind = "merged" if self.merge else "adapter" if has_adapters(model) else "full"
         name = f"{len(names)}_{names[-1]}" + ("_merged" if self.merge else "")
         record = next((each for each in trainer.callbacks if isinstance(each, ContinualLearning)), None)
         matrix = None if record is None else record.matrix(trainer)
         dtype = str(model.dtype).removeprefix("torch.")
-        card = model_card(name, kind, lasting_name(backbone.path), dtype, names, None, matrix, config_of(run))
+        base, along_stream = lasting_name(backbone.path), backbone.lora.along_stream
+        card = model_card(name, kind, base, dtype, names, None, matrix, config_of(run), along_stream)
         folder = run / EXPORTS / name
-        save_folder(
-            model, module.processor, folder, backbone.path, card, None if self.merge else weights, overwrite=True
-        )
+        save_folder(model, module.processor, folder, backbone.path, card, weights, overwrite=True)
         rank_zero_info(f"exported: {folder}")
 
 
-def weights_of_model(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The backbone's weights among those of a module, by their name in it; a reference's copy is left out.
+def merged_model(backbone: Backbone, state: Mapping[str, Tensor], source: str) -> QwenVL:
+    """The base with all adapters merged in that a checkpoint's model consists of, in the order of the run.
 
-    Raises:
-        ValueError: The adapter is not the only one since the base, and would be another model without the earlier ones.
+    Args:
+        backbone: The run's. A base that was quantized while adapters were trained is taken as it was before.
+        state: The module's state dict.
+        source: Where it comes from, for errors.
     """
-    if any(name.startswith("earlier.") for name in state_dict):
-        raise ValueError(
-            "the run made a new adapter for every task (backbone.lora.along_stream): the last one alone is "
-            "not the model that was evaluated, so that only the end of the first task can be exported"
-        )
+    model = replace(backbone, tuning="lora").load_model()
+    if backbone.lora.along_stream == "renewed":
+        merge_earlier(model, state)
+    load_weights(model, weights_of_model(state), source)
+    merge_and_unload(model)
+    return model
+
+
+def weights_of_model(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The backbone's weights among those of a module, by their name in it.
+
+    Left out are a reference's copy, and the adapters of earlier stages.
+    """
     prefix = "model."
-    return {name.removeprefix(prefix): weight for name, weight in state_dict.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): weight for name, weight in state.items() if name.startswith(prefix)}

@@ -14,6 +14,7 @@ for example:
   cpt export runs/demo_grpo                          where the run stands last: runs/demo_grpo/exports/last
   cpt export runs/demo_grpo --task word2             after that task: runs/demo_grpo/exports/1_word2
   cpt export runs/lora --merge --output my_model     the adapter merged into its base: a whole model
+  cpt export runs/renewed --merge                    adapters that were renewed along the stream: only this way
   cpt export runs/lora --push me/my_model            upload it too (a new repository is private)
 
 what it is good for:

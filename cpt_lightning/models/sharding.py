@@ -111,7 +111,7 @@ def exchange_block_by_block(model: nn.Module, wanted: bool) -> None:
 def exchange_gradients(model: nn.Module) -> None:
     """Averages over ranks the gradients of all backward passes since the last time, and leaves each its shards.
 
-    What a rank did not use, as the vision tower without an image, counts as a gradient of 0.
+    Every rank must have a gradient of the same weights, see :func:`unsteady`.
     """
     if not isinstance(model, FSDPModule):
         return
@@ -122,6 +122,12 @@ def exchange_gradients(model: nn.Module) -> None:
         _touch(model).backward()
     _exchange_later(model)
     release(model)
+
+
+def unsteady(model: QwenVL) -> list[nn.Parameter]:
+    """Trained weights that a backward pass may leave out on one rank alone: all but those of decoder layers."""
+    steady = {id(weight) for weight in model.model.language_model.layers.parameters()}
+    return [weight for weight in model.parameters() if weight.requires_grad and id(weight) not in steady]
 
 
 def whole(tensor: Any) -> Any:
@@ -157,9 +163,6 @@ def _keep_gathered(model: QwenVL) -> None:
         block.set_reshard_after_forward(False, recurse=False)
         block.set_reshard_after_backward(False, recurse=False)
     exchange_block_by_block(model, False)
-    model.set_reduce_scatter_unused_params(True)
-    for layer in _decoder_layers(model):
-        layer.set_reduce_scatter_unused_params(False)  # no rank leaves one out
     model._nothing = lambda: _nothing(model)
     register_fsdp_forward_method(model, "_nothing")
 
@@ -176,9 +179,12 @@ def _touch(model: nn.Module) -> Tensor:
     return cast(Callable[[], Tensor], model._nothing)()
 
 
-def _nothing(model: nn.Module) -> Tensor:
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    smallest = min(trainable, key=Tensor.numel, default=None)
+def _nothing(model: QwenVL) -> Tensor:
+    """0, by way of the smallest weight that every rank trains and uses."""
+    # Its gradient meets no one else's that is missing: FSDP2 (torch 2.13) would not take their dtypes together.
+    trainable = [weight for weight in model.parameters() if weight.requires_grad]
+    used = [weight for weight in model.model.language_model.layers.parameters() if weight.requires_grad]
+    smallest = min(used or trainable, key=Tensor.numel, default=None)
     return torch.zeros(()) if smallest is None else smallest.sum() * 0
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import SumMetric
 
 from cpt_lightning.models import Backbone
-from cpt_lightning.models.sharding import is_sharded, whole
+from cpt_lightning.models.sharding import is_sharded, unsteady, whole
 from cpt_lightning.modules.accounting import Accounted
 from cpt_lightning.modules.schedules import TaskSchedule
 from cpt_lightning.modules.task_adapters import TaskAdapters
@@ -87,9 +87,10 @@ class PostTraining(Accounted, TaskAdapters):
         super().configure_model()
 
     def _check_strategy(self) -> None:
-        """Refuses to split what must stay whole.
+        """Refuses to split what must stay whole, and to split by other means than ours.
 
-        Four-bit weights know their scales by an attribute of the tensor, which no sharding takes along.
+        Four-bit weights know their scales by an attribute of the tensor, which no sharding takes along. Under other
+        strategies a rank would clip by the norm of its own share of the gradient, and sample from its share of weights.
         """
         if self._trainer is None or not isinstance(self._trainer.strategy, SHARDED):
             return
@@ -103,6 +104,11 @@ class PostTraining(Accounted, TaskAdapters):
                 f"backbone.lora.along_stream={self.along_stream}: {type(self._trainer.strategy).__name__} splits "
                 "adapters and weights over ranks, which are exchanged and merged whole; set trainer.strategy to auto "
                 "or ddp, or along_stream to shared"
+            )
+        if not isinstance(self._trainer.strategy, FSDP2):
+            raise ValueError(
+                f"trainer.strategy={type(self._trainer.strategy).__name__}: every rank would clip by the norm of its "
+                "own share of the gradient, and sample without the whole weights; set trainer.strategy to fsdp2"
             )
 
     def load_model(self) -> QwenVL:
@@ -299,12 +305,13 @@ class PostTraining(Accounted, TaskAdapters):
     def anchored(self, loss: Tensor) -> Tensor:
         """The same loss, with every trainable parameter in its graph where there are several ranks.
 
-        DDP waits for a gradient of every parameter, and a batch without an image gives the vision tower none. Shards
-        are exchanged whatever has a gradient.
+        These wait for a gradient of each, and a batch without an image gives the vision tower none. Shards of decoder
+        layers have theirs anyway.
         """
-        if self.trainer.world_size == 1 or is_sharded(self.model):
+        if self.trainer.world_size == 1:
             return loss
-        return loss + sum(parameter.sum() for parameter in self.parameters() if parameter.requires_grad) * 0
+        mine = unsteady(self.model) if is_sharded(self.model) else [p for p in self.parameters() if p.requires_grad]
+        return loss + sum(parameter.sum() for parameter in mine) * 0
 
     def mean_over_ranks(self, value: Tensor) -> Tensor:
         """The mean of a scalar over all ranks; every rank must call it."""

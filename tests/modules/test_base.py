@@ -7,6 +7,7 @@ import math
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.utils.data import DataLoader
 
 from cpt_lightning.models import Backbone
@@ -179,3 +180,12 @@ def test_an_evaluation_of_fillers_alone_says_which_task_has_no_rows(small_folder
     none.prompts.valid = torch.tensor([False])
     with pytest.raises(ValueError, match="task 'other': no row is left to evaluate"):
         validate(SFT(backbone=Backbone(small_folder), evaluation=ANSWERS), [whole, none])
+
+
+@pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy])
+def test_other_strategies_that_split_weights_are_refused_before_anything_loads(kind):
+    """Lightning makes them only for GPUs, or where deepspeed is installed: here one stands in the Trainer unmade."""
+    module = SFT(backbone=Backbone("nowhere"))
+    module._trainer = type("Trainer", (), {"strategy": kind.__new__(kind)})()
+    with pytest.raises(ValueError, match=f"trainer.strategy={kind.__name__}: .*set trainer.strategy to fsdp2"):
+        module.configure_model()
