@@ -1,4 +1,4 @@
-"""The command line: ``cpt fit|validate|test|predict|inspect|plan|export``."""
+"""The command line: ``cpt fit|validate|test|predict|inspect|plan|study|export``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ VERBS = {
     "predict": "write down what the model answers, with verdicts",
     "inspect": "show what the model will be asked: rows, lengths, answers, examples; needs no weights and no GPU",
     "plan": "say what memory a run needs, and whether a GPU has it; needs no weights and no GPU",
+    "study": "run a list of arms with several seeds, and compare what they learned, lost and cost",
     "export": "make a folder for transformers or PEFT from a run's checkpoint",
 }
 
@@ -28,6 +29,7 @@ for example:
   cpt fit -c configs/demo/grpo.yaml --ckpt_path runs/demo_grpo/last.ckpt   go on where a run ended
   cpt inspect -c configs/demo/grpo.yaml                                    look at the data first
   cpt plan -c configs/demo/grpo.yaml --plan.gpu 80GB                       will it fit?
+  cpt study configs/studies/toy.yaml --jobs 2                              all arms, compared
   cpt export runs/demo_grpo --task word2                                   the model after that task, for transformers
   cpt fit --help                                                           all options of a verb
   cpt fit --model.help RFT                                                 those of a model, or other class
@@ -76,6 +78,11 @@ def main(args: list[str] | None = None) -> None:
         from cpt_lightning.cli.export import export_command
 
         return export_command(args[1:])
+
+    if args[0] == "study":
+        from cpt_lightning.cli.study.command import study_command
+
+        return study_command(args[1:])
 
     from cpt_lightning.cli.lightning_cli import CPTCLI
 

@@ -52,7 +52,7 @@ class StepAccount:
         self._clear()
 
     def _clear(self) -> None:
-        self._tokens, self._flops = 0, Flops()
+        self._tokens, self._rollouts, self._flops = 0, 0, Flops()
         self._phases: dict[str, float] = {}
 
     def add_flops(self, flops: Flops) -> None:
@@ -62,6 +62,10 @@ class StepAccount:
     def add_tokens(self, prompts: Prompts, completions: Completions) -> None:
         """Adds the tokens that the step learns from, without padding, a prompt once per group."""
         self._tokens += int(prompts.lengths.sum() + completions.lengths.sum())
+
+    def add_rollouts(self, completions: Completions) -> None:
+        """Adds completions that the step samples."""
+        self._rollouts += len(completions)
 
     def add_time(self, phase: str, seconds: float) -> float:
         """Adds seconds that a phase of the step took; what it took so far."""
@@ -82,13 +86,14 @@ class StepAccount:
         """A step has ended.
 
         Returns:
-            ``time/step_s``; ``perf/tokens_per_s`` without padding, a prompt counted once per group; ``perf/mfu``, the
-            executed operations as a share of the device's peak, and ``perf/mfu_equivalent``, those of a naive step, as
-            far as the peak is known; ``perf/host_rss_gb``, and on a GPU ``perf/peak_memory_gb`` (1 GB is 10^9 bytes).
+            ``time/step_s``; ``perf/rollouts``, completions that were sampled; ``perf/tokens_per_s`` without padding, a
+            prompt counted once per group; ``perf/mfu``, the executed operations as a share of the device's peak, and
+            ``perf/mfu_equivalent``, those of a naive step, as far as the peak is known; ``perf/host_rss_gb``, and on a
+            GPU ``perf/peak_memory_gb`` (1 GB is 10^9 bytes).
         """
         now = time.perf_counter()
         seconds = 0.0 if self._start is None else now - self._start
-        measured = {"time/step_s": seconds, "perf/host_rss_gb": host_rss() / 1e9}
+        measured = {"time/step_s": seconds, "perf/rollouts": self._rollouts, "perf/host_rss_gb": host_rss() / 1e9}
         if seconds > 0:
             measured["perf/tokens_per_s"] = self._tokens / seconds
             if peak := self.peak_flops or peak_flops_of(device):
@@ -129,9 +134,9 @@ class Accounted(L.LightningModule):
         self.account.start()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Logs what the step cost this rank: ``time/step_s`` and ``perf/*``."""
+        """Logs what the step cost this rank: ``time/step_s`` and ``perf/*``, its rows among them."""
         shown = {"perf/tokens_per_s", "perf/mfu", "perf/peak_memory_gb" if self.on_gpu else "perf/host_rss_gb"}
-        for name, value in self.account.end(self.device).items():
+        for name, value in {"perf/rows": len(batch), **self.account.end(self.device)}.items():
             self.log(name, value, prog_bar=name in shown, batch_size=1)
 
     @contextmanager

@@ -143,6 +143,7 @@ class GroupRollouts(ManualUpdates):
         )
         self.account.add_flops(self.flops.sampled(prompts, completions))
         self.account.add_tokens(prompts, completions)
+        self.account.add_rollouts(completions)
         return completions
 
     def _rollout(

@@ -1,0 +1,155 @@
+"""What a study consists of, read from its file."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+import yaml
+
+OWN = "run"
+"""Stands for a run's own folder in its commands, as an arm's name stands for that arm's of the same seed."""
+CONFIGS = ("-c", "--config", "--model", "--data", "--trainer")
+"""Options whose value is a file of options, which replaces what was said before."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """An arm with a seed.
+
+    Args:
+        arm: Its name.
+        seed: Of all that is random.
+        folder: Where it writes.
+        commands: What follows ``cpt``, in their order.
+        needs: Arms whose runs of the same seed come first.
+    """
+
+    arm: str
+    seed: int
+    folder: Path
+    commands: tuple[tuple[str, ...], ...]
+    needs: frozenset[str] = frozenset()
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.arm}, seed {self.seed}"
+
+
+@dataclass
+class Study:
+    """Arms to compare.
+
+    Args:
+        path: The study's file.
+        out: Folder of the runs and of the comparison.
+        arms: For each arm its ``cpt`` commands: those of an earlier arm may be named, ``{grpo}`` is its folder.
+        seeds: Each arm is run with each.
+        options: Added to every ``fit``, after its configs; what an arm says itself overrides them.
+    """
+
+    path: Path
+    out: Path
+    arms: dict[str, Sequence[str]]
+    seeds: Sequence[int] = (0,)
+    options: Sequence[str] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Study:
+        """Reads a study's file.
+
+        Raises:
+            ValueError: Something in it is missing, unknown, or names an arm that comes later.
+        """
+        path = Path(path)
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not YAML: {error}") from None
+        if not isinstance(content, dict) or not isinstance(content.get("arms"), dict) or not content["arms"]:
+            raise ValueError(f"{path}: a study has `arms`, each a name with a cpt command or a list of them")
+        if unknown := sorted(set(content) - {"out", "arms", "seeds", "options"}):
+            raise ValueError(f"{path}: unknown {', '.join(unknown)}; a study has out, arms, seeds and options")
+        study = cls(
+            path=path,
+            out=Path(content.get("out", f"runs/{path.stem}")),
+            arms={str(name): _commands(path, name, arm) for name, arm in content["arms"].items()},
+            seeds=content.get("seeds", [0]),
+            options=shlex.split(content.get("options", "")),
+        )
+        study.check()
+        return study
+
+    def check(self) -> None:
+        """Refuses seeds that are no numbers, commands that are none of ours, and arms that need later ones."""
+        if not self.seeds or not all(isinstance(seed, int) for seed in self.seeds):
+            raise ValueError(f"{self.path}: seeds={self.seeds} must be a list of whole numbers")
+        known = {OWN}
+        for arm, commands in self.arms.items():
+            for command in commands:
+                if unknown := sorted(_names(command) - known):
+                    raise ValueError(
+                        f"{self.path}: arm {arm} names {{{unknown[0]}}}, which is no earlier arm; there are "
+                        f"{', '.join(sorted(known))} (double the braces of a template)"
+                    )
+            if not any(command.split()[:1] == ["fit"] for command in commands):
+                raise ValueError(f"{self.path}: arm {arm} has no command that begins with fit, so nothing to compare")
+            known.add(arm)
+
+    def chosen(self, arms: Sequence[str] | None, seeds: Sequence[int] | None) -> Study:
+        """The same study of some arms, and of those that they need, or with other seeds.
+
+        Raises:
+            ValueError: It has no such arm.
+        """
+        if unknown := sorted(set(arms or ()) - set(self.arms)):
+            raise ValueError(f"{self.path} has no arm {unknown[0]}; there are {', '.join(self.arms)}")
+        wanted = set(arms or self.arms)
+        for arm in reversed(self.arms):  # what is needed comes earlier
+            if arm in wanted:
+                wanted |= frozenset().union(*map(_names, self.arms[arm])) - {OWN}
+        return replace(
+            self, arms={arm: self.arms[arm] for arm in self.arms if arm in wanted}, seeds=seeds or self.seeds
+        )
+
+    def runs(self) -> Iterator[Run]:
+        """All runs: seed by seed, so that early ones can be compared already."""
+        for seed in self.seeds:
+            for arm, commands in self.arms.items():
+                folder = self.folder(arm, seed)
+                folders = {OWN: folder, **{other: self.folder(other, seed) for other in self.arms}}
+                needs = frozenset().union(*map(_names, commands)) - {OWN}
+                yield Run(arm, seed, folder, tuple(self._filled(c, folders, seed) for c in commands), needs)
+
+    def folder(self, arm: str, seed: int) -> Path:
+        """Where a run writes."""
+        return self.out / arm / f"seed_{seed}"
+
+    def _filled(self, command: str, folders: Mapping[str, Path], seed: int) -> tuple[str, ...]:
+        words = [word.format_map(folders) for word in shlex.split(command)]
+        words += ["--seed_everything", str(seed)]
+        if words[0] == "fit":
+            # After the configs, which would override them, and before what the arm says itself.
+            configs = max((place + 2 for place, word in enumerate(words) if word in CONFIGS), default=1)
+            words[configs:configs] = self.options
+            words += ["--run_dir", str(folders[OWN]), "--ckpt_path", "last"]
+        return tuple(words)
+
+
+def _commands(path: Path, name: Any, arm: Any) -> list[str]:
+    commands = [arm] if isinstance(arm, str) else arm
+    if not isinstance(commands, list) or not commands or not all(isinstance(command, str) for command in commands):
+        raise ValueError(f"{path}: arm {name} must be a cpt command, or a list of them")
+    return commands
+
+
+def _names(command: str) -> frozenset[str]:
+    """The folders that a command names in braces."""
+    return frozenset(name for _, name, _, _ in Formatter().parse(command) if name)

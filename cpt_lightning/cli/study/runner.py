@@ -1,0 +1,120 @@
+"""Runs of a study, as processes of their own: several at a time, finished ones skipped, broken ones gone on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from queue import SimpleQueue
+
+from rich.console import Console
+
+from cpt_lightning.callbacks.files import replace_text
+from cpt_lightning.cli.study.arms import Run
+
+FINISHED = "study.json"
+"""In the folder of a finished run: its commands, and the seconds they took."""
+LOG = "study.log"
+"""What the commands printed."""
+
+
+class Runner:
+    """Runs what is not finished yet, each run after those that it needs.
+
+    Args:
+        jobs: Runs at a time.
+        gpus: One of them for each job; without them a run sees what there is, and a CPU gives each job its threads.
+    """
+
+    def __init__(self, jobs: int = 1, gpus: Sequence[str] = ()) -> None:
+        self.jobs = jobs
+        self.gpus: SimpleQueue[str] = SimpleQueue()
+        for number in range(jobs):
+            self.gpus.put(gpus[number % len(gpus)] if gpus else "")
+        self.console = Console(soft_wrap=True, highlight=False)
+
+    def __call__(self, runs: Sequence[Run]) -> list[Run]:
+        """Runs them; gives those that failed, or could not begin because another had failed.
+
+        Raises:
+            ValueError: A finished run was made by other commands than the study has now.
+        """
+        waiting = [run for run in runs if not is_finished(run)]
+        self.console.print(f"{len(runs)} runs, {len(runs) - len(waiting)} finished already, {self.jobs} at a time")
+        lost: list[Run] = []
+        with ThreadPoolExecutor(self.jobs) as pool:
+            running: dict[Future[bool], Run] = {}
+            while waiting or running:
+                lost += [run for run in waiting if _needed(run, lost)]
+                waiting = [run for run in waiting if run not in lost]
+                pending = [*waiting, *running.values()]
+                ready = [run for run in waiting if not _needed(run, pending)]
+                for run in ready[: self.jobs - len(running)]:
+                    waiting.remove(run)
+                    running[pool.submit(self.run, run)] = run
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    run = running.pop(future)
+                    if not future.result():
+                        lost.append(run)
+        return lost
+
+    def run(self, run: Run) -> bool:
+        """One run, to its end; whether it got there."""
+        self.console.print(f"{run.name}: begins, {run.folder / LOG}")
+        run.folder.mkdir(parents=True, exist_ok=True)
+        gpu, start = self.gpus.get(), time.perf_counter()
+        try:
+            for command in run.commands:
+                if status := self._execute(command, run.folder / LOG, gpu):
+                    self.console.print(f"[red]{run.name}: failed with {status}[/]; see {run.folder / LOG}")
+                    return False
+        finally:
+            self.gpus.put(gpu)
+        seconds = time.perf_counter() - start
+        replace_text(run.folder / FINISHED, json.dumps({"commands": run.commands, "seconds": seconds}, indent=2) + "\n")
+        self.console.print(f"{run.name}: {seconds:.0f} s")
+        return True
+
+    def _execute(self, command: Sequence[str], log: Path, gpu: str) -> int:
+        environment = dict(os.environ)
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.jobs)))
+        if gpu:
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
+        with log.open("a", encoding="utf-8") as file:
+            file.write(f"$ cpt {' '.join(command)}\n")
+            file.flush()
+            whole = [sys.executable, "-m", "cpt_lightning", *command]
+            return subprocess.run(whole, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
+
+
+def is_finished(run: Run) -> bool:
+    """Whether a run need not be run.
+
+    Raises:
+        ValueError: It was made by other commands.
+    """
+    path = run.folder / FINISHED
+    if not path.exists():
+        return False
+    made_by = json.loads(path.read_text(encoding="utf-8"))["commands"]
+    if made_by != [list(command) for command in run.commands]:
+        raise ValueError(
+            f"{path}: {run.name} was made by other commands than the study has now; remove {run.folder} to run it "
+            "anew, or give the study another `out`"
+        )
+    return True
+
+
+def seconds_of(run: Run) -> float:
+    """How long a finished run took: its last attempt, if one was broken off."""
+    return json.loads((run.folder / FINISHED).read_text(encoding="utf-8"))["seconds"]
+
+
+def _needed(run: Run, others: Sequence[Run]) -> bool:
+    """Whether a run needs one of the others."""
+    return any(other.seed == run.seed and other.arm in run.needs for other in others)

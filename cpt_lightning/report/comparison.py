@@ -1,0 +1,121 @@
+"""Runs of several arms and seeds side by side: a table for people, one for programs, and a picture."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpt_lightning.callbacks.files import replace_text
+from cpt_lightning.report.figures import FIGURES
+
+Figures = Mapping[str, float | None]
+
+AXES = {
+    "forgetting": "forgetting, points (right: more is lost)",
+    "probes": "probes, points against the base (left: more is lost)",
+}
+"""What learning is drawn against."""
+
+
+@dataclass
+class Comparison:
+    """The figures of runs, by arm and seed.
+
+    Args:
+        arms: For each arm the figures of each of its seeds.
+    """
+
+    arms: Mapping[str, Mapping[int, Figures]]
+
+    @property
+    def columns(self) -> list[str]:
+        """The figures that any run has."""
+        runs = [figures for seeds in self.arms.values() for figures in seeds.values()]
+        return [name for name in FIGURES if any(figures.get(name) is not None for figures in runs)]
+
+    def values(self, arm: str, column: str) -> list[float]:
+        """A figure of all seeds of an arm."""
+        found = (figures.get(column) for figures in self.arms[arm].values())
+        return [value for value in found if value is not None]
+
+    def save(self, folder: str | Path, title: str) -> None:
+        """Writes ``comparison.md``, ``comparison.csv`` (a line per run) and ``comparison.png``."""
+        folder = Path(folder)
+        replace_text(folder / "comparison.md", self.markdown(title))
+        replace_text(folder / "comparison.csv", self.csv())
+        self.draw(folder / "comparison.png", title)
+
+    # -- tables ------------------------------------------------------------------------------------------------------
+
+    def markdown(self, title: str) -> str:
+        """A line per arm: means over seeds, and standard deviations where there are several."""
+        columns = self.columns
+        lines = [f"# {title}", "", "| arm | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+        for arm, seeds in self.arms.items():
+            cells = [spread(self.values(arm, column)) for column in columns]
+            lines.append(f"| {arm} | {len(seeds)} | " + " | ".join(cells) + " |")
+        meanings = [f"- **{column}**: {FIGURES[column]}." for column in columns]
+        return "\n".join([*lines, "", "Mean ± standard deviation over seeds.", "", *meanings]) + "\n"
+
+    def csv(self) -> str:
+        """A line per run."""
+        columns = self.columns
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["arm", "seed", *columns])
+        for arm, seeds in self.arms.items():
+            for seed, figures in seeds.items():
+                values = (figures.get(column) for column in columns)
+                writer.writerow([arm, seed, *("" if value is None else f"{value:.4f}" for value in values)])
+        return text.getvalue()
+
+    # -- picture -----------------------------------------------------------------------------------------------------
+
+    def draw(self, path: Path, title: str) -> None:
+        """Learning against forgetting, and against what became of the probes; nothing where neither was measured."""
+        from matplotlib.figure import Figure  # slow to import
+
+        shown = {column: label for column, label in AXES.items() if column in self.columns}
+        if not shown:
+            return
+        figure = Figure(figsize=(6 * len(shown), 5.5), layout="constrained")
+        for axes, (column, label) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
+            self._scatter(axes, column, label)
+        figure.axes[0].legend(fontsize=8)
+        figure.suptitle(title)
+        part = path.with_name(path.name + ".part")
+        figure.savefig(part, dpi=150, format="png")
+        part.replace(path)
+
+    def _scatter(self, axes, column: str, label: str) -> None:
+        markers = "osD^vP*X<>"
+        for number, arm in enumerate(self.arms):
+            x, y = self.values(arm, column), self.values(arm, "learning")
+            if x and y:
+                axes.errorbar(
+                    statistics.mean(x), statistics.mean(y), xerr=deviation(x), yerr=deviation(y), label=arm,
+                    color=f"C{number % 10}", marker=markers[number // 10 % len(markers)], capsize=2, linestyle="none",
+                )  # fmt: skip
+        axes.axvline(0, color="grey", linewidth=0.5)
+        axes.set(xlabel=label, ylabel="learning, %")
+
+
+def spread(values: Sequence[float]) -> str:
+    """A mean and its standard deviation.
+
+    >>> spread([1.0, 2.0, 3.0]), spread([2.0]), spread([])
+    ('2.0 ± 1.0', '2.0', '')
+    """
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):.1f}"
+    return f"{mean} ± {deviation(values):.1f}" if len(values) > 1 else mean
+
+
+def deviation(values: Sequence[float]) -> float:
+    """Standard deviation of a sample; 0 of a single value."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0

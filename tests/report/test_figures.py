@@ -1,0 +1,71 @@
+"""The figures of a run against hand calculations, and what a comparison makes of them."""
+
+import json
+
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+from cpt_lightning.callbacks.matrix import AccuracyMatrix
+from cpt_lightning.report import FIGURES, Comparison, figures_of
+from cpt_lightning.report.figures import MATRIX
+
+
+def cell(accuracy: float, forced: float | None = None) -> dict:
+    return {"accuracy": accuracy, "num_samples": 10} | ({} if forced is None else {"forced_accuracy": forced})
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Two tasks and two probes; b is learned second, and a forgotten by a tenth."""
+    matrix = AccuracyMatrix(["a", "b"], ["p", "q"], [["a"], ["b"]])
+    matrix.zero_shot = {"a": cell(0.2), "b": cell(0.3), "p": cell(0.8, 0.8), "q": cell(0.6, 0.6)}
+    matrix.rows = [
+        {"a": cell(0.7), "b": cell(0.3), "p": cell(0.2, 0.8), "q": cell(0.4, 0.6)},
+        {"a": cell(0.6), "b": cell(0.9), "p": cell(0.6, 0.8), "q": cell(0.6, 0.4)},
+    ]
+    matrix.save(tmp_path / MATRIX)
+    with SummaryWriter(str(tmp_path)) as writer:
+        for step in range(3):
+            writer.add_scalar("perf/rows", 16, step)
+            writer.add_scalar("perf/rollouts", 128, step)
+    return tmp_path
+
+
+def test_figures_are_those_of_the_hand(run):
+    found = figures_of(run, seconds=90.0)
+    assert list(found) == list(FIGURES)
+    expected = {
+        "learning": 80.0, "AvgAcc": 75.0, "forgetting": 10.0, "worst dip": 10.0, "BWT": -10.0, "probes": -10.0,
+        "probes, lowest": -40.0, "probes, forced": -10.0, "rows": 0.048, "rollouts": 0.384, "minutes": 1.5,
+    }  # fmt: skip
+    assert found == pytest.approx(expected)
+
+
+def test_a_run_without_probes_or_base_has_no_such_figure(run):
+    matrix = AccuracyMatrix.load(run / MATRIX)
+    matrix.zero_shot = None
+    matrix.save(run / MATRIX)
+    found = figures_of(run)
+    assert found["probes"] is found["probes, forced"] is found["minutes"] is None and found["AvgAcc"] == 75
+
+
+def test_what_is_no_finished_run_is_refused(run, tmp_path):
+    with pytest.raises(FileNotFoundError, match="not the folder of a run"):
+        figures_of(tmp_path / "other")
+    data = json.loads((run / MATRIX).read_text())
+    (run / MATRIX).write_text(json.dumps({**data, "rows": data["rows"][:2]}))
+    with pytest.raises(ValueError, match="1 of 2 stages are learned"):
+        figures_of(run)
+
+
+def test_a_comparison_averages_seeds_and_leaves_out_what_no_run_has(tmp_path):
+    arms = {"x": {0: {"learning": 1.0, "forgetting": 0.0, "probes": None}, 1: {"learning": 3.0, "forgetting": 2.0}},
+            "y": {0: {"learning": 5.0, "forgetting": -1.0}}}  # fmt: skip
+    comparison = Comparison(arms)
+    assert comparison.columns == ["learning", "forgetting"]
+    assert "| x | 2 | 2.0 ± 1.4 | 1.0 ± 1.4 |\n| y | 1 | 5.0 | -1.0 |" in comparison.markdown("title")
+    assert (
+        comparison.csv() == "arm,seed,learning,forgetting\nx,0,1.0000,0.0000\nx,1,3.0000,2.0000\ny,0,5.0000,-1.0000\n"
+    )
+    comparison.save(tmp_path, "title")
+    assert {path.name for path in tmp_path.iterdir()} == {"comparison.md", "comparison.csv", "comparison.png"}

@@ -1,0 +1,166 @@
+"""``cpt study``: what is run, in which order, what is skipped; and the shipped studies."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cpt_lightning.cli import main
+from cpt_lightning.cli.study.arms import Study
+from cpt_lightning.cli.study.runner import FINISHED, Runner, is_finished
+from tests.test_configs import ROOT, resolved
+
+STUDIES = sorted((ROOT / "configs/studies").glob("*.yaml"))
+
+
+def study(tmp_path: Path, arms: dict, **content) -> Study:
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({"out": str(tmp_path / "out"), "arms": arms, **content}))
+    return Study.load(path)
+
+
+def test_options_lie_between_an_arm_s_configs_and_its_own_words(tmp_path):
+    arms = {"a": 'fit -c x.yaml --data y.yaml --data.target "<a>{{answer}}</a>"'}
+    (run,) = study(tmp_path, arms, options="--data.steps 4", seeds=[7]).runs()
+    folder = str(tmp_path / "out/a/seed_7")
+    assert run.commands == (
+        ("fit", "-c", "x.yaml", "--data", "y.yaml", "--data.steps", "4", "--data.target", "<a>{answer}</a>",
+         "--seed_everything", "7", "--run_dir", folder, "--ckpt_path", "last"),
+    )  # fmt: skip
+
+
+def test_an_arm_finds_the_folder_of_another_and_its_own(tmp_path):
+    arms = {"grpo": "fit -c g.yaml", "more": ["predict --ckpt_path {grpo}/last.ckpt", "fit --data.rollouts {run}/r"]}
+    *_, run = study(tmp_path, arms, seeds=[0, 1]).runs()
+    assert run.needs == {"grpo"} and run.seed == 1
+    assert run.commands[0][2] == str(tmp_path / "out/grpo/seed_1/last.ckpt")
+    assert run.commands[1][2] == str(tmp_path / "out/more/seed_1/r") and "--run_dir" not in run.commands[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"arms": {}}, "a study has `arms`"),
+        ({"arms": {"a": "fit"}, "sead": [1]}, "unknown sead"),
+        ({"arms": {"a": "fit", "seeds": 3}}, "arm seeds must be a cpt command"),
+        ({"arms": {"a": "fit"}, "seeds": ["x"]}, "must be a list of whole numbers"),
+        ({"arms": {"a": "fit -c {b}", "b": "fit"}}, r"arm a names \{b\}, which is no earlier arm"),
+        ({"arms": {"a": "predict -c x.yaml"}}, "no command that begins with fit"),
+    ],
+)
+def test_a_study_that_makes_no_sense_is_refused(tmp_path, content, message):
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=message):
+        Study.load(path)
+
+
+def test_the_verb_says_what_is_wrong_in_a_line(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["study", str(tmp_path / "none.yaml")])
+    assert "none.yaml cannot be read: No such file" in capsys.readouterr().err
+
+
+def test_some_arms_bring_those_that_they_need(tmp_path):
+    whole = study(tmp_path, {"a": "fit", "b": "fit -c {a}", "c": "fit -c {b}", "d": "fit"})
+    assert list(whole.chosen(["c"], [5]).arms) == ["a", "b", "c"]
+    assert [run.seed for run in whole.chosen(["d"], [5]).runs()] == [5]
+    with pytest.raises(ValueError, match="has no arm e; there are a, b, c, d"):
+        whole.chosen(["e"], None)
+
+
+class Recorded(Runner):
+    """Runs nothing, and notes what it would have; some commands fail."""
+
+    def __init__(self, *args, failing: str = "none") -> None:
+        super().__init__(*args)
+        self.failing = failing
+        self.seen: list[tuple[str, str]] = []
+
+    def _execute(self, command, log, gpu):
+        self.seen.append((" ".join(command), gpu))
+        return int(self.failing in command)
+
+
+def test_runs_come_after_those_that_they_need_and_finished_ones_are_skipped(tmp_path):
+    runs = list(study(tmp_path, {"a": "fit -c a", "b": "fit -c {a}/x", "c": "fit -c c"}).runs())
+    runner = Recorded(2, ["3", "5"])
+    assert runner(runs) == []
+    places = {
+        arm: next(i for i, (words, _) in enumerate(runner.seen) if f"/{arm}/seed_0 --ckpt" in words) for arm in "abc"
+    }
+    assert places["a"] < places["b"] and {gpu for _, gpu in runner.seen} <= {"3", "5"}
+    again = Recorded()
+    assert again(runs) == [] and again.seen == []
+
+
+def test_a_failed_run_takes_with_it_what_needs_it_and_nothing_else(tmp_path, capsys):
+    runs = list(study(tmp_path, {"a": "fit -c bad", "b": "fit -c {a}/x", "c": "fit -c c"}).runs())
+    lost = Recorded(1, failing="bad")(runs)
+    assert [run.arm for run in lost] == ["a", "b"]
+    assert [is_finished(run) for run in runs] == [False, False, True]
+    assert "a, seed 0: failed with 1" in capsys.readouterr().out
+
+
+def test_a_run_by_other_commands_is_not_taken_for_this_one(tmp_path):
+    Recorded()(list(study(tmp_path, {"a": "fit -c old"}).runs()))
+    with pytest.raises(ValueError, match="a, seed 0 was made by other commands"):
+        Recorded()(list(study(tmp_path, {"a": "fit -c new"}).runs()))
+
+
+def test_a_process_of_its_own_gets_its_gpu_and_log(tmp_path, monkeypatch):
+    """What is really started: this Python, with the GPU's number; its output and status come back."""
+    program = tmp_path / "cpt_lightning.py"
+    program.write_text("import os, sys; print(os.environ['CUDA_VISIBLE_DEVICES'], sys.argv[1:]); sys.exit(3)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert Runner(1, ["4"])._execute(["fit", "x"], tmp_path / "log", "4") == 3
+    assert (tmp_path / "log").read_text().splitlines() == ["$ cpt fit x", "4 ['fit', 'x']"]
+    assert sys.executable
+
+
+# -- the shipped studies -----------------------------------------------------------------------------------------------
+
+
+def fits(path: Path) -> list:
+    """The fits of the first seed of a study."""
+    shipped = Study.load(path)
+    runs = [run for run in shipped.runs() if run.seed == shipped.seeds[0]]
+    return [pytest.param(c, id=f"{path.stem}-{run.arm}") for run in runs for c in run.commands if c[0] == "fit"]
+
+
+@pytest.mark.parametrize("command", [command for path in STUDIES for command in fits(path)])
+def test_an_arm_of_a_shipped_study_parses(command, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = resolved(command[: command.index("--ckpt_path")], capsys)
+    assert config["seed_everything"] == 0 and config["data"]["evaluate_on"] == "test"
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_arm_of_a_study_differs_from_the_others(path):
+    commands = list(Study.load(path).arms.values())
+    assert len({json.dumps(command) for command in commands}) == len(commands)
+
+
+def test_a_real_study_runs_resumes_and_compares(tmp_path, monkeypatch, capsys):
+    """Two arms with a step per task, in processes of their own; the second call runs nothing."""
+    monkeypatch.chdir(ROOT)
+    small = "--data.stages [[bars2],[word2]] --data.steps 1 --data.prompts_per_step 4 --data.probes null"
+    small += "".join(f" --data.tasks.{name}.num_test 4" for name in ("word2", "bars2", "polygon2", "single", "digit2"))
+    arms = {"sft": "fit -c configs/demo/sft.yaml", "grpo": "fit -c configs/demo/grpo.yaml"}
+    path = study(tmp_path, arms, options=f"{small} --trainer.enable_progress_bar false").path
+    main(["study", str(path), "--jobs", "2"])
+    out = tmp_path / "out"
+    with (out / "comparison.csv").open() as file:
+        found = {row["arm"]: row for row in csv.DictReader(file)}
+    assert (float(found["grpo"]["rows"]), float(found["grpo"]["rollouts"])) == (0.008, 0.064)
+    assert float(found["sft"]["rollouts"]) == 0
+    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert "| grpo | 1 |" in (out / "comparison.md").read_text()
+    stamp = (out / "grpo/seed_0" / FINISHED).stat().st_mtime
+    main(["study", str(path)])
+    assert (out / "grpo/seed_0" / FINISHED).stat().st_mtime == stamp
+    assert "2 finished already" in capsys.readouterr().out
