@@ -15,7 +15,14 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-from cpt_lightning.callbacks import ContinualLearning, SampleLog, SkippedRows, TaskCheckpoint, TaskProgressBar
+from cpt_lightning.callbacks import (
+    ContinualLearning,
+    RolloutFilter,
+    SampleLog,
+    SkippedRows,
+    TaskCheckpoint,
+    TaskProgressBar,
+)
 from cpt_lightning.cli import VERBS
 from cpt_lightning.cli.errors import refusal
 from cpt_lightning.cli.run_directory import last_checkpoint, run_directory
@@ -92,8 +99,16 @@ class CPTCLI(LightningCLI):
         parser.add_lightning_class_args(ContinualLearning, "continual")
         parser.add_lightning_class_args(TaskCheckpoint, "checkpoint")
         parser.add_lightning_class_args(SampleLog, "samples")
+        parser.add_argument(
+            "--filter_from",
+            type=str | None,
+            default=None,
+            help="Folder of a run whose verdicts (its filter/) the rollout filter takes over; it judges nothing itself.",
+        )
+        parser.add_lightning_class_args(RolloutFilter, "filter")
+        parser.link_arguments("filter_from", "filter.filter_from")
         # One number for all that is random, so that another seed is another run in every respect.
-        for target in ("data.seed", "model.init_args.seed"):
+        for target in ("data.seed", "model.init_args.seed", "filter.seed"):
             parser.link_arguments("seed_everything", target, compute_fn=int)
 
     @staticmethod

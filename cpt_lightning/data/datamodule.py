@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import cached_property
 from typing import Literal
 
 import lightning as L
+import torch
 from torch.utils.data import DataLoader
 
 from cpt_lightning.data.collate import Collate, Processor
@@ -95,6 +96,7 @@ class TaskStream(L.LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self._check_numbers()
+        self.choose_rows: Callable[[int], dict[str, list[int]] | None] | None = None
         self._processor: Processor | None = None
         self._examples: dict[tuple[str, Split], Sequence[Example]] = {}
         self._fingerprints: dict[tuple[str, Split], str] = {}
@@ -136,14 +138,15 @@ class TaskStream(L.LightningDataModule):
             self._fingerprints[name, split] = fingerprint(self.everything[name], split, name)
         return self._fingerprints[name, split]
 
-    def num_steps(self, stage: int) -> int:
-        """Batches of a stage."""
+    def num_steps(self, stage: int, kept: Mapping[str, Sequence[int]] | None = None) -> int:
+        """Batches of a stage, if only the rows in ``kept`` are shown: fewer of them with ``passes``, not with ``steps``."""
         name = self.stage_names[stage]
         steps = self.steps.get(name) if isinstance(self.steps, Mapping) else self.steps
         if steps is not None:
             return steps
         passes = self.passes.get(name) if isinstance(self.passes, Mapping) else self.passes
-        num_rows = sum(self._sizes(self.stages[stage], "train").values())
+        rows = self._split("train", self.stages[stage]) if kept is None else kept
+        num_rows = sum(map(len, rows.values()))
         return num_steps(num_rows, self.prompts_per_step, 1.0 if passes is None else passes)
 
     # -- what Lightning asks for -----------------------------------------------------------------------------------
@@ -175,16 +178,32 @@ class TaskStream(L.LightningDataModule):
         # Asked for before on_train_epoch_start, and after a resume with the finished epoch first: derive, keep nothing.
         epoch = 0 if self.trainer is None else self.trainer.current_epoch
         stage = min(epoch, self.num_stages - 1)
+        # A filter answers from what it has written, and asks the model only if this stage was not judged yet.
+        kept = None if self.choose_rows is None else self.choose_rows(stage)
+        rows = self._split("train", self.stages[stage]) if kept is None else kept
         sampler = StageSampler(
-            self._sizes(self.stages[stage], "train"),
+            {name: len(rows[name]) for name in self.stages[stage]},
             self.prompts_per_step,
-            self.num_steps(stage),
+            self.num_steps(stage, kept),
             key=(self.seed, stage),
             mixing=self.mixing,
             share=self._share,
+            kept=kept,
         )
         collate = Collate(self.processor, self.max_prompt_tokens)
         return StageLoader(StreamBatches(self._split("train", self.stages[stage]), collate), sampler, self.num_workers)
+
+    def rows_to_judge(self, stage: int, first: Mapping[str, int]) -> DataLoader:
+        """Every training row of a stage once and in order, from row ``first`` of each task on, as in an evaluation."""
+        names = self.stages[stage]
+        sampler = EvaluationSampler(self._sizes(names, "train"), self.eval_prompts_per_step, self._share, first)
+        batches = StreamBatches(
+            self._split("train", names), Collate(self.processor, with_targets=False), keep_places=True
+        )
+        # A generator of its own, or the global one would stand elsewhere in a run that finds the rows judged.
+        return DataLoader(
+            batches, sampler=sampler, batch_size=None, num_workers=self.num_workers, generator=torch.Generator()
+        )
 
     def val_dataloader(self) -> DataLoader:
         """All tasks and probes, one task per batch."""

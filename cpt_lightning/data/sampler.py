@@ -7,8 +7,10 @@ rows in order. Both hand every rank an equal share of every batch.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -44,6 +46,7 @@ class StageSampler(Sampler[list[RowRef]]):
         key: What the shuffles depend on, such as (seed, stage).
         mixing: How often each task is drawn, if there are several.
         share: Which part of every batch is ours.
+        kept: Rows of each task that are shown, where not all are; ``sizes`` counts them.
 
     Raises:
         ValueError: The batch cannot be split evenly over the ranks.
@@ -57,6 +60,7 @@ class StageSampler(Sampler[list[RowRef]]):
         key: Sequence[int],
         mixing: Mixing = "size",
         share: Share = Share(),  # noqa: B008 a tuple
+        kept: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         if batch_size % share.world_size:
             raise ValueError(
@@ -69,6 +73,7 @@ class StageSampler(Sampler[list[RowRef]]):
         self.key = list(key)
         self.mixing = mixing
         self.share = share
+        self.kept = kept
         self.first_step = 0
         self.counts = rows_per_pass(list(sizes.values()), mixing)
 
@@ -91,7 +96,8 @@ class StageSampler(Sampler[list[RowRef]]):
     @property
     def identity(self) -> dict:
         """What makes a step mean the same rows, on any number of ranks."""
-        return {"sizes": dict(self.sizes), "prompts_per_step": self.batch_size, "mixing": self.mixing, "key": self.key}
+        identity = {"sizes": dict(self.sizes), "prompts_per_step": self.batch_size, "mixing": self.mixing}
+        return {**identity, "key": self.key, "kept": None if self.kept is None else _digest(self.kept)}
 
     def pass_rows(self, number: int) -> list[RowRef]:
         """The rows of one pass, shuffled.
@@ -100,7 +106,7 @@ class StageSampler(Sampler[list[RowRef]]):
         once per pass still shows all its rows before it repeats one.
         """
         rows = [
-            RowRef(task, row)
+            RowRef(task, row if self.kept is None else self.kept[task][row])
             for task_number, (task, count) in enumerate(zip(self.sizes, self.counts, strict=True))
             for row in self._task_rows(task_number, self.sizes[task], number * count, (number + 1) * count)
         ]
@@ -127,19 +133,27 @@ class EvaluationSampler(Sampler[list[RowRef]]):
         sizes: Number of rows of each task.
         batch_size: Rows of a batch, over all ranks; rounded up to a multiple of the ranks.
         share: Which part of every batch is ours.
+        first: Row of each task to begin with; 0 by default.
     """
 
-    def __init__(self, sizes: dict[str, int], batch_size: int, share: Share = Share()) -> None:  # noqa: B008 a tuple
+    def __init__(
+        self,
+        sizes: dict[str, int],
+        batch_size: int,
+        share: Share = Share(),  # noqa: B008 a tuple
+        first: Mapping[str, int] | None = None,
+    ) -> None:
         self.sizes = sizes
+        self.first = {task: (first or {}).get(task, 0) for task in sizes}
         self.batch_size = math.ceil(batch_size / share.world_size) * share.world_size
         self.share = share
 
     def __len__(self) -> int:
-        return sum(math.ceil(size / self.batch_size) for size in self.sizes.values())
+        return sum(math.ceil((size - self.first[task]) / self.batch_size) for task, size in self.sizes.items())
 
     def __iter__(self) -> Iterator[list[RowRef]]:
         for task, size in self.sizes.items():
-            for start in range(0, size, self.batch_size):
+            for start in range(self.first[task], size, self.batch_size):
                 yield self._batch(task, range(start, min(start + self.batch_size, size)))
 
     def _batch(self, task: str, rows: range) -> list[RowRef]:
@@ -147,6 +161,11 @@ class EvaluationSampler(Sampler[list[RowRef]]):
         part = math.ceil(len(rows) / world_size)
         positions = range(rank * part, (rank + 1) * part)
         return [RowRef(task, rows[min(p, len(rows) - 1)], valid=p < len(rows)) for p in positions]
+
+
+def _digest(kept: Mapping[str, Sequence[int]]) -> str:
+    text = json.dumps({task: list(rows) for task, rows in kept.items()})
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def num_steps(num_rows: int, batch_size: int, passes: float) -> int:

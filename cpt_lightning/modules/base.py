@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, cast
@@ -155,9 +156,35 @@ class PostTraining(Accounted):
 
     def _answer(self, prompts: Prompts, sampling: Sampling, key: int) -> tuple[list[str], list[dict[str, float]]]:
         generator = keyed_generator(self.device, self.seed, key, self.global_rank)
-        completions = sample_groups(self.model, self.processor, prompts, 1, sampling, generator)
+        return self._sample_and_score(prompts, 1, sampling, generator)
+
+    def attempt(
+        self, prompts: Prompts, group_size: int, sampling: Sampling, keys: Sequence[Sequence[int]]
+    ) -> tuple[list[str], list[dict[str, float]]]:
+        """Lets the model answer every prompt several times, without learning from it.
+
+        Args:
+            prompts: B prompts.
+            group_size: G.
+            sampling: How answers are drawn.
+            keys: B keys; what a row draws depends on its own alone, not on batch or rank.
+
+        Returns:
+            N = B * G completions, group by group, and their named scores.
+        """
+        generators = [keyed_generator(self.device, *key) for key in keys]
+        return self._sample_and_score(prompts, group_size, sampling, generators)
+
+    def _sample_and_score(
+        self,
+        prompts: Prompts,
+        group_size: int,
+        sampling: Sampling,
+        generator: torch.Generator | Sequence[torch.Generator],
+    ) -> tuple[list[str], list[dict[str, float]]]:
+        completions = sample_groups(self.model, self.processor, prompts, group_size, sampling, generator)
         texts = self.processor.decode(completions)
-        return texts, score(texts, prompts.examples)
+        return texts, score(texts, [example for example in prompts.examples for _ in range(group_size)])
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Evaluation:
         """Answers and grades one batch of one task."""

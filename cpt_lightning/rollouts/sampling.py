@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -115,7 +115,7 @@ def sample_groups(
     prompts: Prompts,
     group_size: int,
     sampling: Sampling,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Completions:
     """Samples ``group_size`` completions of every prompt.
 
@@ -128,7 +128,8 @@ def sample_groups(
         prompts: B prompts.
         group_size: G.
         sampling: How tokens are drawn.
-        generator: Source of randomness, on the model's device.
+        generator: Source of randomness, on the model's device; or one of each prompt, so that what a prompt draws does
+            not depend on the others of the batch.
 
     Returns:
         N = B * G completions, group by group, right-padded.
@@ -162,7 +163,7 @@ def _decode(
     prompts: Prompts,
     group_size: int,
     sampling: Sampling,
-    generator: torch.Generator | None,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
 ) -> tuple[Tensor, Tensor]:
     """``[N, T]`` sampled ids and their log-probabilities; what stands behind a stop token has no meaning."""
     state = run_prompts(model, prompts) if prompts.state is None else prompts.state
@@ -173,7 +174,7 @@ def _decode(
     stops = prompts.input_ids.new_tensor(processor.stop_token_ids)
     rows = torch.arange(len(hidden), device=hidden.device).view(-1, group_size)  # the completion in each place
     alive = torch.ones_like(rows, dtype=torch.bool)
-    uniform = torch.rand(len(hidden), sampling.max_new_tokens, generator=generator, device=hidden.device)
+    uniform = _uniform(rows.shape, sampling.max_new_tokens, generator, hidden.device)
     ids = rows.new_full(uniform.shape, processor.pad_token_id)
     logps = torch.zeros_like(uniform)
     for step in range(sampling.max_new_tokens):
@@ -192,6 +193,21 @@ def _decode(
         hidden = hidden_states(model, embeds, (positions[rows.flatten()] + step).expand(3, 1, -1), cache)[0]
         cache.length += 1
     raise AssertionError("unreachable: the last step returns")
+
+
+def _uniform(
+    groups: torch.Size,
+    length: int,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    device: torch.device,
+) -> Tensor:
+    """``[N, T]`` random numbers, of one source or of each group's own."""
+    num_prompts, group_size = groups
+    if isinstance(generator, Sequence):
+        if len(generator) != num_prompts:
+            raise ValueError(f"{len(generator)} generators for {num_prompts} prompts; give one of each, or one for all")
+        return torch.cat([torch.rand(group_size, length, generator=own, device=device) for own in generator])
+    return torch.rand(num_prompts * group_size, length, generator=generator, device=device)
 
 
 def _still_alive(alive: Tensor) -> tuple[Tensor, Tensor]:
