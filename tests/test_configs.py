@@ -12,7 +12,7 @@ from cpt_lightning.cli import main
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-PARTS = ("backbone", "strategy", "streams", "tasks")
+PARTS = ("backbone", "filter", "strategy", "streams", "tasks")
 RUNS = [path for path in CONFIGS if path.parent.name not in PARTS]
 DEMOS = sorted((ROOT / "configs" / "demo").glob("*.yaml"))
 

@@ -23,11 +23,11 @@ class RolloutFilter(Callback):
     This is the filter of RIF-RFT (arXiv 2507.05386); it works with every objective. A completion passes if its accuracy
     reaches ``threshold`` and it has the format that its reward asks for. The verdicts stand in
     ``filter/<task>.jsonl`` of the run directory and are written as rows are judged: a killed run judges no row twice,
-    and a resumed one reads them. With ``data.passes`` fewer rows make fewer steps; with ``data.steps`` a stage makes the
-    same steps on the rows that are kept.
+    and a resumed one reads them. With ``data.passes`` fewer rows make fewer steps; with ``data.steps`` a stage makes
+    the same steps on the rows that are kept.
 
-    Logs at the end of a task ``filter/kept_fraction``, ``filter/time_s`` (what judging took) and ``filter/saved_s``: the
-    steps left out times the mean duration of the task's steps.
+    Logs at the end of a task ``filter/kept_fraction``, ``filter/time_s`` (what judging took) and ``filter/saved_s``:
+    the steps left out times the mean duration of the task's steps.
 
     Args:
         mode: ``solvable`` keeps rows in the window; ``unsolvable`` as many rows below it and ``random`` as many of any,
@@ -163,7 +163,7 @@ class RolloutFilter(Callback):
         found = trainer.strategy.broadcast(source.read() if trainer.is_global_zero and not fresh else None)
         if self.filter_from is not None:
             return self._taken_over(source, found, header)
-        within = trainer.fit_loop.epoch_loop.batch_progress.current.ready > 0 and trainer.fit_loop.restarting
+        within = trainer.fit_loop.epoch_progress.current.started > stage
         if found is None:
             if within:
                 raise FileNotFoundError(f"{file.path} is missing, but the checkpoint stands in its stage: restore it")
@@ -246,6 +246,7 @@ class RolloutFilter(Callback):
         """This rank's verdicts on the rows of a batch that count."""
         module, stream, prompts = trainer.lightning_module, trainer.datamodule, batch.prompts
         limit = stream.max_prompt_tokens
+        assert prompts.valid is not None, "rows_to_judge says which rows count"
         refused = [
             "image refused" if ref.valid and not valid else f"longer than max_prompt_tokens={limit}" if long else None
             for ref, valid, long in zip(

@@ -103,7 +103,7 @@ class CPTCLI(LightningCLI):
             "--filter_from",
             type=str | None,
             default=None,
-            help="Folder of a run whose verdicts (its filter/) the rollout filter takes over; it judges nothing itself.",
+            help="Folder of a run whose verdicts (in its filter/) the rollout filter takes over instead of judging.",
         )
         parser.add_lightning_class_args(RolloutFilter, "filter")
         parser.link_arguments("filter_from", "filter.filter_from")

@@ -139,7 +139,7 @@ class TaskStream(L.LightningDataModule):
         return self._fingerprints[name, split]
 
     def num_steps(self, stage: int, kept: Mapping[str, Sequence[int]] | None = None) -> int:
-        """Batches of a stage, if only the rows in ``kept`` are shown: fewer of them with ``passes``, not with ``steps``."""
+        """Batches of a stage that shows the rows in ``kept``: fewer rows are fewer batches, unless ``steps`` says."""
         name = self.stage_names[stage]
         steps = self.steps.get(name) if isinstance(self.steps, Mapping) else self.steps
         if steps is not None:

@@ -91,7 +91,8 @@ class StageLoader(DataLoader):
         for name, now in self.sampler.identity.items():
             if state.get(name) != now:
                 raise ValueError(
-                    f"the checkpoint was written in the middle of a stage with {name}={state.get(name)}, now it is {now}; "
+                    f"the checkpoint was written in the middle of a stage with {name}={state.get(name)}, "
+                    f"now it is {now}; "
                     "resume with the same data, or from a checkpoint at the end of a task"
                 )
         self.sampler.first_step = self._num_loaded = state["step"]
