@@ -92,16 +92,17 @@ class PresetBackbone(Backbone):
         """The processor of all presets."""
         return EndlessProcessor.load("tiny", min_pixels=28 * 28, max_pixels=2**24)
 
-    def load_model(self) -> QwenVL:
+    def load_model(self, on_meta: bool = False) -> QwenVL:
         """The preset's model, in train mode, tuned as the other options say."""
         if self.path == "tiny":
-            return super().load_model().to(self.device)
+            model = super().load_model(on_meta)
+            return model if on_meta else model.to(self.device)
         config = preset_config(self.path, self.load_processor())
         torch.manual_seed(self.seed)
-        with torch.device(self.device):
+        with torch.device("meta" if on_meta else self.device):
             model = QwenVL._from_config(config, dtype=getattr(torch, self.dtype), attn_implementation="sdpa")
-        if self.tuning == "lora":
-            add_lora(model, self.lora)
+            if self.tuning == "lora":
+                add_lora(model, self.lora)
         freeze(model, self.freeze)
         modules = {"vision_tower": model.model.visual, "language_model": model.model.language_model}
         for part in self.gradient_checkpointing:

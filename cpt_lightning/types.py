@@ -182,6 +182,10 @@ class Completions:
         logps = None if self.logps is None else self.logps[index, :length]
         return Completions(self.ids[index, :length], mask[:, :length], logps)
 
+    def unpacked(self, values: Tensor) -> Tensor:
+        """``[N, T]`` of values ``[M]`` of the M tokens in a row, 0 where masked; carries the gradient."""
+        return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
+
     @staticmethod
     def cat(parts: Sequence[Completions], pad_id: int) -> Completions:
         """The completions of all parts in order, padded to the longest; log-probabilities if all parts have them."""
@@ -216,6 +220,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def select(self, rows: Sequence[int]) -> Batch:
+        """The batch of the given rows."""
+        return Batch(self.prompts.select(rows), None if self.targets is None else self.targets.select(rows))
+
     def to(self, device: torch.device | str, **kwargs) -> Self:
         """A copy with its tensors on ``device``."""
         targets = None if self.targets is None else self.targets.to(device, **kwargs)
@@ -232,6 +240,8 @@ class Rollout:
         texts: N decoded completions.
         rewards: ``[B, G]`` total reward, float32.
         reward_parts: Named parts of the reward (``"accuracy"``, ``"format"``), each ``[B, G]``.
+        learned: ``[B, G]`` bool, completions that updates learn from; ``None`` if all are.
+        greedy_rewards: ``[B]`` total reward of each prompt's most probable completion, where that was asked for.
     """
 
     prompts: Prompts
@@ -239,11 +249,31 @@ class Rollout:
     texts: list[str]
     rewards: Tensor
     reward_parts: dict[str, Tensor]
+    learned: Tensor | None = None
+    greedy_rewards: Tensor | None = None
 
     @property
     def group_size(self) -> int:
         """G, the completions of each prompt."""
         return self.rewards.shape[1]
+
+    def completions_of(self, rows: Sequence[int]) -> list[int]:
+        """The completions of the given prompts."""
+        return [row * self.group_size + member for row in rows for member in range(self.group_size)]
+
+    def select(self, rows: Sequence[int]) -> Rollout:
+        """The groups of the given prompts."""
+        completions = self.completions_of(rows)
+        index = torch.as_tensor(list(rows), dtype=torch.long, device=self.rewards.device)
+        return Rollout(
+            self.prompts.select(rows),
+            self.completions.select(completions),
+            [self.texts[completion] for completion in completions],
+            self.rewards[index],
+            {name: part[index] for name, part in self.reward_parts.items()},
+            None if self.learned is None else self.learned[index],
+            None if self.greedy_rewards is None else self.greedy_rewards[index],
+        )
 
 
 @dataclass

@@ -83,6 +83,11 @@ class LinearModule(L.LightningModule):
         self.lr_schedulers().step()
         return None
 
+    def log_likelihoods(self, batch: Batch, sampling=None, key=()) -> torch.Tensor:
+        """Of the right answer; a drawn answer is odd, whatever the key."""
+        labels = torch.tensor([1 if sampling else int(example.gold) for example in batch.prompts.examples])
+        return self.logits(batch).log_softmax(dim=1).gather(1, labels[:, None]).squeeze(1)
+
     def validation_step(self, batch: Batch, batch_idx: int) -> Evaluation:
         examples = batch.prompts.examples
         texts = [str(answer) for answer in self.logits(batch).argmax(dim=1).tolist()]

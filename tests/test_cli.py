@@ -120,6 +120,15 @@ def test_the_last_checkpoint_by_name_starts_or_goes_on(tmp_path, config):
     assert not (tmp_path / "run_2").exists()
 
 
+def test_a_checkpoint_of_another_program_is_refused_before_anything_is_loaded(tmp_path, config, capsys):
+    import torch
+
+    torch.save({"pytorch-lightning_version": "2.6.0", "state_dict": {}}, tmp_path / "other.ckpt")
+    message = refusal(["test", "-c", config, "--ckpt_path", str(tmp_path / "other.ckpt")], capsys)
+    assert "other.ckpt was not written by cpt_lightning" in message
+    assert not (tmp_path / "run").exists()
+
+
 def test_validate_evaluates_the_base_alone(tmp_path, config, capsys):
     main(["validate", "-c", config])
     tasks = [line["task"] for line in lines(tmp_path / "run" / "validate.jsonl")]

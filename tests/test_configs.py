@@ -1,6 +1,8 @@
 """Every shipped YAML parses with the command in its first comment, and the demos learn."""
 
+import csv
 import json
+import math
 import re
 import shlex
 from pathlib import Path
@@ -12,7 +14,7 @@ from cpt_lightning.cli import main
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-PARTS = ("backbone", "filter", "strategy", "streams", "tasks")
+PARTS = ("backbone", "filter", "methods", "objective", "optimizers", "strategy", "streams", "tasks")
 RUNS = [path for path in CONFIGS if path.parent.name not in PARTS]
 DEMOS = sorted((ROOT / "configs" / "demo").glob("*.yaml"))
 
@@ -127,6 +129,29 @@ def test_paper_settings_reach_the_module(capsys, monkeypatch):
     assert list(config["data"]["tasks"]) == [
         "scienceqa", "textvqa", "vizwiz", "gqa", "geometry3k", "pathvqa", "super_clevr",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/objective").glob("*.yaml")), ids=lambda path: path.stem)
+def test_an_objective_learns_a_step(path, tmp_path, monkeypatch):
+    """The command of its comment, one task and one step."""
+    monkeypatch.chdir(ROOT)
+    args = ["--data.steps=1", "--data.prompts_per_step=4", f"--run_dir={tmp_path / 'run'}", "--data.stages=[bars2]"]
+    stream = yaml.safe_load((ROOT / "configs/streams/toy_five.yaml").read_text())
+    args += [f"--data.tasks.{name}.num_test=1" for name in stream["tasks"]]
+    quiet = ["--data.probes=null", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+    main(
+        [
+            *command_of(path),
+            *args,
+            *quiet,
+            "--trainer.logger.class_path=CSVLogger",
+            f"--trainer.logger.save_dir={tmp_path}",
+        ]
+    )
+    (metrics,) = tmp_path.rglob("metrics.csv")
+    logged = next(row for row in csv.DictReader(metrics.read_text().splitlines()) if row.get("train/loss"))
+    assert math.isfinite(float(logged["train/loss"]))
+    assert 0 < float(logged["train/reward/accuracy"]) < 1, "otherwise nothing was learned here"
 
 
 @pytest.mark.parametrize("path", DEMOS, ids=lambda path: path.stem)

@@ -20,11 +20,13 @@ LAYERS = [
     ["tasks"],
     ["models"],
     ["rollouts"],
+    ["checkpoint_io"],
     ["strategy"],
     ["data"],
     ["callbacks"],
     ["modules"],
-    ["cli", "report", "export"],
+    ["report", "export"],
+    ["cli"],
     ["__main__"],
 ]
 # They meet through the batch, logged metric names and the Trainer.
@@ -33,8 +35,8 @@ STRANGERS = {"modules": {"data", "callbacks"}, "data": {"modules", "callbacks"},
 # Who may name a library: files or folders, relative to the package.
 OWNERS = {
     "transformers": ["models"],
-    "peft": ["models/adapters.py"],
-    "bitsandbytes": ["models/adapters.py"],
+    "peft": ["models/adapters.py", "models/adapter_folders.py"],
+    "bitsandbytes": ["models/quantization.py"],
     "torch.distributed": ["strategy.py", "models/sharding.py"],
     "torchvision": [],
 }

@@ -28,7 +28,7 @@ def commands() -> list[str]:
 
 def test_every_form_of_command_is_checked_below():
     """A new kind of command in the README needs a test here first."""
-    known = ("make ", "cpt ", "python benchmarks/", "pip install -e '.[dev]' ")
+    known = ("make ", "cpt ", "python benchmarks/", "pip install -e '.[dev]' ", "srun cpt ", "torchrun ")
     unknown = [command for command in commands() if not command.startswith(known)]
     assert unknown == []
     assert any(command.startswith("cpt fit") for command in commands())
@@ -53,13 +53,22 @@ def test_benchmarks_that_are_named_exist_with_their_options():
             assert all(f'"{name}"' in "".join(sources) for name in arguments if name.startswith("--"))
 
 
-@pytest.mark.parametrize("command", [command for command in commands() if command.startswith("cpt ")])
+CPT = [re.sub(r"^(srun cpt|torchrun .* -m cpt_lightning) ", "cpt ", command) for command in commands()]
+
+
+@pytest.mark.parametrize("command", [command for command in CPT if command.startswith("cpt ")])
 def test_cli_commands_parse(command, monkeypatch, capsys):
     """``--print_config`` parses everything, prints and stops; ``--help`` stops by itself."""
     from cpt_lightning.cli import main
 
     monkeypatch.chdir(ROOT)
     args = shlex.split(command)[1:]
+    if args[0] == "export":  # has no configuration of its own
+        with pytest.raises(SystemExit):
+            main(["export", "--help"])
+        text = capsys.readouterr().out
+        assert all(arg in text for arg in args if arg.startswith("--"))
+        return
     if not any(arg.startswith("--") and arg.endswith("help") for arg in args) and "--print_config" not in args:
         args.append("--print_config")
     with pytest.raises(SystemExit) as stop:

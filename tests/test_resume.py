@@ -6,6 +6,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cpt_lightning.callbacks import TaskCheckpoint
 from cpt_lightning.cli import main
@@ -66,6 +67,27 @@ def test_a_killed_run_resumed_from_its_last_checkpoint_ends_like_a_whole_one(tmp
         seen = 3 * kill.stage + kill.batch
         assert module.seen == whole.seen[seen:]
         assert module.rates == whole.rates[seen:]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4])
+def test_no_checkpoint_holds_half_of_an_accumulated_update(tmp_path, batch):
+    """Five batches a stage, updates after two, four and the last: saved between updates, resumed to the same end."""
+    options = {"accumulate_grad_batches": 2, "max_epochs": 2}
+
+    def run_five(folder, kill=(), checkpoint=None):
+        module, stream = LinearModule(), number_stream(steps=5)
+        trainer = make_trainer(folder, stream, callbacks=kill, **options)
+        if checkpoint is None:
+            trainer.validate(module, stream, verbose=False)
+        trainer.fit(module, stream, ckpt_path=checkpoint)
+        return module
+
+    whole = run_five(tmp_path / "whole")
+    with pytest.raises(Killed):
+        run_five(tmp_path / "killed", [KillAt(1, batch=batch)])
+    module = run_five(tmp_path / "killed", checkpoint=str(tmp_path / "killed" / "last.ckpt"))
+    assert module.seen == whole.seen[5 + batch // 2 * 2 :]
+    assert_same_end(tmp_path / "killed", module, tmp_path / "whole", whole)
 
 
 @pytest.mark.parametrize("num_workers, num_workers_later", [(2, 2), (2, 0), (0, 2)])
@@ -166,6 +188,9 @@ OPTIONS = [
 ]  # fmt: skip
 MODELS = {
     "sft": ["--model=SFT"],
+    "lora with dropout": ["--model=SFT", "--model.backbone.tuning=lora", "--model.backbone.lora.dropout=0.3"],
+    "lwf": ["--model=SFT", "--model.kl_coef=0.5"],
+    "renewed adapters": ["--model=SFT", "--model.backbone.tuning=lora", "--model.backbone.lora.along_stream=renewed"],
     "grpo": [
         "--model=RFT", "--model.group_size=4", "--model.kl_coef=0.05", "--model.updates_per_rollout=2",
         "--model.sampling.max_new_tokens=12",
@@ -190,6 +215,45 @@ def test_cpt_fit_resumes_bit_for_bit(tmp_path, objective, stage, batch):
     start = torch.load(whole / "1_word2.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
     assert any(not torch.equal(ends[0][name], start[name]) for name in start)
+
+
+def scalars(folder) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows of a run: all but times and rates, by tag, as steps with values."""
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith(("time/", "perf/"))]
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+
+
+def test_tensorboard_shows_a_resumed_run_as_one(tmp_path):
+    """The steps between the last checkpoint and the kill are logged twice, and shown once."""
+    (tmp_path / "stream.yaml").write_text(STREAM)
+    options = [option for option in OPTIONS if "logger" not in option]
+    command = ["fit", f"--data={tmp_path / 'stream.yaml'}", *MODELS["sft"], *options, "--trainer.log_every_n_steps=1"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    main([*command, f"--run_dir={whole}"])
+    kill = ["--trainer.callbacks+=tests.fakes.KillAt", "--trainer.callbacks.stage=1"]
+    with pytest.raises(Killed):
+        main([*command, f"--run_dir={killed}", *kill, "--trainer.callbacks.hook=on_validation_batch_start"])
+    main([*command, f"--ckpt_path={killed / 'last.ckpt'}"])
+    assert len(list(killed.glob("*tfevents*"))) == len(list(whole.glob("*tfevents*"))) + 1
+    assert scalars(killed) == scalars(whole)
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again_in_its_folder(tmp_path):
+    """`--ckpt_path last` in the script of a job: the same command whether there is a checkpoint yet or not."""
+    (tmp_path / "stream.yaml").write_text(STREAM)
+    command = ["fit", f"--data={tmp_path / 'stream.yaml'}", *MODELS["sft"], *OPTIONS, "--ckpt_path=last"]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    with pytest.raises(Killed):
+        main(
+            [*command, f"--run_dir={killed}", "--trainer.callbacks+=tests.fakes.KillAt", "--trainer.callbacks.stage=0"]
+        )
+    assert not (killed / "last.ckpt").exists()
+    main([*command, f"--run_dir={killed}"])
+    main([*command, f"--run_dir={whole}"])
+    assert results(killed) == results(whole)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["killed", "whole"]
 
 
 def test_a_checkpoint_of_another_stream_is_refused_even_if_nothing_is_left_to_learn(tmp_path, uninterrupted):

@@ -87,16 +87,17 @@ data:
   stages: [facts, [bars2, facts]]
   prompts_per_step: 2
   steps: 4
-trainer: {accelerator: cpu, strategy: ddp, devices: 2, enable_progress_bar: false}
+trainer: {accelerator: cpu, devices: 2, enable_progress_bar: false}
 """
 
 
-def test_ranks_with_and_without_images_and_rollouts_wait_for_each_other_and_stay_alike(tmp_path):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_ranks_with_and_without_images_and_rollouts_wait_for_each_other_and_stay_alike(tmp_path, strategy):
     """One row a rank: text alone first, then ranks that sample beside ranks that do not, with images or without."""
     (tmp_path / "config.yaml").write_text(CONFIG)
     command = [sys.executable, "-m", "cpt_lightning", "fit", "-c", str(tmp_path / "config.yaml")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command += ["--run_dir", str(tmp_path / "run")]
+    command += ["--run_dir", str(tmp_path / "run"), "--trainer.strategy", strategy]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads((tmp_path / "run" / "accuracy_matrix.json").read_text())["rows"]

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 from lightning import LightningModule, Trainer
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
+
+from cpt_lightning.callbacks.signals import Stopped, StopSignals
+from cpt_lightning.checkpoint_io import AtomicCheckpointIO
 
 
 class TaskCheckpoint(ModelCheckpoint):
     """Saves ``1_<task>.ckpt``, ``2_<task>.ckpt``, ... after each task, and ``last.ckpt``, all resumable.
+
+    ``last.ckpt`` is also renewed before the last batch of a task, so that a run that is killed in the evaluation after
+    it loses little else, and when SIGTERM or SLURM (``#SBATCH --signal=SIGUSR1@90``) ask the run to stop: it then
+    finishes its batch, saves, and ends, having told SLURM to start it anew. Files are replaced in one go and read as
+    data only (:class:`~cpt_lightning.checkpoint_io.AtomicCheckpointIO`), unless the Trainer was given a
+    ``CheckpointIO``.
 
     Args:
         dirpath: Folder; the run's log directory by default.
@@ -32,7 +44,7 @@ class TaskCheckpoint(ModelCheckpoint):
     ):
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(
-                f"checkpoint.every_n_steps={every_n_steps} must be at least 1; null saves at task ends only"
+                f"checkpoint.every_n_steps={every_n_steps} must be at least 1; null saves around task ends only"
             )
         super().__init__(
             dirpath=dirpath,
@@ -44,26 +56,65 @@ class TaskCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
         self.every_n_steps = every_n_steps
+        self.signals = StopSignals()
+        self._unwritten_logs = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Settles the folder."""
+        """Settles the folder, and how files are written and read."""
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         folder = trainer.log_dir  # a broadcast: all ranks must ask
         self.dirpath = self.dirpath or folder
         with warnings.catch_warnings():  # the folder is a run's, and holds more than checkpoints
             warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
             super().setup(trainer, pl_module, stage)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listens to signals."""
+        super().on_train_start(trainer, pl_module)
+        self.signals.watch(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listens to signals in an evaluation before training too."""
+        super().on_validation_start(trainer, pl_module)
+        self._write_logs(trainer)
+        self.signals.watch(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, *_) -> None:
+        """Writes the logs of the batch after which the last checkpoint was saved: a resumed run has it behind it."""
+        self._write_logs(trainer)
+
+    def _write_logs(self, trainer: Trainer) -> None:
+        if self._unwritten_logs:
+            self._unwritten_logs = False
+            for logger in trainer.loggers:
+                logger.save()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int, *_
     ) -> None:
-        """Renews the last checkpoint within a task."""
+        """Renews the last checkpoint within a task, and stops if asked to."""
+        asked = self.signals.asked_to_stop(trainer)
         # At a task's last batch its own checkpoint follows, after the validation that a resume from here would leave
         # out.
-        due = self.every_n_steps is not None and (batch_idx + 1) % self.every_n_steps == 0
-        accumulating = (batch_idx + 1) % trainer.accumulate_grad_batches != 0
-        if due and not accumulating and not trainer.is_last_batch and not trainer.fast_dev_run:
+        if trainer.is_last_batch or trainer.fast_dev_run or (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        if asked or self._is_due(batch_idx + 1, trainer):
             self.last_model_path = self.format_checkpoint_name({}, self.CHECKPOINT_NAME_LAST)
             trainer.save_checkpoint(self.last_model_path, self.save_weights_only)
+            self._unwritten_logs = True
+        if asked:
+            self.signals.stop(trainer, self._how_to_go_on)
+
+    def _is_due(self, num_batches: int, trainer: Trainer) -> bool:
+        size = trainer.accumulate_grad_batches
+        before_last = (int(trainer.num_training_batches) - 1) // size * size
+        return num_batches == before_last or (self.every_n_steps is not None and num_batches % self.every_n_steps == 0)
+
+    def on_validation_batch_end(self, trainer: Trainer, *_) -> None:
+        """Stops if asked to: the evaluation is made again, after the batches since the last checkpoint."""
+        if not trainer.sanity_checking and self.signals.asked_to_stop(trainer):
+            self.signals.stop(trainer, self._how_to_go_on)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the task's checkpoint."""
@@ -72,11 +123,23 @@ class TaskCheckpoint(ModelCheckpoint):
         if self.save_top_k == 0 and not trainer.fast_dev_run:  # then ModelCheckpoint would not save the last either
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
         super().on_train_epoch_end(trainer, pl_module)
+        self._unwritten_logs = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the last checkpoint if a run ended before its first task did, and is more than a try."""
         if not trainer.fast_dev_run:
             super().on_train_end(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Says how to go on, whatever ended the run."""
+        super().on_exception(trainer, pl_module, exception)
+        if trainer.training and not isinstance(exception, Stopped):
+            rank_zero_info(self._how_to_go_on)
+
+    @property
+    def _how_to_go_on(self) -> str:
+        last = Path(self.format_checkpoint_name({}, self.CHECKPOINT_NAME_LAST))
+        return f"go on with --ckpt_path {last}" if last.exists() else "there is no checkpoint yet: start it again"
 
     def state_dict(self) -> dict:
         """Nothing: the names of the files follow from the stage, and none is the best."""

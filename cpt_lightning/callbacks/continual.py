@@ -8,9 +8,8 @@ from pathlib import Path
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
 
-from cpt_lightning.callbacks.matrix import FURTHER, AccuracyMatrix, Cell, Scores
+from cpt_lightning.callbacks.matrix import AccuracyMatrix, Scores, logged_cell
 
 FILENAME = "accuracy_matrix.json"
 
@@ -135,7 +134,7 @@ class ContinualLearning(Callback):
                 f"val/{missing[0]}/accuracy was not logged: every task and probe must be evaluated. To evaluate less, "
                 f"set num_{stream.evaluate_on} of the tasks rather than trainer.limit_val_batches"
             )
-        return {name: _scores_of(name, logged) for name in names}
+        return {name: logged_cell(f"val/{name}", logged) for name in names}
 
     def _save(self, trainer: Trainer, matrix: AccuracyMatrix) -> None:
         folder = trainer.log_dir  # a broadcast: all ranks must ask
@@ -186,15 +185,3 @@ class ContinualLearning(Callback):
                 "the validation after a task is a row of the accuracy matrix: "
                 "trainer.check_val_every_n_epoch must be 1, and trainer.limit_val_batches not 0"
             )
-
-
-def _scores_of(name: str, logged: Mapping[str, Tensor]) -> Cell:
-    """What a cell of the matrix holds: accuracy, number of samples, and what else was measured."""
-    scores: Cell = {
-        "accuracy": round(float(logged[f"val/{name}/accuracy"]), 6),  # a float32 has no more
-        "num_samples": int(logged[f"val/{name}/num_samples"]),
-    }
-    for part in FURTHER:
-        if (value := logged.get(f"val/{name}/{part}")) is not None:
-            scores[part] = round(float(value), 6)
-    return scores

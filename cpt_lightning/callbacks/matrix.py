@@ -11,6 +11,7 @@ from typing import Literal, NotRequired, TypedDict, get_args
 
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from cpt_lightning.callbacks.files import replace_text
 from cpt_lightning.functional import accuracy_matrix as metrics
@@ -211,3 +212,15 @@ def _cell(cell: Cell, confidence: float | None, bold: bool) -> str:
         low, high = metrics.wilson_interval(cell["accuracy"], cell["num_samples"], confidence)
         text += f" ±{50 * (high - low):.1f}"
     return f"[bold]{text}[/]" if bold else text
+
+
+def logged_cell(prefix: str, logged: Mapping[str, Tensor]) -> Cell:
+    """The measurement that was logged as ``<prefix>/accuracy`` and so on."""
+    scores: Cell = {
+        "accuracy": round(float(logged[f"{prefix}/accuracy"]), 6),  # a float32 has no more
+        "num_samples": int(logged[f"{prefix}/num_samples"]),
+    }
+    for part in FURTHER:
+        if (value := logged.get(f"{prefix}/{part}")) is not None:
+            scores[part] = round(float(value), 6)
+    return scores

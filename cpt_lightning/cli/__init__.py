@@ -1,4 +1,4 @@
-"""The command line: ``cpt fit|validate|test|predict|inspect``."""
+"""The command line: ``cpt fit|validate|test|predict|inspect|plan|export``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ VERBS = {
     "test": "the same on the test split",
     "predict": "write down what the model answers, with verdicts",
     "inspect": "show what the model will be asked: rows, lengths, answers, examples; needs no weights and no GPU",
+    "plan": "say what memory a run needs, and whether a GPU has it; needs no weights and no GPU",
+    "export": "make a folder for transformers or PEFT from a run's checkpoint",
 }
 
 USAGE = f"""usage: cpt VERB -c CONFIG.yaml [--ckpt_path CHECKPOINT] [--OPTION VALUE ...]
@@ -25,6 +27,8 @@ for example:
   cpt fit -c configs/demo/grpo.yaml --print_config                         the resolved configuration
   cpt fit -c configs/demo/grpo.yaml --ckpt_path runs/demo_grpo/last.ckpt   go on where a run ended
   cpt inspect -c configs/demo/grpo.yaml                                    look at the data first
+  cpt plan -c configs/demo/grpo.yaml --plan.gpu 80GB                       will it fit?
+  cpt export runs/demo_grpo --task word2                                   the model after that task, for transformers
   cpt fit --help                                                           all options of a verb
   cpt fit --model.help RFT                                                 those of a model, or other class
 """
@@ -62,6 +66,16 @@ def main(args: list[str] | None = None) -> None:
         from cpt_lightning.cli.inspect.command import InspectCLI
 
         return InspectCLI(args[1:]).inspect()
+
+    if args[0] == "plan":
+        from cpt_lightning.cli.plan.command import PlanCLI
+
+        return PlanCLI(args[1:]).plan()
+
+    if args[0] == "export":
+        from cpt_lightning.cli.export import export_command
+
+        return export_command(args[1:])
 
     from cpt_lightning.cli.lightning_cli import CPTCLI
 

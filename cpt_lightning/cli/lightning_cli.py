@@ -21,13 +21,17 @@ from cpt_lightning.callbacks import (
     SampleLog,
     SkippedRows,
     TaskCheckpoint,
+    TaskExport,
     TaskProgressBar,
+    TestScores,
 )
+from cpt_lightning.checkpoint_io import check_resumable, next_step, read_checkpoint
 from cpt_lightning.cli import VERBS
 from cpt_lightning.cli.errors import refusal
 from cpt_lightning.cli.run_directory import last_checkpoint, run_directory
 from cpt_lightning.data import TaskStream
-from cpt_lightning.modules import PostTraining
+from cpt_lightning.modules import PostTraining  # its strategy registers itself as fsdp2
+from cpt_lightning.modules.resumable import check_ours
 
 TRAINER_DEFAULTS = {
     "reload_dataloaders_every_n_epochs": 1,  # an epoch is a task
@@ -65,6 +69,7 @@ class CPTCLI(LightningCLI):
 
     def __init__(self, args: list[str], run: bool = True, **parser_options: Any):
         self.args = args
+        self.first_step: int | None = None
         os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # lightning 2.6 calls it by old names
         for message in LIBRARY_NOISE:
             warnings.filterwarnings("ignore", message)
@@ -98,6 +103,8 @@ class CPTCLI(LightningCLI):
         )
         parser.add_lightning_class_args(ContinualLearning, "continual")
         parser.add_lightning_class_args(TaskCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(TaskExport, "export")
+        parser.set_defaults({"export.when": "never"})
         parser.add_lightning_class_args(SampleLog, "samples")
         parser.add_argument(
             "--filter_from",
@@ -108,13 +115,15 @@ class CPTCLI(LightningCLI):
         parser.add_lightning_class_args(RolloutFilter, "filter")
         parser.link_arguments("filter_from", "filter.filter_from")
         # One number for all that is random, so that another seed is another run in every respect.
-        for target in ("data.seed", "model.init_args.seed", "filter.seed"):
+        for target in ("data.seed", "model.init_args.seed"):
             parser.link_arguments("seed_everything", target, compute_fn=int)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The verbs, and which arguments of the Trainer's methods are not options."""
-        return {verb: skipped for verb, skipped in LightningCLI.subcommands().items() if verb in VERBS}
+        verbs = LightningCLI.subcommands()
+        # Checkpoints are read as data only, and nothing switches that off.
+        return {verb: skipped | {"weights_only"} for verb, skipped in verbs.items() if verb in VERBS}
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         # The parsers of the other verbs would be as large and are not asked anything.
@@ -135,14 +144,29 @@ class CPTCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Settles checkpoint and folder, so that the configuration that is saved is the one that is run."""
         config = self.config[self.subcommand]
-        if config.ckpt_path == "last":
+        wants_last = config.ckpt_path == "last"
+        if wants_last:
             config.ckpt_path = last_checkpoint(config.run_dir)
-        elif config.ckpt_path and not Path(config.ckpt_path).exists():
-            self.parser.error(f"--ckpt_path {config.ckpt_path}: there is no such checkpoint")
+        if config.ckpt_path:
+            self._look_into(Path(config.ckpt_path))
         named = any(arg.split("=")[0] == "--run_dir" for arg in self.args)
-        config.run_dir = str(run_directory(config.run_dir, config.ckpt_path, named))
+        if config.ckpt_path or not wants_last:
+            config.run_dir = str(run_directory(config.run_dir, config.ckpt_path, named))
         if self.subcommand != "fit":
             self.save_config_callback = None  # config.yaml is the one that trained
+
+    def _look_into(self, path: Path) -> None:
+        """Refuses a checkpoint that could not be used, before anything large is loaded."""
+        if path.is_dir():  # a sharded one, which its strategy reads
+            return
+        try:
+            checkpoint = read_checkpoint(path, mmap=True)
+            check_ours(str(path), checkpoint)
+            if self.subcommand == "fit":
+                check_resumable(checkpoint, path)
+                self.first_step = next_step(checkpoint)
+        except ValueError as error:
+            self.parser.error(f"--ckpt_path {error}")
 
     def instantiate_classes(self) -> None:
         """Makes trainer, module and stream; what one of them refuses is said in a line.
@@ -166,12 +190,13 @@ class CPTCLI(LightningCLI):
         if options.default_root_dir is None:
             kwargs["default_root_dir"] = config.run_dir
         if options.logger is None and not options.fast_dev_run:
-            kwargs["logger"] = TensorBoardLogger(config.run_dir, name="", version="")
+            # What a killed run logged after its last checkpoint is taken back.
+            kwargs["logger"] = TensorBoardLogger(config.run_dir, name="", version="", purge_step=self.first_step)
         if options.max_epochs is None:
             kwargs["max_epochs"] = self.datamodule.num_stages
         own = options.callbacks or []
         own = list(own) if isinstance(own, list) else [own]
-        own.append(SkippedRows())
+        own += [SkippedRows(), TestScores()]
         if options.enable_progress_bar is not False and not any(isinstance(callback, ProgressBar) for callback in own):
             own.append(TaskProgressBar())
         rank_zero_info(f"run directory: {config.run_dir}")

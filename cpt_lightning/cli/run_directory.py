@@ -35,6 +35,9 @@ def run_directory(wanted: str, ckpt_path: str | None, named: bool) -> Path:
 
 
 def last_checkpoint(run_dir: str) -> str | None:
-    """The last checkpoint of a run, if it has one yet: ``--ckpt_path last`` starts, or goes on, whichever is due."""
+    """The last checkpoint of a run, if it has one yet: ``--ckpt_path last`` starts, or goes on, whichever is due.
+
+    It starts in the folder of that name even if it is not empty: there a run was killed before its first checkpoint.
+    """
     path = Path(run_dir) / "last.ckpt"
     return str(path) if path.exists() else None

@@ -3,6 +3,7 @@
 from cpt_lightning.data.collate import Collate
 from cpt_lightning.data.datamodule import TaskStream
 from cpt_lightning.data.loader import StageLoader
+from cpt_lightning.data.replay import Replay
 from cpt_lightning.data.sampler import EvaluationSampler, RowRef, Share, StageSampler
 
-__all__ = ["Collate", "EvaluationSampler", "RowRef", "Share", "StageLoader", "StageSampler", "TaskStream"]
+__all__ = ["Collate", "EvaluationSampler", "Replay", "RowRef", "Share", "StageLoader", "StageSampler", "TaskStream"]

@@ -6,19 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
-import torch
+from torch import Generator
 from torch.utils.data import DataLoader
 
 from cpt_lightning.data.collate import Collate, Processor
-from cpt_lightning.data.loader import StageLoader, StreamBatches
+from cpt_lightning.data.loader import KeptRows, StageLoader, StreamBatches
+from cpt_lightning.data.replay import Replay, ReplaySampler
 from cpt_lightning.data.sampler import EvaluationSampler, Mixing, Share, StageSampler, num_steps
 from cpt_lightning.tasks import Split, Task
 from cpt_lightning.tasks.fingerprint import fingerprint
 from cpt_lightning.tasks.prompts import Style
-from cpt_lightning.types import Example
+from cpt_lightning.types import Batch, Example
 
 
 class TaskStream(L.LightningDataModule):
@@ -47,6 +48,7 @@ class TaskStream(L.LightningDataModule):
         target: Replaces the ``target`` of every task: what SFT learns.
         mixing: How often the tasks of a mixed stage are drawn: by ``size``, ``uniform``, or a temperature between
             (shares proportional to size to the power 1/temperature).
+        replay: Rows of earlier tasks in the batches of later ones, such as ``{ratio: 0.1}``; none by default.
         num_workers: Processes that load rows; 0 loads them in the training process.
         seed: Draws the order of rows.
 
@@ -68,6 +70,7 @@ class TaskStream(L.LightningDataModule):
         style: Style | None = None,
         target: str | None = None,
         mixing: Mixing = "size",
+        replay: Replay | None = None,
         num_workers: int = 0,
         seed: int = 0,
     ):
@@ -93,10 +96,12 @@ class TaskStream(L.LightningDataModule):
         self.evaluate_on: Split = evaluate_on
         self.max_prompt_tokens = max_prompt_tokens
         self.mixing = mixing
+        self.replay = replay
         self.num_workers = num_workers
         self.seed = seed
         self._check_numbers()
-        self.choose_rows: Callable[[int], dict[str, list[int]] | None] | None = None
+        self.choose_rows: Callable[[int], Mapping[str, Sequence[int]] | None] | None = None
+        """Says which training rows of a stage are kept, by task (``None`` for all); asked when the stage begins."""
         self._processor: Processor | None = None
         self._examples: dict[tuple[str, Split], Sequence[Example]] = {}
         self._fingerprints: dict[tuple[str, Split], str] = {}
@@ -138,16 +143,25 @@ class TaskStream(L.LightningDataModule):
             self._fingerprints[name, split] = fingerprint(self.everything[name], split, name)
         return self._fingerprints[name, split]
 
-    def num_steps(self, stage: int, kept: Mapping[str, Sequence[int]] | None = None) -> int:
-        """Batches of a stage that shows the rows in ``kept``: fewer rows are fewer batches, unless ``steps`` says."""
+    def num_steps(self, stage: int, num_rows: int | None = None) -> int:
+        """Batches of a stage that shows so many rows, all by default; fewer change nothing where ``steps`` says."""
         name = self.stage_names[stage]
         steps = self.steps.get(name) if isinstance(self.steps, Mapping) else self.steps
         if steps is not None:
             return steps
         passes = self.passes.get(name) if isinstance(self.passes, Mapping) else self.passes
-        rows = self._split("train", self.stages[stage]) if kept is None else kept
-        num_rows = sum(map(len, rows.values()))
-        return num_steps(num_rows, self.prompts_per_step, 1.0 if passes is None else passes)
+        num_rows = num_rows or sum(self._sizes(self.stages[stage], "train").values())
+        return num_steps(num_rows, self.own_rows_per_step(stage), 1.0 if passes is None else passes)
+
+    def own_rows_per_step(self, stage: int) -> float:
+        """Rows of a batch that are the stage's own and not replayed, on average."""
+        old = self.replay.ratio if self.replay and self.earlier(stage) else 0.0
+        return self.prompts_per_step * (1 - old)
+
+    def earlier(self, stage: int) -> list[str]:
+        """Tasks that were learned before a stage and are not learned in it."""
+        before = dict.fromkeys(task for earlier in self.stages[:stage] for task in earlier)
+        return [task for task in before if task not in self.stages[stage]]
 
     # -- what Lightning asks for -----------------------------------------------------------------------------------
 
@@ -170,7 +184,7 @@ class TaskStream(L.LightningDataModule):
             self._check_trainer()
             for name in self.task_names:
                 self.examples(name, "train")
-        for name in [*self.task_names, *self.probe_names]:
+        for name in self._evaluated:
             self.examples(name, "test" if stage == "test" else self.evaluate_on)
 
     def train_dataloader(self) -> StageLoader:
@@ -178,44 +192,33 @@ class TaskStream(L.LightningDataModule):
         # Asked for before on_train_epoch_start, and after a resume with the finished epoch first: derive, keep nothing.
         epoch = 0 if self.trainer is None else self.trainer.current_epoch
         stage = min(epoch, self.num_stages - 1)
-        # A filter answers from what it has written, and asks the model only if this stage was not judged yet.
-        kept = None if self.choose_rows is None else self.choose_rows(stage)
-        rows = self._split("train", self.stages[stage]) if kept is None else kept
-        sampler = StageSampler(
-            {name: len(rows[name]) for name in self.stages[stage]},
-            self.prompts_per_step,
-            self.num_steps(stage, kept),
-            key=(self.seed, stage),
-            mixing=self.mixing,
-            share=self._share,
-            kept=kept,
-        )
         collate = Collate(self.processor, self.max_prompt_tokens)
-        return StageLoader(StreamBatches(self._split("train", self.stages[stage]), collate), sampler, self.num_workers)
+        batches = StreamBatches(self._learned_rows(stage), collate)
+        return StageLoader(batches, self._stage_sampler(stage), self.num_workers)
 
     def rows_to_judge(self, stage: int, first: Mapping[str, int]) -> DataLoader:
         """Every training row of a stage once and in order, from row ``first`` of each task on, as in an evaluation."""
-        names = self.stages[stage]
-        sampler = EvaluationSampler(self._sizes(names, "train"), self.eval_prompts_per_step, self._share, first)
-        batches = StreamBatches(
-            self._split("train", names), Collate(self.processor, with_targets=False), keep_places=True
-        )
-        # A generator of its own, or the global one would stand elsewhere in a run that finds the rows judged.
-        return DataLoader(
-            batches, sampler=sampler, batch_size=None, num_workers=self.num_workers, generator=torch.Generator()
-        )
+        return self._evaluation_loader("train", self.stages[stage], first)
+
+    def rows_of_stage(self, stage: int, num_rows: int) -> Batch:
+        """Rows of a stage as one batch, the same on every rank: what methods look at when it has been learned."""
+        rows = self._learned_rows(stage)
+        sizes = {name: len(rows[name]) for name in self.stages[stage]}
+        sampler = StageSampler(sizes, num_rows, 1, (self.seed, stage), self.mixing)
+        batches = StreamBatches(rows, Collate(self.processor, self.max_prompt_tokens))
+        return batches[sampler.batch(0)]
 
     def val_dataloader(self) -> DataLoader:
         """All tasks and probes, one task per batch."""
-        return self._evaluation_loader(self.evaluate_on)
+        return self._evaluation_loader(self.evaluate_on, self._evaluated)
 
     def test_dataloader(self) -> DataLoader:
         """All tasks and probes on their test split."""
-        return self._evaluation_loader("test")
+        return self._evaluation_loader("test", self._evaluated)
 
     def predict_dataloader(self) -> DataLoader:
         """The rows of the validation loader."""
-        return self._evaluation_loader(self.evaluate_on)
+        return self._evaluation_loader(self.evaluate_on, self._evaluated)
 
     # -- parts -----------------------------------------------------------------------------------------------------
 
@@ -223,19 +226,53 @@ class TaskStream(L.LightningDataModule):
     def _share(self) -> Share:
         return Share() if self.trainer is None else Share(self.trainer.global_rank, self.trainer.world_size)
 
+    @property
+    def _evaluated(self) -> list[str]:
+        return [*self.task_names, *self.probe_names]
+
+    def _learned_rows(self, stage: int) -> dict[str, Sequence[Example]]:
+        """Training rows of a stage and of the tasks before it: those that were kept when a task was learned last."""
+        rows = self._split("train", [*self.stages[stage], *self.earlier(stage)])
+        if self.choose_rows is None:
+            return rows
+        for name, every in rows.items():
+            learned = max(index for index in range(stage + 1) if name in self.stages[index])
+            if (kept := self.choose_rows(learned)) is not None:
+                rows[name] = KeptRows(every, kept[name])
+        return rows
+
+    def _stage_sampler(self, stage: int) -> StageSampler:
+        num_rows = {name: len(rows) for name, rows in self._learned_rows(stage).items()}
+        sizes = {name: num_rows[name] for name in self.stages[stage]}
+        options: dict[str, Any] = {
+            "sizes": sizes,
+            "batch_size": self.prompts_per_step,
+            "num_steps": self.num_steps(stage, sum(sizes.values())),
+            "key": (self.seed, stage),
+            "mixing": self.mixing,
+            "share": self._share,
+        }
+        earlier = self.earlier(stage)
+        if self.replay is None or self.replay.ratio == 0 or not earlier:
+            return StageSampler(**options)
+        numbers = {task: number for number, task in enumerate(self.task_names)}
+        return ReplaySampler(self.replay, {name: num_rows[name] for name in earlier}, numbers, **options)
+
     def _split(self, split: Split, names: Sequence[str]) -> dict[str, Sequence[Example]]:
         return {name: self.examples(name, split) for name in names}
 
     def _sizes(self, names: Sequence[str], split: Split) -> dict[str, int]:
         return {name: len(rows) for name, rows in self._split(split, names).items()}
 
-    def _evaluation_loader(self, split: Split) -> DataLoader:
-        names = [*self.task_names, *self.probe_names]
-        sampler = EvaluationSampler(self._sizes(names, split), self.eval_prompts_per_step, self._share)
+    def _evaluation_loader(
+        self, split: Split, names: Sequence[str], first: Mapping[str, int] | None = None
+    ) -> DataLoader:
+        sampler = EvaluationSampler(self._sizes(names, split), self.eval_prompts_per_step, self._share, first)
         batches = StreamBatches(
             self._split(split, names), Collate(self.processor, with_targets=False), keep_places=True
         )
-        return DataLoader(batches, sampler=sampler, batch_size=None, num_workers=self.num_workers)
+        generator = Generator()  # of its own, as StageLoader says
+        return DataLoader(batches, sampler=sampler, batch_size=None, num_workers=self.num_workers, generator=generator)
 
     def _check_stages(self, tasks: list[str], given: Sequence[str | list[str]] | None) -> None:
         if given is not None and (not given or not all(self.stages)):

@@ -5,12 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from torch import Generator
 from torch.utils.data import DataLoader, Dataset
 
 from cpt_lightning.data.collate import Collate
 from cpt_lightning.data.sampler import RowRef, StageSampler
 from cpt_lightning.tasks import SkippedRow
 from cpt_lightning.types import Batch, Example
+
+
+class KeptRows(Sequence[Example]):
+    """The rows of a task that are shown, where not all are.
+
+    Args:
+        rows: All rows.
+        kept: Numbers of those that are shown.
+    """
+
+    def __init__(self, rows: Sequence[Example], kept: Sequence[int]) -> None:
+        self.rows = rows
+        self.kept = kept
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]
+        return self.rows[self.kept[index]]
 
 
 class StreamBatches(Dataset[Batch]):
@@ -67,7 +87,9 @@ class StageLoader(DataLoader):
 
     def __init__(self, batches: StreamBatches, sampler: StageSampler, num_workers: int = 0) -> None:
         # Items of the sampler are whole batches: Lightning re-makes batch samplers, and knows only one kind of them.
-        super().__init__(batches, sampler=sampler, batch_size=None, num_workers=num_workers)
+        # A loader without a generator of its own draws its workers' seed from torch's, each time it starts: a resumed
+        # run, which starts it once more, would then train on other dropout.
+        super().__init__(batches, sampler=sampler, batch_size=None, num_workers=num_workers, generator=Generator())
         self._num_loaded = 0
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
@@ -89,10 +111,9 @@ class StageLoader(DataLoader):
         if state["step"] >= state["num_steps"]:
             return
         for name, now in self.sampler.identity.items():
-            if state.get(name) != now:
+            if (before := state.get(name)) != now:  # checkpoints from before there was replay do not speak of it
                 raise ValueError(
-                    f"the checkpoint was written in the middle of a stage with {name}={state.get(name)}, "
-                    f"now it is {now}; "
+                    f"the checkpoint was written in the middle of a stage with {name}={before}, now it is {now}; "
                     "resume with the same data, or from a checkpoint at the end of a task"
                 )
         self.sampler.first_step = self._num_loaded = state["step"]

@@ -7,8 +7,6 @@ rows in order. Both hand every rank an equal share of every batch.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
@@ -36,68 +34,30 @@ class Share(NamedTuple):
     world_size: int = 1
 
 
-class StageSampler(Sampler[list[RowRef]]):
-    """The training batches of one stage, this rank's share of each, from ``first_step`` on.
+class Passes:
+    """An endless sequence of passes over the rows of tasks, each shuffled.
 
     Args:
-        sizes: Number of training rows of each task of the stage.
-        batch_size: Rows of a batch, over all ranks.
-        num_steps: Batches of the stage.
-        key: What the shuffles depend on, such as (seed, stage).
+        sizes: Number of rows of each task.
+        key: What the shuffles depend on.
         mixing: How often each task is drawn, if there are several.
-        share: Which part of every batch is ours.
-        kept: Rows of each task that are shown, where not all are; ``sizes`` counts them.
-
-    Raises:
-        ValueError: The batch cannot be split evenly over the ranks.
     """
 
-    def __init__(
-        self,
-        sizes: dict[str, int],
-        batch_size: int,
-        num_steps: int,
-        key: Sequence[int],
-        mixing: Mixing = "size",
-        share: Share = Share(),  # noqa: B008 a tuple
-        kept: Mapping[str, Sequence[int]] | None = None,
-    ) -> None:
-        if batch_size % share.world_size:
-            raise ValueError(
-                f"prompts_per_step={batch_size} cannot be split evenly over {share.world_size} ranks; "
-                f"make it a multiple of {share.world_size}"
-            )
+    def __init__(self, sizes: dict[str, int], key: Sequence[int], mixing: Mixing = "size") -> None:
         self.sizes = sizes
-        self.batch_size = batch_size
-        self.num_steps = num_steps
         self.key = list(key)
-        self.mixing = mixing
-        self.share = share
-        self.kept = kept
-        self.first_step = 0
         self.counts = rows_per_pass(list(sizes.values()), mixing)
+        self._last: tuple[int, list[RowRef]] = (-1, [])
 
-    def __len__(self) -> int:
-        return self.num_steps
-
-    def __iter__(self) -> Iterator[list[RowRef]]:
-        part = self.batch_size // self.share.world_size
-        known: tuple[int, list[RowRef]] = (-1, [])
-        for step in range(self.first_step, self.num_steps):
-            start = step * self.batch_size + self.share.rank * part
-            batch = []
-            for position in range(start, start + part):
-                number, index = divmod(position, sum(self.counts))
-                if number != known[0]:
-                    known = number, self.pass_rows(number)
-                batch.append(known[1][index])
-            yield batch
-
-    @property
-    def identity(self) -> dict:
-        """What makes a step mean the same rows, on any number of ranks."""
-        identity = {"sizes": dict(self.sizes), "prompts_per_step": self.batch_size, "mixing": self.mixing}
-        return {**identity, "key": self.key, "kept": None if self.kept is None else _digest(self.kept)}
+    def rows(self, start: int, stop: int) -> list[RowRef]:
+        """The rows at these places of the sequence."""
+        found = []
+        for position in range(start, stop):
+            number, index = divmod(position, sum(self.counts))
+            if number != self._last[0]:
+                self._last = number, self.pass_rows(number)
+            found.append(self._last[1][index])
+        return found
 
     def pass_rows(self, number: int) -> list[RowRef]:
         """The rows of one pass, shuffled.
@@ -106,7 +66,7 @@ class StageSampler(Sampler[list[RowRef]]):
         once per pass still shows all its rows before it repeats one.
         """
         rows = [
-            RowRef(task, row if self.kept is None else self.kept[task][row])
+            RowRef(task, row)
             for task_number, (task, count) in enumerate(zip(self.sizes, self.counts, strict=True))
             for row in self._task_rows(task_number, self.sizes[task], number * count, (number + 1) * count)
         ]
@@ -121,6 +81,64 @@ class StageSampler(Sampler[list[RowRef]]):
 
     def _generator(self, *key: int) -> np.random.Generator:
         return np.random.default_rng([*self.key, *key])
+
+
+class StageSampler(Sampler[list[RowRef]]):
+    """The training batches of one stage, this rank's share of each, from ``first_step`` on.
+
+    Args:
+        sizes: Number of training rows of each task of the stage.
+        batch_size: Rows of a batch, over all ranks.
+        num_steps: Batches of the stage.
+        key: What the shuffles depend on, such as (seed, stage).
+        mixing: How often each task is drawn, if there are several.
+        share: Which part of every batch is ours.
+
+    Raises:
+        ValueError: The batch cannot be split evenly over the ranks.
+    """
+
+    def __init__(
+        self,
+        sizes: dict[str, int],
+        batch_size: int,
+        num_steps: int,
+        key: Sequence[int],
+        mixing: Mixing = "size",
+        share: Share = Share(),  # noqa: B008 a tuple
+    ) -> None:
+        if batch_size % share.world_size:
+            raise ValueError(
+                f"prompts_per_step={batch_size} cannot be split evenly over {share.world_size} ranks; "
+                f"make it a multiple of {share.world_size}"
+            )
+        self.sizes = sizes
+        self.batch_size = batch_size
+        self.num_steps = num_steps
+        self.key = list(key)
+        self.mixing = mixing
+        self.share = share
+        self.first_step = 0
+        self.passes = Passes(sizes, key, mixing)
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __iter__(self) -> Iterator[list[RowRef]]:
+        part = self.batch_size // self.share.world_size
+        start = self.share.rank * part
+        for step in range(self.first_step, self.num_steps):
+            yield self.batch(step)[start : start + part]
+
+    def batch(self, step: int) -> list[RowRef]:
+        """The rows of a step, over all ranks."""
+        return self.passes.rows(step * self.batch_size, (step + 1) * self.batch_size)
+
+    @property
+    def identity(self) -> dict:
+        """What makes a step mean the same rows, on any number of ranks."""
+        parts = {"sizes": dict(self.sizes), "prompts_per_step": self.batch_size, "mixing": self.mixing}
+        return {**parts, "key": self.key, "replay": None}
 
 
 class EvaluationSampler(Sampler[list[RowRef]]):
@@ -163,12 +181,7 @@ class EvaluationSampler(Sampler[list[RowRef]]):
         return [RowRef(task, rows[min(p, len(rows) - 1)], valid=p < len(rows)) for p in positions]
 
 
-def _digest(kept: Mapping[str, Sequence[int]]) -> str:
-    text = json.dumps({task: list(rows) for task, rows in kept.items()})
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def num_steps(num_rows: int, batch_size: int, passes: float) -> int:
+def num_steps(num_rows: int, batch_size: float, passes: float) -> int:
     """Batches until every row was seen ``passes`` times; the last one is filled up from the next pass.
 
     >>> num_steps(100, 16, passes=1), num_steps(100, 16, passes=0.5)

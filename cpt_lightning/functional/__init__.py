@@ -1,21 +1,41 @@
 """Pure functions of tensors: the mathematics, without model, data or Trainer."""
 
-from cpt_lightning.functional.advantages import AdvantageScale, group_normalized_advantages, zero_signal_fraction
-from cpt_lightning.functional.kl import kl_k1, kl_k2, kl_k3
-from cpt_lightning.functional.policy_loss import PolicyStats, clipped_policy_loss
+from cpt_lightning.functional.advantages import (
+    AdvantageScale,
+    greedy_baseline_advantages,
+    group_normalized_advantages,
+    leave_one_out_advantages,
+    mean_and_variance,
+    one_zero_advantages,
+    token_moments,
+    whitened_advantages,
+    zero_signal_fraction,
+)
+from cpt_lightning.functional.kl import forward_kl, kl_full, kl_k1, kl_k2, kl_k3
+from cpt_lightning.functional.policy_loss import PolicyStats, RatioLevel, clipped_policy_loss, clipped_weight_loss
 from cpt_lightning.functional.reductions import Reduction, masked_mean, token_weights, weighted_sum
 
 __all__ = [
     "AdvantageScale",
     "PolicyStats",
+    "RatioLevel",
     "Reduction",
     "clipped_policy_loss",
+    "clipped_weight_loss",
+    "forward_kl",
+    "greedy_baseline_advantages",
     "group_normalized_advantages",
+    "kl_full",
     "kl_k1",
     "kl_k2",
     "kl_k3",
+    "leave_one_out_advantages",
     "masked_mean",
+    "mean_and_variance",
+    "one_zero_advantages",
+    "token_moments",
     "token_weights",
     "weighted_sum",
+    "whitened_advantages",
     "zero_signal_fraction",
 ]

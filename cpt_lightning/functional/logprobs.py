@@ -34,7 +34,7 @@ def token_logprobs(
     Returns:
         ``[M]`` log-probabilities in nats (float32, differentiable in ``hidden`` and ``weight``).
     """
-    device = hidden.device.type
+    device = "cpu" if hidden.is_meta else hidden.device.type  # autocast knows no meta device
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
     with torch.autocast(device, enabled=False):

@@ -2,5 +2,6 @@
 
 from cpt_lightning.models.adapters import Lora
 from cpt_lightning.models.backbone import Backbone, load_backbone
+from cpt_lightning.models.quantization import Quantization
 
-__all__ = ["Backbone", "Lora", "load_backbone"]
+__all__ = ["Backbone", "Lora", "Quantization", "load_backbone"]

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
+
     from cpt_lightning.models.qwen_vl import QwenVL
 
 Part = Literal["vision_tower", "projector", "language_model"]
+AlongStream = Literal["shared", "renewed", "per_task"]
 
 LINEAR_LAYERS = {
     "language_model": r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj",
@@ -32,6 +37,11 @@ class Lora:
         dropout: Dropout before the adapter.
         parts: Parts of the backbone that get adapters.
         targets: Regular expression over module names, in place of ``parts``.
+        use_rslora: Scale by ``alpha / sqrt(rank)`` instead (rsLoRA, arXiv 2312.03732), so that high ranks still learn.
+        use_dora: Learn magnitude and direction of the weights apart (DoRA, arXiv 2402.09353).
+        along_stream: ``shared``: one adapter learns all tasks. ``renewed``: when the next task begins, the adapter is
+            merged into the weights and begun anew. ``per_task``: every task gets a new adapter over the base; a task
+            that was learned is evaluated with its own (so which task a row is of is known), all else with the newest.
     """
 
     rank: int = 16
@@ -39,12 +49,17 @@ class Lora:
     dropout: float = 0.0
     parts: list[Part] = field(default_factory=lambda: ["language_model"])
     targets: str | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
+    along_stream: AlongStream = "shared"
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"lora.rank={self.rank} must be at least 1")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"lora.dropout={self.dropout} must lie in [0, 1)")
+        if not self.parts and self.targets is None:
+            raise ValueError("lora.parts=[] gives no part an adapter; name one, or set lora.targets")
 
     @property
     def target_pattern(self) -> str:
@@ -76,17 +91,25 @@ def add_lora(model: QwenVL, lora: Lora) -> None:
     other part of the code, sharding included, sees the same model whatever the tuning.
 
     Raises:
-        ValueError: No module of the model has a name that matches the targets.
+        ValueError: No module of the model, or of one of the parts, has a name that matches the targets.
     """
     from peft import LoraConfig
 
+    names = [name for name, _ in model.named_modules()]
+    patterns = [lora.targets] if lora.targets is not None else [LINEAR_LAYERS[part] for part in lora.parts]
+    for pattern in patterns:
+        if not any(re.fullmatch(pattern, name) for name in names):
+            raise ValueError(f"lora: no module of the backbone matches {pattern!r}")
     config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.target_pattern, bias="none"
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_pattern,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        bias="none",
     )
-    try:
-        model.add_adapter(config)
-    except ValueError as error:
-        raise ValueError(f"lora: no module of the backbone matches {lora.target_pattern!r}: {error}") from error
+    model.add_adapter(config)
 
 
 def has_adapters(model: QwenVL) -> bool:
@@ -102,3 +125,72 @@ def adapters_off(model: QwenVL) -> Iterator[None]:
         yield
     finally:
         model.enable_adapters()
+
+
+def adapter_weights(model: QwenVL) -> list[nn.Parameter]:
+    """All weights of the adapters inside the model, always in the same order."""
+    return [weight for name, weight in model.named_parameters() if "lora_" in name]
+
+
+@contextmanager
+def adapters_replaced(model: QwenVL, weights: Iterable[Tensor]) -> Iterator[None]:
+    """The model with other weights in its adapters, for as long as it lasts; its own come back untouched.
+
+    Args:
+        model: The backbone, with adapters.
+        weights: Ordered as :func:`adapter_weights`.
+    """
+    adapters = adapter_weights(model)
+    own = [weight.data for weight in adapters]
+    for weight, other in zip(adapters, weights, strict=True):
+        weight.data = other.data  # not a copy: that would touch what a rollout's graph still needs
+    try:
+        yield
+    finally:
+        for weight, data in zip(adapters, own, strict=True):
+            weight.data = data
+
+
+def merge_into_base(model: QwenVL) -> None:
+    """Adds what the adapters do to the weights under them, in place; the adapters stay as they are.
+
+    Raises:
+        ValueError: A sum is not finite.
+    """
+    for layer in _adapted_layers(model):
+        layer.merge(safe_merge=True)
+        layer.merged_adapters.clear()  # PEFT would go on without the adapter
+
+
+def merge_earlier(model: QwenVL, state: Mapping[str, Tensor]) -> None:
+    """Merges what a module's state dict keeps as ``earlier.<stage>.<number>``: adapters of earlier stages, in order.
+
+    Args:
+        model: The backbone as loaded, with adapters; these stay as they are.
+        state: The module's; numbers are places in :func:`adapter_weights`.
+    """
+    own = adapter_weights(model)
+    stages = {name.split(".")[1] for name in state if name.startswith("earlier.")}
+    for stage in range(len(stages)):
+        weights = [state[f"earlier.{stage}.{number}"].to(weight.device) for number, weight in enumerate(own)]
+        with adapters_replaced(model, weights):
+            merge_into_base(model)
+
+
+def begin_adapters_anew(model: QwenVL, seed: int) -> None:
+    """Gives the adapters fresh weights, in place, that have no effect yet.
+
+    DoRA's magnitudes stay: after a merge they are the lengths of the rows of the weights.
+    """
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        for layer in _adapted_layers(model):
+            for name in layer.active_adapters:
+                layer.reset_lora_parameters(name, init_lora_weights=True)
+
+
+def _adapted_layers(model: QwenVL) -> list[LoraLayer]:
+    from peft.tuners.lora import LoraLayer
+
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]

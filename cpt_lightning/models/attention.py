@@ -17,10 +17,10 @@ from torch.nn.functional import scaled_dot_product_attention as attention
 class Pattern(Protocol):
     """Computes the attention of one layer."""
 
-    @property
-    def wanted(self) -> Tensor | None:
-        """``[W]`` places whose final hidden state is wanted, in order; ``None`` wants all."""
-        ...
+    wanted: Tensor | None = None
+    """``[W]`` places whose final hidden state is wanted, in order; ``None`` wants all."""
+    decoding: bool = False
+    """Whether this is a step of sampling: few tokens, whose last bits no update has to repeat."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """``[B, heads, Q, D]`` from queries of that shape and new keys and values ``[B, kv_heads, Q, D]``.
@@ -31,7 +31,7 @@ class Pattern(Protocol):
 
 
 @dataclass
-class DenseMask:
+class DenseMask(Pattern):
     """The plain pattern: any token may see any other that the mask allows it to.
 
     Args:
@@ -39,7 +39,6 @@ class DenseMask:
     """
 
     allowed: Tensor
-    wanted: None = None
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Scaled dot-product attention under the mask."""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import torch
+
+from cpt_lightning.models.adapter_folders import base_of, is_adapter_folder, load_adapter_folder, processor_of
 from cpt_lightning.models.adapters import Lora, Part
+from cpt_lightning.models.quantization import Quantization
 
 if TYPE_CHECKING:
     from cpt_lightning.models.processor import PromptProcessor
@@ -18,9 +23,12 @@ class Backbone:
     """The Qwen2.5-VL that is tuned.
 
     Args:
-        path: Local folder, hub id, or ``tiny`` for the embedded base of 3 M parameters.
-        tuning: ``full`` trains all weights that are not frozen, ``lora`` only low-rank adapters.
+        path: Local folder, hub id, or ``tiny`` for the embedded base of 3 M parameters. May be the folder of a LoRA
+            adapter: with ``lora`` tuning that adapter is trained on, with ``full`` it is merged into its base first.
+        tuning: ``full`` trains all weights that are not frozen, ``lora`` only low-rank adapters,
+            ``qlora`` low-rank adapters over a language model that is stored in four bits.
         lora: Settings of the adapters.
+        quantization: How ``qlora`` stores the language model.
         freeze: Parts that are not trained.
         gradient_checkpointing: Parts whose activations are recomputed in backward: slower, less memory.
         dtype: Precision of the weights; ``auto`` takes the checkpoint's. Autocasting is the Trainer's ``precision``.
@@ -29,8 +37,9 @@ class Backbone:
     """
 
     path: str = "tiny"
-    tuning: Literal["full", "lora"] = "full"
+    tuning: Literal["full", "lora", "qlora"] = "full"
     lora: Lora = field(default_factory=Lora)
+    quantization: Quantization = field(default_factory=Quantization)
     freeze: list[Part] = field(default_factory=list)
     gradient_checkpointing: list[Literal["vision_tower", "language_model"]] = field(default_factory=list)
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
@@ -39,28 +48,53 @@ class Backbone:
 
     def __post_init__(self) -> None:
         both = set(self.freeze) & set(self.lora.parts)
-        if self.tuning == "lora" and self.lora.targets is None and both:
+        if self.tuning != "full" and self.lora.targets is None and both:
             raise ValueError(f"backbone: {sorted(both)} cannot be frozen and get LoRA adapters; drop one of the two")
         if self.tuning == "full" and len(set(self.freeze)) == 3:
             raise ValueError("backbone.freeze names every part: nothing would be trained")
+        along_stream = self.lora.along_stream
+        if self.tuning == "full" and along_stream != "shared":
+            raise ValueError(f"backbone.lora.along_stream={along_stream} needs adapters: set backbone.tuning to lora")
+        if self.tuning == "qlora" and along_stream == "renewed":
+            raise ValueError(
+                "backbone.lora.along_stream=renewed: four-bit weights cannot take in an adapter without rounding it "
+                "away; set backbone.tuning to lora, or along_stream to per_task"
+            )
 
     def load_processor(self) -> PromptProcessor:
         """The tokenizer and image processor that belong to the weights."""
         from cpt_lightning.models.processor import PromptProcessor
 
         self._check_path()
-        return PromptProcessor.load(self.path, self.min_pixels, self.max_pixels)
+        return PromptProcessor.load(processor_of(self.path), self.min_pixels, self.max_pixels)
 
-    def load_model(self) -> QwenVL:
-        """The model, in train mode, with what is not tuned frozen."""
-        from cpt_lightning.models.adapters import add_lora, freeze
+    def load_model(self, on_meta: bool = False) -> QwenVL:
+        """The model, in train mode, with what is not tuned frozen.
+
+        Args:
+            on_meta: Without weights, which another rank has.
+        """
+        with torch.device("meta") if on_meta else nullcontext():
+            return self._load_model(on_meta)
+
+    def _load_model(self, on_meta: bool) -> QwenVL:
+        from cpt_lightning.models.adapters import add_lora, freeze, has_adapters
         from cpt_lightning.models.processor import resolve_path
-        from cpt_lightning.models.qwen_vl import QwenVL
+        from cpt_lightning.models.quantization import settle_quantized
+        from cpt_lightning.models.qwen_vl import QwenVL, weightless
 
         self._check_path()
-        model = QwenVL.from_pretrained(resolve_path(self.path), dtype=self.dtype)
-        if self.tuning == "lora":
+        load = weightless if on_meta else QwenVL.from_pretrained
+        quantized = {"quantization_config": self.quantization.config} if self.tuning == "qlora" else {}
+        model = load(resolve_path(base_of(self.path)), dtype=self.dtype, **quantized)
+        if has_adapters(model):
+            raise ValueError(f"backbone.path={self.path!r} is an adapter on the hub: download it and give its folder")
+        if self.tuning == "qlora":
+            settle_quantized(model)
+        if self.tuning != "full":
             add_lora(model, self.lora)
+        if is_adapter_folder(self.path) and not on_meta:
+            load_adapter_folder(model, self.path, self.lora if self.tuning != "full" else None)
         freeze(model, self.freeze)
         modules = {"vision_tower": model.model.visual, "language_model": model.model.language_model}
         for part in self.gradient_checkpointing:
@@ -71,10 +105,21 @@ class Backbone:
 
     def _check_path(self) -> None:
         """A path that looks like a folder must be one, or the hub would be asked for it."""
-        looks_local = self.path.startswith((".", "/", "~")) or self.path.count("/") > 1
-        if looks_local and not (Path(self.path) / "config.json").is_file():
+        path = base_of(self.path)
+        looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+        if looks_local and not (Path(path) / "config.json").is_file():
+            base = "" if path == self.path else f"its base {path!r}: "
             raise FileNotFoundError(
-                f"backbone.path={self.path!r}: no config.json there; give a transformers folder, a hub id or 'tiny'"
+                f"backbone.path={self.path!r}: {base}no config.json there; give a folder of transformers or PEFT, "
+                "a hub id or 'tiny'"
+            )
+        from huggingface_hub import constants, try_to_load_from_cache
+
+        is_here = path == "tiny" or Path(path).is_dir()
+        if constants.HF_HUB_OFFLINE and not is_here and not try_to_load_from_cache(path, "config.json"):
+            raise FileNotFoundError(
+                f"backbone.path={path!r} is no folder and not in the cache, and HF_HUB_OFFLINE forbids to ask the hub: "
+                f"`hf download {path}` where there is a network, or unset it"
             )
 
 

@@ -50,13 +50,13 @@ class PatternLayer(Qwen2_5_VLDecoderLayer):
             asking = (inputs.index_select(1, wanted), tuple(x[:, wanted] for x in angles))
             heads = self._attend(pattern, asking[0], inputs, asking[1], angles)
             hidden_states = hidden_states.index_select(1, wanted)
-        hidden_states = hidden_states + _projected(heads, self.self_attn.o_proj)
-        return hidden_states + self._mlp(self.post_attention_layernorm(hidden_states))
+        hidden_states = hidden_states + _projected(pattern, heads, self.self_attn.o_proj)
+        return hidden_states + self._mlp(pattern, self.post_attention_layernorm(hidden_states))
 
-    def _mlp(self, hidden: Tensor) -> Tensor:
+    def _mlp(self, pattern: Pattern, hidden: Tensor) -> Tensor:
         mlp = self.mlp
-        gated = mlp.act_fn(_projected(hidden, mlp.gate_proj)) * _projected(hidden, mlp.up_proj)
-        return _projected(gated, mlp.down_proj)
+        gated = mlp.act_fn(_projected(pattern, hidden, mlp.gate_proj)) * _projected(pattern, hidden, mlp.up_proj)
+        return _projected(pattern, gated, mlp.down_proj)
 
     @property
     def _is_last(self) -> bool:
@@ -75,9 +75,9 @@ class PatternLayer(Qwen2_5_VLDecoderLayer):
         query, key, value = (
             projected.unflatten(-1, (-1, layer.head_dim))
             for projected in (
-                _projected(asking, layer.q_proj),
-                _projected(answering, layer.k_proj),
-                _projected(answering, layer.v_proj),
+                _projected(pattern, asking, layer.q_proj),
+                _projected(pattern, answering, layer.k_proj),
+                _projected(pattern, answering, layer.v_proj),
             )
         )
         query, key = _rotated(query, *asking_angles), _rotated(key, *answering_angles)
@@ -85,12 +85,13 @@ class PatternLayer(Qwen2_5_VLDecoderLayer):
         return output.transpose(1, 2).flatten(2)
 
 
-def _projected(hidden: Tensor, layer: nn.Module) -> Tensor:
-    """``layer(hidden)``; of few tokens on the CPU by the product the other way round, whose long side is shared out.
+def _projected(pattern: Pattern, hidden: Tensor, layer: nn.Module) -> Tensor:
+    """``layer(hidden)``; decoding few tokens on the CPU by the product the other way round, whose long side is shared.
 
-    A layer that is more than a matrix (an adapter's, a quantized one) is left to itself.
+    A layer that is more than a matrix (an adapter's, a quantized one) is left to itself. So are scored tokens: the
+    other way round differs in the last bit, and an update's first ratio is 1 only if old log-probabilities do not.
     """
-    few = hidden.is_cpu and hidden.shape[:-1].numel() <= FEW_TOKENS and not torch.is_grad_enabled()
+    few = pattern.decoding and hidden.is_cpu and hidden.shape[:-1].numel() <= FEW_TOKENS
     if not few or type(layer) is not nn.Linear or torch.is_autocast_enabled("cpu"):
         return layer(hidden)
     columns = hidden.flatten(0, -2).T

@@ -7,11 +7,12 @@ result: every completion a sequence of its own, nothing computed twice. Norms, a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from cpt_lightning.types import Completions, Prompts
 
@@ -191,10 +192,16 @@ class _Passes:
         if not trained:
             # A frozen tower of the image has nothing behind it that would want a gradient.
             return cls(0.0, 0.0)
-        total = sum(weight.numel() for name, weight in parameters if "lora_" not in name)
+        total = sum(_num_weights(weight) for name, weight in parameters if "lora_" not in name)
         share = min(1.0, trained / total)
         is_checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in part.modules())
         return cls(share, 1 + share + is_checkpointed)
+
+
+def _num_weights(weight: Tensor) -> int:
+    """How many weights a tensor stands for: of those in four bits a byte holds two."""
+    quant_state = getattr(weight, "quant_state", None)
+    return weight.numel() if quant_state is None else math.prod(quant_state.shape)
 
 
 NO_BACKWARD = _Passes(0.0, 0.0)

@@ -21,6 +21,13 @@ from cpt_lightning.types import Prompts
 QwenVL: TypeAlias = Qwen2_5_VLForConditionalGeneration
 
 
+def weightless(path: str, dtype: str) -> QwenVL:
+    """The model of a folder or hub id without its weights, to be called under ``torch.device("meta")``."""
+    config = QwenVL.config_class.from_pretrained(path)
+    kept = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+    return QwenVL._from_config(config, dtype=kept)
+
+
 def vision_is_frozen(model: QwenVL) -> bool:
     """Whether image features stay what they are over an update, so that a rollout's may be used again."""
     return not any(parameter.requires_grad for parameter in model.model.visual.parameters())

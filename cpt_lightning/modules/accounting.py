@@ -53,6 +53,7 @@ class StepAccount:
 
     def _clear(self) -> None:
         self._tokens, self._flops = 0, Flops()
+        self._phases: dict[str, float] = {}
 
     def add_flops(self, flops: Flops) -> None:
         """Adds operations of the step."""
@@ -61,6 +62,11 @@ class StepAccount:
     def add_tokens(self, prompts: Prompts, completions: Completions) -> None:
         """Adds the tokens that the step learns from, without padding, a prompt once per group."""
         self._tokens += int(prompts.lengths.sum() + completions.lengths.sum())
+
+    def add_time(self, phase: str, seconds: float) -> float:
+        """Adds seconds that a phase of the step took; what it took so far."""
+        self._phases[phase] = self._phases.get(phase, 0.0) + seconds
+        return self._phases[phase]
 
     def pause(self) -> None:
         """What comes until the next step is not training."""
@@ -115,6 +121,7 @@ class Accounted(L.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """An evaluation may lie before the first step of a task."""
+        super().on_train_epoch_start()
         self.account.pause()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -129,10 +136,10 @@ class Accounted(L.LightningModule):
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Logs how long a phase of the step takes, as ``time/<phase>_s``."""
+        """Logs how long a phase of the step takes, as ``time/<phase>_s``; times of the same phase add up."""
         start = time.perf_counter()
         yield
-        self.log(f"time/{phase}_s", time.perf_counter() - start)
+        self.log(f"time/{phase}_s", self.account.add_time(phase, time.perf_counter() - start))
 
 
 def peak_flops_of(device: torch.device) -> float | None:

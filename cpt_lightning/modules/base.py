@@ -9,26 +9,33 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torchmetrics import SumMetric
 
 from cpt_lightning.models import Backbone
+from cpt_lightning.models.sharding import is_sharded, whole
 from cpt_lightning.modules.accounting import Accounted
 from cpt_lightning.modules.schedules import TaskSchedule
+from cpt_lightning.modules.task_adapters import TaskAdapters
 from cpt_lightning.rewards import score, with_ratios
 from cpt_lightning.rollouts import Sampling, completion_logprobs, sample_groups
-from cpt_lightning.rollouts.sampling import keyed_generator
+from cpt_lightning.rollouts.sampling import keyed_generator, row_generators
+from cpt_lightning.strategy import FSDP2
 from cpt_lightning.types import Batch, Completions, Evaluation, Prompts
 
 if TYPE_CHECKING:
     from cpt_lightning.models.processor import PromptProcessor
     from cpt_lightning.models.qwen_vl import QwenVL
 
+SHARDED = (ModelParallelStrategy, FSDPStrategy, DeepSpeedStrategy)
+"""Strategies that split weights over ranks."""
+
 NONFINITE_STEPS_ALLOWED = 5
 """After so many steps in a row without a finite gradient the run stops: it will not recover."""
 
 
-class PostTraining(Accounted):
+class PostTraining(Accounted, TaskAdapters):
     """The base of all objectives: owns the backbone and the optimizer, and evaluates by letting the model answer.
 
     Args:
@@ -76,8 +83,32 @@ class PostTraining(Accounted):
 
     def configure_model(self) -> None:
         """Loads the backbone, once."""
-        if "model" not in self._modules:
-            self.model = self.backbone.load_model()
+        self._check_strategy()
+        super().configure_model()
+
+    def _check_strategy(self) -> None:
+        """Refuses to split what must stay whole.
+
+        Four-bit weights know their scales by an attribute of the tensor, which no sharding takes along.
+        """
+        if self._trainer is None or not isinstance(self._trainer.strategy, SHARDED):
+            return
+        if self.backbone.tuning == "qlora":
+            raise ValueError(
+                f"backbone.tuning=qlora: {type(self._trainer.strategy).__name__} would split four-bit weights and lose "
+                "their scales; set trainer.strategy to auto or ddp, or backbone.tuning to lora"
+            )
+        if self.along_stream != "shared":
+            raise ValueError(
+                f"backbone.lora.along_stream={self.along_stream}: {type(self._trainer.strategy).__name__} splits "
+                "adapters and weights over ranks, which are exchanged and merged whole; set trainer.strategy to auto "
+                "or ddp, or along_stream to shared"
+            )
+
+    def load_model(self) -> QwenVL:
+        """The backbone; without its weights where the strategy brings this rank its share of them."""
+        strategy = self._trainer and self._trainer.strategy
+        return self.backbone.load_model(on_meta=isinstance(strategy, FSDP2) and strategy.receives_weights)
 
     # -- optimization --------------------------------------------------------------------------------------------
 
@@ -93,6 +124,7 @@ class PostTraining(Accounted):
 
     def on_fit_start(self) -> None:
         """Refuses Trainer options that would silently do nothing, or that another option replaces."""
+        super().on_fit_start()
         if self.trainer.gradient_clip_val is not None:
             raise ValueError(
                 "trainer.gradient_clip_val: set model.init_args.max_grad_norm instead, for every objective"
@@ -111,29 +143,41 @@ class PostTraining(Accounted):
         return -(-int(self.trainer.num_training_batches) // self.trainer.accumulate_grad_batches)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """Clips by norm; a gradient that is not finite is dropped, so that the step changes nothing.
+        """Clips by norm, and logs the gradient's norm and the learning rate of the coming step."""
+        # Not in on_before_optimizer_step: once another hook logs, Lightning (2.6) drops what training_step had logged
+        # before its optimizer step in the first batch of an epoch.
+        self.log_clipping(self.clip_gradients_by_norm(optimizer))
 
-        Logs the gradient's norm and the learning rate of the coming step.
+    def log_clipping(self, shown: dict[str, Tensor | float]) -> None:
+        """Logs what :meth:`clip_gradients_by_norm` tells."""
+        for name, value in shown.items():
+            self.log(name, value, prog_bar=name == "train/nonfinite_steps")
+
+    def clip_gradients_by_norm(self, optimizer) -> dict[str, Tensor | float]:
+        """Scales a large gradient down; drops one that is not finite, so that the step changes nothing.
+
+        Returns:
+            What to log: ``train/grad_norm``, ``train/lr``, and where a gradient was dropped ``train/nonfinite_steps``.
+
+        Raises:
+            FloatingPointError: Gradients were not finite several times in a row.
         """
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         limit = torch.inf if self.max_grad_norm is None else self.max_grad_norm
-        norm = nn.utils.clip_grad_norm_(parameters, limit)
-        self.log("train/grad_norm", norm)
-        # Not in on_before_optimizer_step: once another hook logs, Lightning (2.6) drops what training_step had logged
-        # before its optimizer step in the first batch of an epoch.
-        self.log("train/lr", float(optimizer.param_groups[0]["lr"]))
+        norm = whole(nn.utils.clip_grad_norm_(parameters, limit))
+        shown: dict[str, Tensor | float] = {"train/grad_norm": norm, "train/lr": float(optimizer.param_groups[0]["lr"])}
         if torch.isfinite(norm):
             self._nonfinite_in_a_row = 0
-            return
+            return shown
         optimizer.zero_grad(set_to_none=True)
         self._nonfinite_in_a_row += 1
-        self.log("train/nonfinite_steps", float(self._nonfinite_in_a_row), prog_bar=True)
         if self._nonfinite_in_a_row >= NONFINITE_STEPS_ALLOWED:
             raise FloatingPointError(
                 f"{self._nonfinite_in_a_row} steps in a row had a gradient that is not finite "
                 f"(step {self.global_step}); "
                 "lower the learning rate, or use bf16-mixed or 32-true precision"
             )
+        return {**shown, "train/nonfinite_steps": float(self._nonfinite_in_a_row)}
 
     # -- evaluation ----------------------------------------------------------------------------------------------
 
@@ -141,48 +185,36 @@ class PostTraining(Accounted):
         """Lets the model answer every prompt once and grades the answers.
 
         Args:
-            batch: B rows.
+            batch: B rows; of one task, where each has its own adapters.
             key: Tells this batch from others, so that sampling (not greedy) is the same whenever it is repeated.
         """
         prompts = batch.prompts
         valid = [True] * len(prompts) if prompts.valid is None else prompts.valid.tolist()
-        texts, scores = self._answer(prompts, self.evaluation, key)
-        if self.forced_prefix is not None:
-            forced = self._answer(prompts, replace(self.evaluation, prefix=self.forced_prefix), key)[1]
-            scores = [
-                {**free, "forced_accuracy": other["accuracy"]} for free, other in zip(scores, forced, strict=True)
-            ]
+        with self.adapters_of(prompts.examples[0].task):
+            texts, scores = self.attempt(prompts, 1, self.evaluation, key)
+            if self.forced_prefix is not None:
+                forced = self.attempt(prompts, 1, replace(self.evaluation, prefix=self.forced_prefix), key)[1]
+                scores = [
+                    {**free, "forced_accuracy": other["accuracy"]} for free, other in zip(scores, forced, strict=True)
+                ]
         return Evaluation(prompts.examples, texts, scores, valid)
 
-    def _answer(self, prompts: Prompts, sampling: Sampling, key: int) -> tuple[list[str], list[dict[str, float]]]:
-        generator = keyed_generator(self.device, self.seed, key, self.global_rank)
-        return self._sample_and_score(prompts, 1, sampling, generator)
-
     def attempt(
-        self, prompts: Prompts, group_size: int, sampling: Sampling, keys: Sequence[Sequence[int]]
+        self, prompts: Prompts, group_size: int, sampling: Sampling, *key: int
     ) -> tuple[list[str], list[dict[str, float]]]:
-        """Lets the model answer every prompt several times, without learning from it.
+        """Lets the model answer every prompt ``group_size`` times, without learning from it.
 
         Args:
             prompts: B prompts.
             group_size: G.
             sampling: How answers are drawn.
-            keys: B keys; what a row draws depends on its own alone, not on batch or rank.
+            key: What the draws of a row depend on, besides the seed and the row.
 
         Returns:
             N = B * G completions, group by group, and their named scores.
         """
-        generators = [keyed_generator(self.device, *key) for key in keys]
-        return self._sample_and_score(prompts, group_size, sampling, generators)
-
-    def _sample_and_score(
-        self,
-        prompts: Prompts,
-        group_size: int,
-        sampling: Sampling,
-        generator: torch.Generator | Sequence[torch.Generator],
-    ) -> tuple[list[str], list[dict[str, float]]]:
-        completions = sample_groups(self.model, self.processor, prompts, group_size, sampling, generator)
+        generators = row_generators(self.device, prompts, self.seed, *key)
+        completions = sample_groups(self.model, self.processor, prompts, group_size, sampling, generators)
         texts = self.processor.decode(completions)
         return texts, score(texts, [example for example in prompts.examples for _ in range(group_size)])
 
@@ -250,15 +282,47 @@ class PostTraining(Accounted):
         self.account.add_flops(self.flops.scored(prompts, completions, backward=torch.is_grad_enabled()))
         return completion_logprobs(model or self.model, prompts, completions, temperature=temperature)
 
+    def log_likelihoods(self, batch: Batch, sampling: Sampling | None = None, key: Sequence[int] = ()) -> Tensor:
+        """``[B]`` log-probability of a completion of every row, in nats; callbacks measure the policy by its gradient.
+
+        Args:
+            batch: B rows.
+            sampling: How the policy itself draws the completion; without it the row's target is taken.
+            key: What the draw depends on, besides the seed: the same on every rank.
+
+        Raises:
+            ValueError: A row has no target.
+        """
+        if sampling is None:
+            completions = targets_of(batch)
+        else:
+            generator = keyed_generator(self.device, self.seed, *key)
+            completions = sample_groups(self.model, self.processor, batch.prompts, 1, sampling, generator)
+        return self.logprobs(batch.prompts, completions).sum(dim=1)
+
     def anchored(self, loss: Tensor) -> Tensor:
         """The same loss, with every trainable parameter in its graph where there are several ranks.
 
-        DDP waits for a gradient of every parameter, and a batch without an image gives the vision tower none.
+        DDP waits for a gradient of every parameter, and a batch without an image gives the vision tower none. Shards
+        are exchanged whatever has a gradient.
         """
-        if self.trainer.world_size == 1:
+        if self.trainer.world_size == 1 or is_sharded(self.model):
             return loss
         return loss + sum(parameter.sum() for parameter in self.parameters() if parameter.requires_grad) * 0
 
     def mean_over_ranks(self, value: Tensor) -> Tensor:
         """The mean of a scalar over all ranks; every rank must call it."""
         return self.trainer.strategy.reduce(value.detach().clone().float(), reduce_op="mean")
+
+
+def targets_of(batch: Batch) -> Completions:
+    """The reference completions of a batch.
+
+    Raises:
+        ValueError: A row has none; names it.
+    """
+    if batch.targets is None:
+        row = next((example for example in batch.prompts.examples if example.target is None), None)
+        where = f"row {row.row_id} of task {row.task!r}" if row else "this batch"
+        raise ValueError(f"{where} has no target to learn by SFT: give its task a `target` template, e.g. '{{answer}}'")
+    return batch.targets

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from cpt_lightning.functional import Reduction, token_weights, weighted_sum
+from cpt_lightning.modules.base import targets_of
 from cpt_lightning.modules.rft import RFT
-from cpt_lightning.modules.sft import targets_of
 from cpt_lightning.modules.updates import Loss, UpdateStats
-from cpt_lightning.types import Batch
+from cpt_lightning.types import Batch, Prompts
 
 Objective = Literal["sft", "rft"]
 
@@ -65,27 +65,32 @@ class MultiTask(RFT):
         """Samples groups of the reinforced rows, then updates on them and on the supervised rows together."""
         self.start_step(batch, batch_idx)
         tasks = [example.task for example in batch.prompts.examples]
-        weights = torch.tensor([self.weights.get(task, 1.0) for task in tasks], device=self.device)
+        weights = self._weights_of(batch.prompts)
         supervised = [row for row, task in enumerate(tasks) if self.objectives.get(task, self.objective) == "sft"]
         reinforced = sorted(set(range(len(batch))) - set(supervised))
-        sampled, policy_losses = reinforced, _no_losses
+        num_sampled, policy_losses = 0, _no_losses
         if self._max_over_ranks(len(reinforced)):
             # A rank without a reinforced row samples for one anyway, at weight 0, to take part in what ranks exchange.
-            sampled = reinforced or [0]
-            rollout = self.collect(batch.prompts.select(sampled), batch_idx)
+            rollout = self.collect(batch.prompts.select(reinforced or [0]), batch_idx)
             policy = self.prepare(rollout)
-            policy.row_weights = weights[sampled] if reinforced else torch.zeros_like(policy.row_weights)
-            policy_losses = partial(self.policy_losses, rollout, policy)
+            policy.row_weights = self._weights_of(rollout.prompts) * bool(reinforced)
+            num_sampled = len(rollout.prompts)
+            policy_losses = partial(self.losses, rollout, policy)
             self.log_rollout(rollout)
         stats: list[UpdateStats] = []
         with self.timed("update"):
-            parts = zip(self.update_rows(supervised), self.update_rows(range(len(sampled))), strict=True)
+            parts = zip(self.update_rows(supervised), self.update_rows(range(num_sampled)), strict=True)
             for sft_rows, rft_rows in parts:
                 num_rows = max(1, len(sft_rows) + (len(rft_rows) if reinforced else 0))
                 losses = self.sft_losses(batch, weights, sft_rows, share=len(sft_rows) / num_rows)
                 losses += [_scaled(loss, len(rft_rows) / num_rows) for loss in policy_losses(rft_rows)]
                 stats += self.update(losses, batch.prompts)
         self.log_updates(stats, self.updates_per_step)
+
+    def _weights_of(self, prompts: Prompts) -> Tensor:
+        """``[B]`` weight of each prompt's task."""
+        weights = [self.weights.get(example.task, 1.0) for example in prompts.examples]
+        return torch.tensor(weights, device=self.device)
 
     def sft_losses(self, batch: Batch, weights: Tensor, rows: Sequence[int], share: float) -> list[Loss]:
         """The supervised loss of one update on ``rows``, in micro-batches that add up to it."""
@@ -118,6 +123,6 @@ def _no_losses(rows: list[int]) -> list[Loss]:
 def _scaled(compute: Loss, share: float) -> Loss:
     def scaled() -> tuple[Tensor, UpdateStats]:
         loss, stats = compute()
-        return loss * share, UpdateStats(stats.loss * share, stats.policy, stats.kl_k3)
+        return loss * share, UpdateStats(stats.loss * share, stats.policy, stats.kl)
 
     return scaled

@@ -1,50 +1,143 @@
-"""The frozen policy from which RFT is kept from straying."""
+"""The frozen policy from which RFT, and SFT if it is to, are kept from straying."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch import nn
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
 
-from cpt_lightning.models.adapters import adapters_off, has_adapters
+from cpt_lightning.functional.logprobs import token_logprobs
+from cpt_lightning.models.adapters import adapter_weights, adapters_off, adapters_replaced, has_adapters
+from cpt_lightning.models.qwen_vl import output_weight
+from cpt_lightning.models.sharding import gather, is_sharded, release, whole
+from cpt_lightning.modules.base import PostTraining
+from cpt_lightning.rollouts import completion_hidden
 from cpt_lightning.rollouts.sampling import sampling_mode
+from cpt_lightning.types import Completions, Prompts
 
 if TYPE_CHECKING:
     from cpt_lightning.models.qwen_vl import QwenVL
 
-ReferenceKind = Literal["task_start", "base"]
+ReferenceKind = Literal["task_start", "base", "synchronised"]
+
+
+Divergence = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+"""``[M]`` from the hidden states and output matrices of policy and reference, and the temperature."""
 
 
 class Reference(nn.Module):
-    """The policy as it was when the task began, or as it was loaded.
+    """The policy as it was when the task began, as it was loaded, or as it was not long ago.
 
-    With LoRA the base costs nothing: it is the policy with its adapters switched off. Otherwise it is a frozen copy.
+    With adapters it costs no second model: the base is the policy with its adapters switched off, the policy at the
+    task's start is the policy with the adapters of then. Without, it is a frozen copy.
 
     Args:
         policy: The model that is tuned, as loaded.
-        kind: ``task_start`` or ``base``.
+        kind: ``base`` never changes; the others are renewed when their owner says so.
     """
 
     def __init__(self, policy: QwenVL, kind: ReferenceKind):
         super().__init__()
         self.kind = kind
-        is_policy_without_adapters = kind == "base" and has_adapters(policy)
-        self.copy = None if is_policy_without_adapters else copy.deepcopy(policy).requires_grad_(False)
+        self.copy = None if has_adapters(policy) else copy.deepcopy(policy).requires_grad_(False)
+        self.adapters: nn.ParameterList | None = None
+        if has_adapters(policy) and kind != "base":
+            frozen = (nn.Parameter(_kept(weight), requires_grad=False) for weight in adapter_weights(policy))
+            self.adapters = nn.ParameterList(frozen)
 
-    def start_task(self, policy: QwenVL) -> None:
-        """A task begins."""
-        if self.kind == "task_start" and self.copy is not None:
+    def renew(self, policy: QwenVL) -> None:
+        """The policy of now is the reference from here on, unless that is the base."""
+        if self.kind == "base":
+            return
+        if self.copy is not None:
+            release(self.copy)
             self.copy.load_state_dict(policy.state_dict())
+        if self.adapters is not None:
+            for kept, weight in zip(self.adapters, adapter_weights(policy), strict=True):
+                kept.data.copy_(whole(weight.data))
 
     @contextmanager
     def model(self, policy: QwenVL) -> Iterator[QwenVL]:
         """The reference model, ready to score completions without gradients."""
         if self.copy is not None:
+            gather(self.copy)
             with sampling_mode(self.copy):
                 yield self.copy
-        else:
-            with sampling_mode(policy), adapters_off(policy):
-                yield policy
+            release(self.copy)
+            return
+        then = adapters_off(policy) if self.adapters is None else adapters_replaced(policy, self.adapters)
+        with sampling_mode(policy), then:
+            yield policy
+
+
+def _kept(weight: Tensor) -> Tensor:
+    """A copy; zeros of a weight that another rank has, which the task's start or a checkpoint will fill."""
+    # Not on the meta device: Lightning's strategy would take the whole module for one without weights.
+    return torch.zeros(weight.shape, dtype=weight.dtype) if weight.is_meta else whole(weight.detach()).clone()
+
+
+class HeldToReference(PostTraining):
+    """For objectives that may be held to a frozen policy by a KL term.
+
+    Args:
+        kl_coef: Weight of the divergence from the reference; 0 needs no reference.
+        reference: The policy that is not to be left: ``task_start`` as it was when the task began, which is after the
+            task before (paper A), ``base`` as it was loaded, ``synchronised`` (RFT) as it was not long ago.
+        **kwargs: Options of :class:`PostTraining`.
+    """
+
+    def __init__(self, kl_coef: float = 0.0, reference: ReferenceKind = "task_start", **kwargs):
+        super().__init__(**kwargs)
+        if kl_coef < 0:
+            raise ValueError(f"kl_coef={kl_coef} must not be negative")
+        if kl_coef and reference == "base" and self.along_stream == "renewed":
+            raise ValueError(
+                "reference=base: with backbone.lora.along_stream=renewed adapters are merged into the base; set "
+                "reference to task_start, or along_stream to shared or per_task"
+            )
+        self.kl_coef = kl_coef
+        self.reference_kind: ReferenceKind = reference
+
+    def configure_model(self) -> None:
+        """Loads the backbone, and for training the reference if the KL term needs one."""
+        super().configure_model()
+        is_fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        if self.kl_coef and is_fitting and "reference" not in self._modules:
+            # What is in shards cannot be copied: then the reference is loaded like the policy.
+            policy = self.load_model() if is_sharded(self.model) and not has_adapters(self.model) else self.model
+            self.reference = Reference(policy, self.reference_kind)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leaves the reference out where there is none: to evaluate, or to go on without a KL term."""
+        weights = checkpoint.get("state_dict")
+        if weights is not None and "reference" not in self._modules:
+            checkpoint["state_dict"] = {k: weights[k] for k in weights if not k.startswith("reference.")}
+        super().on_load_checkpoint(checkpoint)
+
+    def on_train_epoch_start(self) -> None:
+        """A task begins, and the reference with it; one that is resumed half-way does not come here."""
+        super().on_train_epoch_start()
+        if self.kl_coef:
+            self.reference.renew(self.model)
+
+    def logps_and_divergence(
+        self, prompts: Prompts, completions: Completions, divergence: Divergence, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """``[N, T]`` log-probabilities by the policy, and its divergence from the reference; one pass of each model."""
+        self.account.add_flops(self.flops.scored(prompts, completions))
+        self.account.add_flops(self.flops.scored(replace(prompts, state=None), completions, backward=False))
+        with self.reference.model(self.model) as reference:
+            ref_hidden = completion_hidden(reference, replace(prompts, state=None), completions)
+            ref_weight = output_weight(reference).detach()
+            # Backward looks at it again, when the reference is back in shards.
+            ref_weight = ref_weight.clone() if is_sharded(reference) else ref_weight
+        hidden, weight = completion_hidden(self.model, prompts, completions), output_weight(self.model)
+        logps = token_logprobs(hidden, weight, completions.ids[completions.mask], temperature)
+        kl = divergence(hidden, weight, ref_hidden, ref_weight, temperature)
+        return completions.unpacked(logps), completions.unpacked(kl)

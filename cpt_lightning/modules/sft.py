@@ -4,46 +4,46 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cpt_lightning.functional import Reduction, token_weights, weighted_sum
-from cpt_lightning.modules.base import PostTraining
-from cpt_lightning.types import Batch, Completions
+from cpt_lightning.functional import Reduction, forward_kl, token_weights, weighted_sum
+from cpt_lightning.modules.base import targets_of
+from cpt_lightning.modules.reference import HeldToReference
+from cpt_lightning.types import Batch
 
 
-class SFT(PostTraining):
+class SFT(HeldToReference):
     """Supervised fine-tuning: raises the probability of the reference completions.
+
+    With a ``kl_coef`` the loss has a second term, Learning without Forgetting (arXiv 1606.09282): KL(reference ||
+    policy) over the whole vocabulary at the targets' tokens, averaged over them as the loss is, logged as
+    ``train/forward_kl``.
 
     Args:
         reduction: How the loss averages over tokens: ``sequence_mean`` gives every row the same weight, ``token_mean``
             every token (what transformers does; under gradient accumulation the mean is taken per micro-batch).
-        **kwargs: Options of :class:`PostTraining`.
+        **kwargs: Options of :class:`HeldToReference` and :class:`PostTraining`.
     """
 
     def __init__(self, reduction: Reduction = "sequence_mean", **kwargs):
         if reduction == "constant":
             raise ValueError("reduction='constant' belongs to RFT; SFT has 'sequence_mean' and 'token_mean'")
         super().__init__(**kwargs)
+        if self.reference_kind == "synchronised":
+            raise ValueError("reference=synchronised belongs to RFT; SFT has task_start and base")
         self.reduction: Reduction = reduction
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The negative log-likelihood of the targets, in nats."""
+        """The negative log-likelihood of the targets, in nats, and the divergence from the reference."""
         targets = targets_of(batch)
-        logps = self.logprobs(batch.prompts, targets)  # [B, T]
         self.account.add_tokens(batch.prompts, targets)
         num_tokens = self.mean_over_ranks(targets.mask.sum()).item()
-        loss = -weighted_sum(logps, token_weights(targets.mask, self.reduction, num_tokens=num_tokens), targets.mask)
+        weights = token_weights(targets.mask, self.reduction, num_tokens=num_tokens)  # [B, T]
+        if self.kl_coef:
+            logps, divergence = self.logps_and_divergence(batch.prompts, targets, forward_kl)
+            kl = weighted_sum(divergence, weights, targets.mask)
+            loss = self.kl_coef * kl - weighted_sum(logps, weights, targets.mask)
+            self.log("train/forward_kl", kl.detach(), batch_size=len(batch))
+        else:
+            loss = -weighted_sum(self.logprobs(batch.prompts, targets), weights, targets.mask)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         self.log("train/completion_length", targets.lengths.float().mean(), batch_size=len(batch))
         return self.anchored(loss)
-
-
-def targets_of(batch: Batch) -> Completions:
-    """The reference completions of a batch.
-
-    Raises:
-        ValueError: A row has none; names it.
-    """
-    if batch.targets is None:
-        row = next((example for example in batch.prompts.examples if example.target is None), None)
-        where = f"row {row.row_id} of task {row.task!r}" if row else "this batch"
-        raise ValueError(f"{where} has no target to learn by SFT: give its task a `target` template, e.g. '{{answer}}'")
-    return batch.targets

@@ -10,8 +10,10 @@ from functools import partial
 import torch
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
+from torch.optim import Optimizer
 
 from cpt_lightning.functional import PolicyStats
+from cpt_lightning.models.sharding import gather
 from cpt_lightning.modules.base import PostTraining
 from cpt_lightning.types import Completions, Prompts
 
@@ -23,12 +25,12 @@ class UpdateStats:
     Args:
         loss: Its share of the loss of the update.
         policy: Ratios and clipping, if it had a policy loss.
-        kl_k3: Token mean of the divergence from the reference, if there is one.
+        kl: Token mean of the divergence from the reference, if there is one.
     """
 
     loss: Tensor
     policy: PolicyStats | None = None
-    kl_k3: Tensor | None = None
+    kl: Tensor | None = None
 
 
 Loss = Callable[[], tuple[Tensor, UpdateStats]]
@@ -42,9 +44,12 @@ class ManualUpdates(PostTraining):
         **kwargs: Options of :class:`PostTraining`.
     """
 
+    kl_estimator: str
+
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.automatic_optimization = False
+        self._clipped: dict[str, Tensor | float] = {}
 
     def on_fit_start(self) -> None:
         """Refuses a precision whose loss scaling would reach the clipping of gradients."""
@@ -61,6 +66,7 @@ class ManualUpdates(PostTraining):
             losses: Micro-batches; none if nothing is to be learned, which leaves all weights as they are.
             prompts: Any prompts, for a rank that has fewer micro-batches than another and must not lag behind.
         """
+        gather(self.model)  # the update before left every rank its shards
         optimizer = self.optimizers()
         losses = losses + [partial(self._nothing, prompts)] * (self._max_over_ranks(len(losses)) - len(losses))
         stats = []
@@ -69,19 +75,27 @@ class ManualUpdates(PostTraining):
                 loss, part = compute()
                 self.manual_backward(self.anchored(loss))
             stats.append(part)
-        if losses:
-            self.configure_gradient_clipping(optimizer)
         optimizer.step()
+        self.log_clipping(self._clipped)
         optimizer.zero_grad()
         if schedule := self.lr_schedulers():
             schedule.step()
         return stats
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Clips, as automatic optimization does, when callbacks have added to the gradient what they add."""
+        # Logged by the step: see configure_gradient_clipping.
+        self._clipped = self.clip_gradients_by_norm(optimizer)
 
     def _nothing(self, prompts: Prompts) -> tuple[Tensor, UpdateStats]:
         """A loss of 0 that has a graph: gradients of the other ranks have something to be added to."""
         ids = torch.full((1, 1), self.processor.eos_token_id, device=self.device)
         logps = self.logprobs(prompts.select([0]), Completions(ids, torch.ones_like(ids).bool()))
         return logps.sum() * 0, UpdateStats(torch.zeros((), device=self.device))
+
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks; every rank must call it."""
+        return self.trainer.strategy.reduce(value.detach().clone(), reduce_op="sum")
 
     def _max_over_ranks(self, count: int) -> int:
         if self.trainer.world_size == 1:
@@ -101,6 +115,6 @@ class ManualUpdates(PostTraining):
         if policies := [part.policy for part in stats if part.policy is not None]:
             policy = PolicyStats.mean(policies)
             shown |= {"train/clip_fraction": policy.clip_fraction, "train/ratio": policy.ratio_mean}
-        if divergences := [part.kl_k3 for part in stats if part.kl_k3 is not None]:
-            shown["train/kl_k3"] = torch.stack(divergences).mean()
+        if divergences := [part.kl for part in stats if part.kl is not None]:
+            shown[f"train/kl_{self.kl_estimator}"] = torch.stack(divergences).mean()
         self.log_dict(shown, batch_size=1)

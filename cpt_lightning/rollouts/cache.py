@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cpt_lightning.models.attention import Pattern
 from cpt_lightning.types import Prompts, PromptState
 
 
-class GroupCache:
+class GroupCache(Pattern):
     """The pattern of a decoding step: one new token of each of B * G completions, all in one row.
 
     A query scores its prompt's keys, which the whole group shares, and those of its own completion; one softmax goes
@@ -21,7 +22,7 @@ class GroupCache:
         max_new_tokens: Room for each completion.
     """
 
-    wanted: None = None
+    decoding = True
 
     def __init__(self, prompts: Prompts, state: PromptState, group_size: int, max_new_tokens: int) -> None:
         mask = prompts.attention_mask.bool()

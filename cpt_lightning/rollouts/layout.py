@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cpt_lightning.models.attention import causal_attention
+from cpt_lightning.models.attention import Pattern, causal_attention
 from cpt_lightning.types import Prompts, PromptState
 
 
-class CausalRow:
+class CausalRow(Pattern):
     """Separate sequences, one after the other in a row of L tokens; each is causal and sees no other.
 
     Args:
@@ -63,7 +63,7 @@ class PromptPass(CausalRow):
         return padded.index_put((self.mask,), row[0].transpose(0, 1)).transpose(1, 2)
 
 
-class GroupBranches:
+class GroupBranches(Pattern):
     """The completions of B groups in one row; each goes on from its prompt and does not see its siblings.
 
     The last token of a completion predicts nothing, so it has no place in the row.
@@ -73,8 +73,6 @@ class GroupBranches:
         prompt_lengths: ``[B]`` tokens of each prompt.
         mask: ``[N, T]`` tokens of the completions, group by group.
     """
-
-    wanted: None = None
 
     def __init__(self, state: PromptState, prompt_lengths: Tensor, mask: Tensor) -> None:
         self.state = state

@@ -49,13 +49,20 @@ def completion_logprobs(
     Raises:
         ValueError: N is no multiple of B.
     """
+    hidden = completion_hidden(model, prompts, completions)
+    logps = token_logprobs(hidden, output_weight(model), completions.ids[completions.mask], temperature)
+    return completions.unpacked(logps)
+
+
+def completion_hidden(model: QwenVL, prompts: Prompts, completions: Completions) -> Tensor:
+    """``[M, H]`` final hidden states that predict the M tokens of the completions, in the order of their mask.
+
+    Arguments and errors as in :func:`completion_logprobs`.
+    """
     if len(completions) % len(prompts):
         raise ValueError(f"{len(completions)} completions cannot be split evenly over {len(prompts)} prompts")
     is_group = len(completions) > len(prompts) or prompts.state is not None
-    hidden = (_group_hidden if is_group else _single_hidden)(model, prompts, completions)
-    tokens = completions.ids[completions.mask]
-    logps = token_logprobs(hidden, output_weight(model), tokens, temperature)
-    return torch.zeros(completions.mask.shape, device=logps.device).masked_scatter(completions.mask, logps)
+    return (_group_hidden if is_group else _single_hidden)(model, prompts, completions)
 
 
 def _group_hidden(model: QwenVL, prompts: Prompts, completions: Completions) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -48,13 +49,16 @@ class Sampling:
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k} must not be negative (0 is off)")
 
-    def pick(self, logits: Tensor, banned: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    def pick(
+        self, logits: Tensor, banned: Tensor, uniform: Tensor, greedy: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Draws from ``[N, V]`` logits, never a banned token.
 
         Args:
             logits: ``[N, V]`` float32.
             banned: Token ids.
             uniform: ``[N]`` random numbers in [0, 1), one for each row: so what a row draws does not depend on others.
+            greedy: ``[N]`` bool, rows that take the most probable token instead.
 
         Returns:
             ``[N]`` tokens and their log-probabilities before bans, top-k and top-p, as an update computes them.
@@ -62,6 +66,8 @@ class Sampling:
         logps = (logits / self.temperature if self.temperature else logits).log_softmax(dim=-1)
         allowed = logps.index_fill(1, banned, -torch.inf)
         token = self._draw(allowed, uniform)
+        if greedy is not None:
+            token = torch.where(greedy, allowed.argmax(dim=-1), token)
         return token, logps.gather(1, token[:, None]).squeeze(1)
 
     def _draw(self, logps: Tensor, uniform: Tensor) -> Tensor:
@@ -96,6 +102,12 @@ def keyed_generator(device: torch.device | str, *key: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed)
 
 
+def row_generators(device: torch.device | str, prompts: Prompts, *key: int) -> list[torch.Generator]:
+    """A generator for each prompt, keyed by its row too: what it draws depends on no other row, and on no rank."""
+    rows = (zlib.crc32(f"{example.task}/{example.row_id}".encode()) for example in prompts.examples)
+    return [keyed_generator(device, *key, row) for row in rows]
+
+
 @contextmanager
 def sampling_mode(model: QwenVL) -> Iterator[None]:
     """Eval mode without gradients; what was in train mode goes back to it."""
@@ -116,6 +128,7 @@ def sample_groups(
     group_size: int,
     sampling: Sampling,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    with_greedy: bool = False,
 ) -> Completions:
     """Samples ``group_size`` completions of every prompt.
 
@@ -128,15 +141,17 @@ def sample_groups(
         prompts: B prompts.
         group_size: G.
         sampling: How tokens are drawn.
-        generator: Source of randomness, on the model's device; or one of each prompt, so that what a prompt draws does
-            not depend on the others of the batch.
+        generator: Source of randomness, on the model's device; one for each prompt, or for all.
+        with_greedy: Whether each group has one completion more, its last, that always takes the most probable token.
 
     Returns:
-        N = B * G completions, group by group, right-padded.
+        N = B * G completions, or B * (G + 1), group by group, right-padded.
     """
+    group_size += with_greedy
     prefix = processor.tokenizer.encode(sampling.prefix, add_special_tokens=False) if sampling.prefix else []
     with sampling_mode(model):
-        ids, logps = _decode(model, processor, _with_prefix(prompts, prefix), group_size, sampling, generator)
+        prompts = _with_prefix(prompts, prefix)
+        ids, logps = _decode(model, processor, prompts, group_size, sampling, generator, with_greedy)
     ids = torch.cat([ids.new_tensor(prefix).expand(len(ids), -1), ids], dim=1)
     logps = torch.cat([logps.new_zeros(len(ids), len(prefix)), logps], dim=1)
     ended = torch.isin(ids, ids.new_tensor(processor.stop_token_ids))
@@ -164,6 +179,7 @@ def _decode(
     group_size: int,
     sampling: Sampling,
     generator: torch.Generator | Sequence[torch.Generator] | None,
+    with_greedy: bool,
 ) -> tuple[Tensor, Tensor]:
     """``[N, T]`` sampled ids and their log-probabilities; what stands behind a stop token has no meaning."""
     state = run_prompts(model, prompts) if prompts.state is None else prompts.state
@@ -174,11 +190,13 @@ def _decode(
     stops = prompts.input_ids.new_tensor(processor.stop_token_ids)
     rows = torch.arange(len(hidden), device=hidden.device).view(-1, group_size)  # the completion in each place
     alive = torch.ones_like(rows, dtype=torch.bool)
-    uniform = _uniform(rows.shape, sampling.max_new_tokens, generator, hidden.device)
+    uniform = _uniform(len(prompts), group_size, sampling.max_new_tokens, generator, hidden.device)
+    is_greedy = rows % group_size == group_size - 1 if with_greedy else None
     ids = rows.new_full(uniform.shape, processor.pad_token_id)
     logps = torch.zeros_like(uniform)
     for step in range(sampling.max_new_tokens):
-        token, logp = sampling.pick((hidden @ weight.T).float(), banned, uniform[rows.flatten(), step])
+        greedy = None if is_greedy is None else is_greedy.flatten()[rows.flatten()]
+        token, logp = sampling.pick((hidden @ weight.T).float(), banned, uniform[rows.flatten(), step], greedy)
         ids[rows.flatten(), step], logps[rows.flatten(), step] = token, logp
         alive &= ~torch.isin(token, stops).view_as(alive)
         num_alive = int(alive.sum())
@@ -195,19 +213,13 @@ def _decode(
     raise AssertionError("unreachable: the last step returns")
 
 
-def _uniform(
-    groups: torch.Size,
-    length: int,
-    generator: torch.Generator | Sequence[torch.Generator] | None,
-    device: torch.device,
-) -> Tensor:
-    """``[N, T]`` random numbers, of one source or of each group's own."""
-    num_prompts, group_size = groups
-    if isinstance(generator, Sequence):
-        if len(generator) != num_prompts:
-            raise ValueError(f"{len(generator)} generators for {num_prompts} prompts; give one of each, or one for all")
-        return torch.cat([torch.rand(group_size, length, generator=own, device=device) for own in generator])
-    return torch.rand(num_prompts * group_size, length, generator=generator, device=device)
+def _uniform(num_prompts: int, group_size: int, length: int, generator, device: torch.device) -> Tensor:
+    """``[N, length]`` random numbers in [0, 1); in float32 whatever the default dtype, for bfloat16 knows but 256."""
+    generators = [generator] if generator is None or isinstance(generator, torch.Generator) else generator
+    rows = num_prompts * group_size // len(generators)
+    return torch.cat(
+        [torch.rand(rows, length, generator=each, device=device, dtype=torch.float32) for each in generators]
+    )
 
 
 def _still_alive(alive: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpt_lightning.functional import kl_k1, kl_k2, kl_k3
+from cpt_lightning.functional import kl_full, kl_k1, kl_k2, kl_k3
 
 
 def test_hand_worked_estimates():
@@ -77,3 +77,28 @@ def test_half_precision_is_computed_in_float32(estimate):
     result = estimate(logps, ref_logps)
     assert result.dtype == torch.float32
     assert torch.equal(result, estimate(logps.float(), ref_logps.float()))
+
+
+@pytest.mark.parametrize("chunk_logits", [1, 3 * 11, 10**6], ids=["a row", "three rows", "at once"])
+def test_the_full_kl_and_its_gradients_are_torchs_whatever_the_chunks(chunk_logits):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 5, generator=generator).requires_grad_() for n in (7, 11))
+    ref_hidden, ref_weight = (torch.randn(n, 6, generator=generator) for n in (7, 11))
+    ours = kl_full(hidden, weight, ref_hidden, ref_weight, temperature=0.7, chunk_logits=chunk_logits)
+    policy = (hidden @ weight.T / 0.7).log_softmax(dim=-1)
+    reference = (ref_hidden @ ref_weight.T / 0.7).log_softmax(dim=-1)
+    exact = torch.nn.functional.kl_div(reference, policy, log_target=True, reduction="none").sum(dim=-1)
+    torch.testing.assert_close(ours, exact)
+    slope = torch.randn(7, generator=generator)
+    for mine, theirs in zip(
+        torch.autograd.grad(ours, (hidden, weight), slope),
+        torch.autograd.grad(exact, (hidden, weight), slope),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_hand_worked_full_kl():
+    """Policy 3/4 and 1/4, reference 1/2 and 1/2: 3/4 log 3/2 + 1/4 log 1/2 = .130812."""
+    result = kl_full(torch.eye(1), torch.tensor([[math.log(3.0)], [0.0]]), torch.eye(1), torch.zeros(2, 1))
+    torch.testing.assert_close(result, torch.tensor([0.130812]))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cpt_lightning.functional import PolicyStats, clipped_policy_loss, token_weights
+from cpt_lightning.functional import PolicyStats, clipped_policy_loss, clipped_weight_loss, token_weights
 
 REDUCTIONS = [("token_mean", None), ("sequence_mean", None), ("constant", 16.0)]
 
@@ -173,3 +173,86 @@ def test_half_precision_log_probs_are_subtracted_in_float32():
 def test_the_mean_of_no_statistics_is_refused():
     with pytest.raises(ValueError, match="no policy statistics"):
         PolicyStats.mean([])
+
+
+def test_hand_worked_sequence_ratio_is_the_geometric_mean_and_clips_whole_sequences():
+    """Ratios 4 and 1: geometric mean 2; ratios 1/4 and 1 with a masked token: 1/2. Bounds .8 and 1.3, A = 1 for both,
+    weights 1: losses -min(2, 1.3) twice and -min(.5, .8) twice = -3.6. The first is clipped: no gradient; the second's
+    tokens have -.5 each."""
+    logps, old_logps = ratios([4.0, 1.0, 7.0], [0.25, 1.0, 7.0])
+    mask = torch.tensor([[True, True, False]] * 2)
+    loss, stats = clipped_policy_loss(
+        logps, old_logps, torch.ones(2), mask, mask.float(), clip_low=0.2, clip_high=0.3, level="sequence"
+    )
+    loss.backward()
+    torch.testing.assert_close(loss, torch.tensor(-3.6))
+    torch.testing.assert_close(logps.grad, torch.tensor([[0.0, 0.0, 0.0], [-0.5, -0.5, 0.0]]))
+    torch.testing.assert_close(stats.clip_fraction_high, torch.tensor(0.5))
+    torch.testing.assert_close(stats.ratio_mean, torch.tensor(1.25))
+
+
+def test_gspo_agrees_with_the_formula_of_trl():
+    """TRL's ``importance_sampling_level="sequence"`` with the loss type ``grpo``: the ratio is one number a sequence,
+    its gradient flows through the mean of the log-ratios."""
+    logps, old_logps, advantages, mask = random_case(16, 7, seed=3)
+    coefficient = (((logps - old_logps) * mask).sum(-1) / mask.sum(-1)).unsqueeze(-1).exp()
+    gain = advantages.unsqueeze(1)
+    per_token = -torch.min(coefficient * gain, torch.clamp(coefficient, 1 - 3e-2, 1 + 4e-2) * gain)
+    published = ((per_token * mask).sum(-1) / mask.sum(-1)).mean()
+    weights = token_weights(mask, "sequence_mean")
+    loss, _ = clipped_policy_loss(
+        logps, old_logps, advantages, mask, weights, clip_low=3e-2, clip_high=4e-2, level="sequence"
+    )
+    torch.testing.assert_close(loss, published)
+    ours, theirs = torch.autograd.grad(loss, logps)[0], torch.autograd.grad(published, logps)[0]
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_hand_worked_clipped_weights_go_on_learning():
+    """A = 2, ratios 8 and 1, weights up to 5, log pi = -2 + log ratio: the gradient is -5 * 2 and -1 * 2, where PPO's
+    clip would leave 0 and -2."""
+    logps, old_logps = ratios([8.0, 1.0, 1.0])
+    mask = torch.tensor([[True, True, False]])
+    loss, stats = clipped_weight_loss(logps, old_logps, torch.tensor([2.0]), mask, mask.float())
+    loss.backward()
+    torch.testing.assert_close(logps.grad, torch.tensor([[-10.0, -2.0, 0.0]]))
+    torch.testing.assert_close(loss, torch.tensor(-10 * (math.log(8) - 2) + 4))
+    torch.testing.assert_close(stats.clip_fraction, torch.tensor(0.5))
+
+
+def test_cispo_agrees_with_the_formula_of_trl():
+    """TRL: weights clamped from above only (its ``epsilon_high`` is the bound itself), detached, token mean."""
+    logps, old_logps, advantages, mask = random_case(16, 7, seed=3)
+    weight = torch.clamp((logps - old_logps).exp(), max=1.2).detach()
+    published = (-weight * advantages.unsqueeze(1) * logps * mask).sum() / mask.sum()
+    weights = token_weights(mask, "token_mean")
+    loss, _ = clipped_weight_loss(logps, old_logps, advantages, mask, weights, clip_low=1.0, clip_high=0.2)
+    torch.testing.assert_close(loss, published)
+    torch.testing.assert_close(torch.autograd.grad(loss, logps)[0], torch.autograd.grad(published, logps)[0])
+
+
+@pytest.mark.parametrize("loss_of", [clipped_policy_loss, clipped_weight_loss])
+def test_on_policy_every_loss_has_the_gradient_of_reinforce(loss_of):
+    logps, _, advantages, mask = random_case()
+    weights = token_weights(mask, "sequence_mean")
+    loss_of(logps, logps.detach(), advantages, mask, weights)[0].backward()
+    torch.testing.assert_close(logps.grad, -weights * advantages[:, None])
+
+
+@pytest.mark.parametrize("level", ["sequence", "weights"])
+def test_masked_garbage_changes_neither_sequence_ratios_nor_clipped_weights(level):
+    logps, old_logps, advantages, mask = random_case()
+    weights = token_weights(mask, "token_mean")
+
+    def loss_and_grad(logps: Tensor, old_logps: Tensor) -> tuple[Tensor, Tensor]:
+        logps = logps.detach().requires_grad_()
+        if level == "weights":
+            loss, _ = clipped_weight_loss(logps, old_logps, advantages, mask, weights)
+        else:
+            loss, _ = clipped_policy_loss(logps, old_logps, advantages, mask, weights, level="sequence")
+        return loss, torch.autograd.grad(loss, logps)[0]
+
+    garbage = torch.tensor([math.inf, -math.inf, math.nan, 1e30]).repeat(8)[: logps.numel()].view_as(logps)
+    clean = loss_and_grad(logps, old_logps)
+    dirty = loss_and_grad(torch.where(mask, logps, garbage), torch.where(mask, old_logps, garbage.flip(1)))
+    assert torch.equal(clean[0], dirty[0]) and torch.equal(clean[1], dirty[1])

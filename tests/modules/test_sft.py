@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cpt_lightning.functional import forward_kl
 from cpt_lightning.models import Backbone
 from cpt_lightning.modules import SFT
 from cpt_lightning.types import Batch
@@ -102,3 +103,55 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_several_stop_the_run(
 def test_clipping_by_the_trainer_is_refused_in_favour_of_the_modules_own(small_folder, processor, mixed_prompts):
     with pytest.raises(ValueError, match="max_grad_norm"):
         fit(SFT(backbone=Backbone(small_folder)), [with_examples(mixed_prompts, processor)], gradient_clip_val=1.0)
+
+
+def test_without_a_kl_term_no_reference_is_made_and_with_one_the_policy_stays_near(
+    small_folder, processor, mixed_prompts
+):
+    """The model diverges less from its start with a KL term; the first step, from the start itself, has none."""
+    batch, ends, shown = with_examples(mixed_prompts, processor), {}, {}
+    for kl_coef in (0.0, 20.0):
+        module = SFT(backbone=Backbone(small_folder), optimizer=sgd, kl_coef=kl_coef)
+        module.configure_model()
+        start = weights(module)
+        trainer = fit(module, [batch] * 5)
+        ends[kl_coef], shown[kl_coef] = largest_difference(start, weights(module)), trainer.callback_metrics
+        assert ("reference" in module._modules) == (kl_coef > 0)
+    assert "train/forward_kl" not in shown[0.0]
+    assert shown[20.0]["train/forward_kl"] > 0
+    assert ends[20.0] < ends[0.0]
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+@pytest.mark.parametrize("reference", ["task_start", "base"])
+def test_the_divergence_is_that_of_naive_forwards(small_folder, processor, mixed_prompts, reference, tuning):
+    """After one step and a new task: zero from the task's start, and that of two naive softmaxes from the base."""
+    batch = with_examples(mixed_prompts, processor)
+    module = SFT(backbone=Backbone(small_folder, tuning=tuning), optimizer=sgd, kl_coef=1.0, reference=reference)
+    fit(module, [batch] * 3)
+    start, now = SFT(backbone=Backbone(small_folder)), module.model
+    start.configure_model()
+    full = [all_logits(model, batch).log_softmax(dim=-1) for model in (start.model, now)]
+    expected = (full[0].exp() * (full[0] - full[1])).sum(dim=-1) * batch.targets.mask
+    with torch.no_grad():
+        found = module.logps_and_divergence(batch.prompts, batch.targets, forward_kl)[1]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+        module.reference.renew(module.model)
+        again = module.logps_and_divergence(batch.prompts, batch.targets, forward_kl)[1]
+    assert expected.max() > 1e-4
+    assert (again.abs().max() < 1e-6) == (reference == "task_start")
+
+
+def all_logits(model, batch) -> torch.Tensor:
+    """``[B, T, V]`` at the tokens of the targets, by the padded forward of transformers."""
+    prompts, targets = batch.prompts, batch.targets
+    ids = torch.cat([prompts.input_ids, targets.ids], dim=1)
+    with torch.no_grad():
+        logits = model(
+            input_ids=ids,
+            attention_mask=torch.cat([prompts.attention_mask, targets.mask.long()], dim=1),
+            pixel_values=prompts.pixel_values,
+            image_grid_thw=prompts.image_grid_thw,
+            mm_token_type_ids=(ids == model.config.image_token_id).int(),
+        ).logits
+    return logits[:, prompts.input_ids.shape[1] - 1 : -1]

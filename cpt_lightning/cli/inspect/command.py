@@ -6,7 +6,7 @@ import argparse
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from lightning import Trainer
@@ -73,26 +73,30 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
     """jsonargparse's, with the lines of the description as they are."""
 
 
-class InspectCLI(CPTCLI):
-    """Makes the stream that the arguments describe, and inspects it.
+class BeforehandCLI(CPTCLI):
+    """Makes what the arguments of ``cpt fit`` describe, without weights and without a Trainer.
 
     Args:
-        args: What follows ``cpt inspect`` on the command line.
+        args: What follows the verb on the command line.
     """
+
+    verb: ClassVar[str]
+    options: ClassVar[type]
+    description: ClassVar[str]
 
     def __init__(self, args: list[str]):
         super().__init__(
             args,
             run=False,  # no verb of the Trainer; the options stand at the top, as in the files
-            prog="cpt inspect",
-            usage="cpt inspect -c CONFIG.yaml [--inspect.OPTION VALUE ...] [--OPTION VALUE ...]",
-            description=DESCRIPTION,
+            prog=f"cpt {self.verb}",
+            usage=f"cpt {self.verb} -c CONFIG.yaml [--{self.verb}.OPTION VALUE ...] [--OPTION VALUE ...]",
+            description=self.description,
             formatter_class=HelpFormatter,
         )
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """This verb's own options come first in the help."""
-        parser.add_class_arguments(Inspection, "inspect")
+        parser.add_class_arguments(self.options, self.verb)
         super().add_default_arguments_to_parser(parser)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -114,6 +118,12 @@ class InspectCLI(CPTCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> None:
         """None is needed."""
+
+
+class InspectCLI(BeforehandCLI):
+    """Makes the stream that the arguments describe, and inspects it."""
+
+    verb, options, description = "inspect", Inspection, DESCRIPTION
 
     def inspect(self) -> None:
         """Measures, prints, writes.

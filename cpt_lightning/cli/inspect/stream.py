@@ -125,7 +125,7 @@ def stages_of(stream: TaskStream, progress: Progress) -> list[StageReport]:
             stage.num_rows = None  # why is said where the task's splits are
         else:
             stage.num_steps = stream.num_steps(index)
-            stage.passes = stage.num_steps * stream.prompts_per_step / stage.num_rows
+            stage.passes = stage.num_steps * stream.own_rows_per_step(index) / stage.num_rows
         stages.append(stage)
     return stages
 

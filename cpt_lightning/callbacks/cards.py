@@ -1,0 +1,125 @@
+"""The model card of an exported folder: what was learned, how well, from what, and how to load it."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from cpt_lightning import __version__
+from cpt_lightning.callbacks.matrix import AccuracyMatrix
+
+Kind = Literal["adapter", "merged", "full"]
+"""What a folder holds: a LoRA adapter, the base with it merged in, or a model of which everything was tuned."""
+
+WHAT = {
+    "adapter": "A LoRA adapter of",
+    "merged": "With a LoRA adapter merged in, a descendant of",
+    "full": "Tuned from",
+}
+
+LIBRARIES = ("torch", "transformers", "peft", "lightning")
+
+LOADING = {
+    "whole": """\
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
+model = Qwen2_5_VLForConditionalGeneration.from_pretrained(FOLDER)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+""",
+    "adapter": """\
+from peft import PeftModel
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
+base = Qwen2_5_VLForConditionalGeneration.from_pretrained({base}, dtype="{dtype}")
+model = PeftModel.from_pretrained(base, FOLDER, autocast_adapter_dtype=False)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+""",
+}
+
+SHOWN = {
+    "data": ("stages", "prompts_per_step", "passes", "steps", "evaluate_on", "style", "target", "mixing", "seed"),
+    "trainer": ("strategy", "devices", "num_nodes", "precision", "accumulate_grad_batches"),
+}
+"""What the card tells of the configuration, besides all of the model's options."""
+
+
+def model_card(
+    name: str,
+    kind: Kind,
+    base: str,
+    dtype: str,
+    stages: list[str],
+    within: str | None = None,
+    matrix: AccuracyMatrix | None = None,
+    config: dict | None = None,
+) -> str:
+    """The text of the card.
+
+    Args:
+        name: Of the export.
+        kind: What the folder holds.
+        base: What training began from, by a name that lasts.
+        dtype: Precision of the weights.
+        stages: Names of the stages that were learned, in order.
+        within: Name of the stage that had begun.
+        matrix: The run's record up to the last of them; ``None`` where it has none.
+        config: The run's configuration, if it has one.
+    """
+    is_adapter = kind == "adapter"
+    header = {
+        "library_name": "peft" if is_adapter else "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["continual-learning", "cpt_lightning", *(["lora"] if is_adapter else [])],
+    }
+    if base.count("/") == 1 and not base.startswith("."):  # else the hub would refuse the name
+        header["base_model"] = base
+    code = LOADING["adapter" if is_adapter else "whole"].format(base=_base_in_code(base), dtype=dtype)
+    lines = [
+        f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
+        f"# {name}",
+        f"{WHAT[kind]} `{base}` (weights in {dtype}), by continual post-training with cpt_lightning {__version__}.",
+        f"Learned, in this order: {_learned(stages, within)}.",
+        f"```python\n{code}```",
+        "## Scores\n\n" + ("Not measured at this point." if within else _scores(matrix, len(stages))),
+        *([f"## Settings\n\n```yaml\n{yaml.safe_dump(_shown(config), sort_keys=False)}```"] if config else []),
+        "## Made with\n\n" + ", ".join(f"{library} {version(library)}" for library in LIBRARIES) + ".",
+        "## Licence\n\nThat of the base, and of the data that was learned, which this program does not know: look it "
+        "up before you pass these weights on.",
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def _learned(stages: list[str], within: str | None) -> str:
+    return ", and ".join(filter(None, [", ".join(stages), within and f"{within} at least in part"])) or "nothing"
+
+
+def _base_in_code(base: str) -> str:
+    """``tiny`` is known by that name to cpt_lightning alone; it lies in the adapter's folder."""
+    return 'FOLDER + "/base"' if base == "tiny" else repr(base)
+
+
+def _scores(matrix: AccuracyMatrix | None, num_stages: int) -> str:
+    if matrix is None or not 0 < num_stages <= len(matrix.rows):
+        return "Not measured at this point."
+    row, base = matrix.rows[num_stages - 1], matrix.zero_shot
+    lines = ["| | accuracy | of the base | rows |", "|---|---|---|---|"]
+    for name in matrix.names:
+        before = "" if base is None else f"{100 * base[name]['accuracy']:.1f}"
+        label = name if name in matrix.tasks else f"probe {name}"
+        lines.append(f"| {label} | {100 * row[name]['accuracy']:.1f} | {before} | {row[name]['num_samples']} |")
+    return "\n".join(["Accuracy in per cent, by generated answers.", "", *lines])
+
+
+def _shown(config: dict) -> dict:
+    parts = {part: {name: config.get(part, {}).get(name) for name in names} for part, names in SHOWN.items()}
+    given = {part: {n: value for n, value in values.items() if value is not None} for part, values in parts.items()}
+    return {"seed_everything": config.get("seed_everything"), "model": config.get("model"), **given}
+
+
+def config_of(run: Path) -> dict | None:
+    """The configuration that a run directory keeps, if it does."""
+    file = run / "config.yaml"
+    return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None

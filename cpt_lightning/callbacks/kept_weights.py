@@ -1,0 +1,53 @@
+"""What remembers weights over tasks: where it is kept, and how it survives a resume."""
+
+from __future__ import annotations
+
+from lightning import Callback, LightningModule, Trainer
+
+from cpt_lightning.models.sharding import whole
+from cpt_lightning.models.weights import Weights, laid_out
+
+
+class KeptWeights(Callback):
+    """Keeps named sets of tensors, one for every trained parameter, in memory and in the checkpoint.
+
+    With LoRA these are as small as the adapters; with full tuning each set takes the memory of the trained weights, on
+    their devices and, where they are sharded, sharded alike.
+
+    Raises:
+        ValueError: A run is resumed from a checkpoint that was written without this callback, or that trained other
+            parameters.
+    """
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Weights] = {}
+        self._resumed: dict[str, Weights] | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Puts what a checkpoint held where the parameters are."""
+        if trainer.ckpt_path is None:
+            return
+        name = type(self).__name__
+        if self._resumed is None:
+            raise ValueError(
+                f"{name}: {trainer.ckpt_path} was written without this callback, so what it should remember of the "
+                "start is lost; begin a new run with it, or resume without it"
+            )
+        try:
+            self.kept = {kind: laid_out(weights, pl_module) for kind, weights in self._resumed.items()}
+        except ValueError as error:
+            raise ValueError(f"{name}: {trainer.ckpt_path} remembers other weights: {error}") from error
+        self._resumed = None
+
+    def state_dict(self) -> dict:
+        """All that is kept, as whole tensors on the CPU."""
+        return {
+            "kept": {
+                kind: {name: whole(tensor).cpu() for name, tensor in weights.items()}
+                for kind, weights in self.kept.items()
+            }
+        }
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Goes on with what a checkpoint held, once training starts."""
+        self._resumed = state_dict["kept"]

@@ -1,0 +1,1 @@
+"""``cpt plan``: what memory a run needs, known before anything is allocated."""

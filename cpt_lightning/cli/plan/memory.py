@@ -1,0 +1,328 @@
+"""What a run needs on a device, phase by phase: the engine's own code on a worst batch and weights without data."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from cpt_lightning.cli.plan.devices import Devices
+from cpt_lightning.cli.plan.worst_batch import full_completions, longest_prompts
+from cpt_lightning.models import Backbone
+from cpt_lightning.models.adapters import adapter_weights, has_adapters
+from cpt_lightning.models.memory import LiveBytes, counted, go_back, weight_bytes
+from cpt_lightning.models.qwen_vl import (
+    QwenVL,
+    embed,
+    encode_images,
+    has_dropout,
+    hidden_states,
+    output_weight,
+    vision_is_frozen,
+)
+from cpt_lightning.modules import RFT, MultiTask, PostTraining
+from cpt_lightning.rollouts import Sampling, completion_logprobs, run_prompts
+from cpt_lightning.rollouts.cache import GroupCache
+from cpt_lightning.rollouts.sampling import sampling_mode
+from cpt_lightning.types import Prompts
+
+PROBE = 2**16
+"""Weights on which an optimizer is tried; of fewer, eight-bit ones keep 32 bits."""
+
+
+@dataclass
+class Workload:
+    """The sizes of a run that are not the module's own.
+
+    Args:
+        prompt_tokens: Of the longest prompt.
+        target_tokens: Of the longest target that is learned by SFT.
+        num_images: Of every prompt.
+        prompts_per_step: Over all devices.
+        eval_prompts_per_step: Over all devices.
+        accumulate_grad_batches: Batches whose gradients are added up (SFT).
+    """
+
+    prompt_tokens: int
+    target_tokens: int = 256
+    num_images: int = 1
+    prompts_per_step: int = 16
+    eval_prompts_per_step: int = 64
+    accumulate_grad_batches: int = 1
+
+
+@dataclass
+class Phase:
+    """What lives at the worst moment of a part of a run, in bytes.
+
+    Args:
+        name: Of the part.
+        kinds: Bytes by what they are for.
+    """
+
+    name: str
+    kinds: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(self.kinds.values())
+
+
+@dataclass
+class Plan:
+    """What a run needs of each device.
+
+    Args:
+        num_weights: Of the backbone.
+        num_trainable: Of them and of adapters, what is trained.
+        phases: The parts of a run.
+    """
+
+    num_weights: int
+    num_trainable: int
+    phases: list[Phase]
+
+    @property
+    def peak(self) -> Phase:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda phase: phase.total)
+
+
+def make_plan(module: PostTraining, workload: Workload, devices: Devices) -> Plan:
+    """Plans the memory of a run; nothing large is allocated."""
+    return _Planner(module, workload, devices).plan()
+
+
+class _Planner:
+    """Runs the parts of a run on a model without weights."""
+
+    def __init__(self, module: PostTraining, workload: Workload, devices: Devices) -> None:
+        self.module, self.workload, self.devices = module, workload, devices
+        self.model = weightless_model(module.backbone, devices)
+        self.trainable = [weight for weight in self.model.parameters() if weight.requires_grad]
+        self.num_trainable = sum(weight.numel() for weight in self.trainable)
+        self.gradient_bytes = weight_bytes(self.model, trainable_only=True)
+        self.optimizer = OptimizerCost.of(module, self.trainable[0].dtype, devices.foreach)
+
+    def plan(self) -> Plan:
+        """All phases."""
+        phases = [*self._training(), self._optimizer_step(), self._evaluation()]
+        return Plan(sum(weight.numel() for weight in self.model.parameters()), self.num_trainable, phases)
+
+    # -- what is always there --------------------------------------------------------------------------------------
+
+    def _phase(self, name: str, **kinds: int) -> Phase:
+        """A part of the run, with what stands by while a device computes."""
+        reference = self._reference_bytes()
+        standing = {
+            "weights": self._kept(stored_bytes(self.model, self.module.backbone)),
+            "reference": self._kept(reference),
+            "optimizer": self._kept(self.num_trainable * self.optimizer.state),
+        }
+        if self.devices.is_sharded:
+            dtype = self.trainable[0].dtype
+            scale = (self.devices.autocast or dtype).itemsize / dtype.itemsize
+            standing["gathered weights"] = int((weight_bytes(self.model) + reference) * scale)
+        shown = {kind.replace("_", " "): size for kind, size in {**standing, **kinds}.items() if size}
+        return Phase(name, shown)
+
+    def _kept(self, whole: float) -> int:
+        """A device's own share of what strategies spread."""
+        if self.devices.is_offloaded:
+            return 0
+        return int(whole / self.devices.world_size if self.devices.is_sharded else whole)
+
+    def _reference_bytes(self) -> int:
+        """A second model, or second adapters."""
+        if not isinstance(self.module, RFT) or not self.module.kl_coef:
+            return 0
+        if not has_adapters(self.model):
+            return weight_bytes(self.model)
+        is_base = self.module.reference_kind == "base"
+        return 0 if is_base else sum(weight.numel() * weight.element_size() for weight in adapter_weights(self.model))
+
+    @property
+    def _buckets(self) -> int:
+        """DDP exchanges gradients through copies."""
+        return self.gradient_bytes if self.devices.strategy == "ddp" else 0
+
+    # -- phases ----------------------------------------------------------------------------------------------------
+
+    def _training(self) -> list[Phase]:
+        num_prompts = self.devices.share(self.workload.prompts_per_step)
+        if not isinstance(self.module, RFT):
+            old = "forward" if self.workload.accumulate_grad_batches == 1 else "both"
+            return [self._update("update", num_prompts, 1, self.workload.target_tokens, old_gradients=old)]
+        phases = self._reinforced(self.module, num_prompts)
+        if isinstance(self.module, MultiTask) and "sft" in {self.module.objective, *self.module.objectives.values()}:
+            micro, old = self._micro_batch(self.module, num_prompts)
+            phases.append(self._update("update (SFT)", micro, 1, self.workload.target_tokens, old_gradients=old))
+        return phases
+
+    def _update(self, name: str, num_prompts: int, group_size: int, num_tokens: int, old_gradients: str) -> Phase:
+        prompts = self._prompts(num_prompts)
+        with self._counting() as live:
+            self._go_back(prompts, group_size, num_tokens, old_gradients)
+        return self._update_phase(name, live.peak, prompts)
+
+    def _update_phase(self, name: str, peak: int, prompts: Prompts) -> Phase:
+        gradients = min(self.gradient_bytes, peak)
+        return self._phase(
+            name,
+            gradients=gradients,
+            gradient_buckets=self._buckets,
+            activations_and_log_probs=peak - gradients,
+            batch=pixel_bytes(prompts),
+        )
+
+    def _micro_batch(self, module: RFT, num_prompts: int) -> tuple[int, str]:
+        """Prompts that go through backward at once, and when gradients of others are there already."""
+        rows = -(-num_prompts // module.updates_per_rollout)
+        micro = min(module.micro_batch_prompts or rows, rows)
+        return micro, "both" if micro < rows else "none"
+
+    def _reinforced(self, module: RFT, num_prompts: int) -> list[Phase]:
+        """Rollout and update, one after the other: what the first keeps, the second finds."""
+        group_size, sampling = module.group_size, module.sampling
+        sampled = min(module.rollout_batch_prompts or num_prompts, num_prompts)
+        micro, old = self._micro_batch(module, num_prompts)
+        prompts = whole = self._prompts(num_prompts)
+        with self._counting() as live:
+            if module.goes_back_through_rollout and sampled == num_prompts and not has_dropout(self.model):
+                prompts = replace(prompts, state=run_prompts(self.model, prompts))
+            elif vision_is_frozen(self.model):
+                with torch.no_grad():
+                    prompts = replace(prompts, image_features=encode_images(self.model, prompts))
+            rows = prompts if sampled == num_prompts else prompts.select(range(sampled))
+            cache = self._sample(rows, group_size + module.samples_greedy, sampling)
+            rollout = live.lap()
+            rows = prompts if micro == num_prompts else prompts.select(range(micro))
+            self._go_back(rows, group_size, sampling.max_new_tokens, old)
+            update = live.lap()
+        kinds = {"KV_cache": cache, "activations_and_log_probs": rollout - cache, "batch": pixel_bytes(whole)}
+        return [self._phase("rollout", **kinds), self._update_phase("update", update, whole)]
+
+    def _optimizer_step(self) -> Phase:
+        """Updates all weights at once, or one after the other."""
+        at_once = self.num_trainable if self.devices.foreach else max(weight.numel() for weight in self.trainable)
+        share = self.devices.world_size if self.devices.is_sharded else 1
+        return self._phase(
+            "optimizer step",
+            gradients=self.gradient_bytes,
+            gradient_buckets=self._buckets,
+            optimizer_step=int(at_once * self.optimizer.step / share),
+        )
+
+    def _evaluation(self) -> Phase:
+        """Answers of a batch of rows; automatic optimization leaves the gradients of the last step lying."""
+        prompts = self._prompts(self.devices.share(self.workload.eval_prompts_per_step))
+        with self._counting() as live:
+            cache = self._sample(prompts, 1, self.module.evaluation)
+        return self._phase(
+            "evaluation",
+            gradients=self.gradient_bytes if self.module.automatic_optimization else 0,
+            gradient_buckets=self._buckets,
+            KV_cache=cache,
+            activations_and_log_probs=live.peak - cache,
+            batch=pixel_bytes(prompts),
+        )
+
+    # -- the engine's code -----------------------------------------------------------------------------------------
+
+    def _counting(self) -> AbstractContextManager[LiveBytes]:
+        return counted(self.devices.autocast, self.model.parameters() if self.devices.is_sharded else ())
+
+    def _prompts(self, num_prompts: int) -> Prompts:
+        sizes = self.workload
+        return longest_prompts(
+            self.model, num_prompts, sizes.prompt_tokens, self.module.backbone.max_pixels, sizes.num_images
+        )
+
+    def _sample(self, prompts: Prompts, group_size: int, sampling: Sampling) -> int:
+        """The prompts, and the last step of decoding, which sees all keys; gives the bytes of keys and values."""
+        with sampling_mode(self.model):
+            state = run_prompts(self.model, prompts) if prompts.state is None else prompts.state
+            cache = GroupCache(prompts, state, group_size, sampling.max_new_tokens)
+            cache.length = sampling.max_new_tokens - 1
+            hidden = state.hidden.repeat_interleave(group_size, dim=0)
+            positions = state.next_position.repeat_interleave(group_size).expand(3, 1, -1)
+            ids = full_completions(self.model, 1, len(hidden)).ids
+            hidden = hidden_states(self.model, embed(self.model, ids), positions, cache)[0]
+            logits = (hidden @ output_weight(self.model).T).float()
+            sampling.pick(logits, ids.new_zeros(1), torch.empty(len(hidden), device="meta"))
+            room = [*cache.prompts, *cache.completions, *zip(state.keys, state.values, strict=True)]
+            return _storage_bytes([tensor for pair in room for tensor in pair])
+
+    def _go_back(self, prompts: Prompts, group_size: int, num_tokens: int, old_gradients: str) -> None:
+        """Scores full completions and goes back; gradients may be there already, while scoring or all along."""
+        completions = full_completions(self.model, len(prompts) * group_size, num_tokens)
+        if old_gradients != "none":
+            for weight in self.trainable:
+                weight.grad = torch.empty_like(weight)
+        logps = completion_logprobs(self.model, prompts, completions)
+        if old_gradients == "forward":
+            self.model.zero_grad()
+        go_back(logps.sum())
+        self.model.zero_grad()
+
+
+@dataclass
+class OptimizerCost:
+    """Bytes of an optimizer for each weight that it updates.
+
+    Args:
+        state: That it keeps.
+        step: That it needs beside them during a step.
+    """
+
+    state: float
+    step: float
+
+    @classmethod
+    def of(cls, module: PostTraining, dtype: torch.dtype, foreach: bool) -> OptimizerCost:
+        """Found by a step of the real optimizer on a few weights."""
+        weight = nn.Parameter(torch.zeros(PROBE, dtype=dtype))
+        optimizer = module.make_optimizer([weight])
+        for group in optimizer.param_groups:
+            if "foreach" in group and group["foreach"] is None and not group.get("fused"):
+                group["foreach"] = foreach
+        weight.grad = torch.zeros_like(weight)
+        with LiveBytes() as live:
+            optimizer.step()
+        state = _storage_bytes(_tensors(optimizer.state[weight]))
+        return cls(state / PROBE, max(0, live.peak - state) / PROBE)
+
+
+def weightless_model(backbone: Backbone, devices: Devices) -> QwenVL:
+    """The model on the meta device, tuned as it will be; four-bit layers stand there in the dtype of the others."""
+    if backbone.tuning == "qlora":
+        backbone = replace(backbone, tuning="lora")
+    model = backbone.load_model(on_meta=True)
+    return model.to(torch.bfloat16) if devices.precision == "bf16-true" else model
+
+
+def stored_bytes(model: QwenVL, backbone: Backbone) -> int:
+    """Bytes of the weights as they are kept."""
+    if backbone.tuning != "qlora":
+        return weight_bytes(model)
+    layers = model.model.language_model.layers.named_parameters()
+    packed = [weight for name, weight in layers if weight.dim() == 2 and "lora_" not in name]
+    saved = sum(weight.numel() * (weight.element_size() - backbone.quantization.bytes_per_weight) for weight in packed)
+    return int(weight_bytes(model) - saved)
+
+
+def pixel_bytes(prompts: Prompts) -> int:
+    """Bytes of the images of a batch."""
+    return 0 if prompts.pixel_values is None else prompts.pixel_values.nbytes
+
+
+def _tensors(state: dict) -> list[Tensor]:
+    return [value for value in state.values() if isinstance(value, Tensor) and value.numel() > 1]
+
+
+def _storage_bytes(tensors: list[Tensor]) -> int:
+    """Bytes of the memory behind tensors, each once."""
+    return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}.values())

@@ -1,0 +1,103 @@
+"""A run that is asked to stop ends between batches, where it can go on from."""
+
+import os
+import signal
+
+import pytest
+import torch
+from lightning import Callback
+
+from cpt_lightning.callbacks import TaskCheckpoint
+from cpt_lightning.callbacks.signals import Stopped
+from tests.fakes import LinearModule, make_trainer, number_stream
+
+
+class Send(Callback):
+    """Sends a signal to this process, at a hook of a stage and batch."""
+
+    def __init__(self, number, hook: str = "train", stage: int = 1, batch: int = 0) -> None:
+        self.number, self.here = number, (hook, stage, batch)
+
+    def _maybe(self, trainer, hook, batch_idx):
+        if trainer.state.fn == "fit" and (hook, trainer.current_epoch, batch_idx) == self.here:
+            os.kill(os.getpid(), self.number)
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self._maybe(trainer, "train", batch_idx)
+
+    def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0):
+        self._maybe(trainer, "validation", batch_idx)
+
+
+def run(folder, *callbacks, resume=False):
+    module, stream = LinearModule(), number_stream()
+    # Without every_n_steps: what is saved within a task is saved because of the signal, or before the last batch.
+    trainer = make_trainer(folder, stream, callbacks=callbacks, checkpoint=TaskCheckpoint())
+    if not resume:
+        trainer.validate(module, stream, verbose=False)
+    trainer.fit(module, stream, ckpt_path=str(folder / "last.ckpt") if resume else None)
+    return module
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, run(folder)
+
+
+def assert_same_end(folder, module, whole):
+    for name, weight in module.state_dict().items():
+        assert torch.equal(weight, whole[1].state_dict()[name])
+    for name in ("accuracy_matrix.json", "samples.jsonl"):
+        assert (folder / name).read_bytes() == (whole[0] / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "hook, batch, learned", [("train", 0, 4), ("train", 1, 5), ("train", 2, 5), ("validation", 3, 5)]
+)
+def test_sigterm_ends_a_run_that_goes_on_to_the_same_end(tmp_path, whole, hook, batch, learned):
+    """Three batches a stage: the batch of the signal is finished; a last batch is learned again with its evaluation."""
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped) as stopped:
+        run(tmp_path, Send(signal.SIGTERM, hook, batch=batch))
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
+    module = run(tmp_path, resume=True)
+    assert module.seen == whole[1].seen[learned:]
+    assert_same_end(tmp_path, module, whole)
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path, whole, caplog):
+    with caplog.at_level("INFO"), pytest.raises(SystemExit):
+        run(tmp_path, Send(signal.SIGINT, batch=1))
+    assert f"go on with --ckpt_path {tmp_path / 'last.ckpt'}" in caplog.text
+
+
+@pytest.mark.parametrize("array", [False, True])
+@pytest.mark.parametrize("accepted", [True, False])
+def test_slurm_is_asked_to_start_the_job_anew(tmp_path, whole, monkeypatch, array, accepted):
+    """A stand-in for `scontrol` writes down what it was asked."""
+    tools, asked = tmp_path / "tools", tmp_path / "asked"
+    tools.mkdir()
+    (tools / "scontrol").write_text(f"#!/bin/sh\necho $@ > {asked}\nexit {0 if accepted else 1}\n")
+    (tools / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tools), prepend=os.pathsep)
+    job = {
+        "SLURM_NTASKS": "1",
+        "SLURM_JOB_NAME": "cpt",
+        "SLURM_JOB_ID": "17",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+    }
+    job |= {"SLURM_NODEID": "0"} | ({"SLURM_ARRAY_JOB_ID": "11", "SLURM_ARRAY_TASK_ID": "6"} if array else {})
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
+    folder = tmp_path / "run"
+    if accepted:
+        with pytest.raises(Stopped):
+            run(folder, Send(signal.SIGUSR1, batch=0))
+    else:
+        with pytest.warns(UserWarning, match="did not requeue job"), pytest.raises(Stopped):
+            run(folder, Send(signal.SIGUSR1, batch=0))
+    assert asked.read_text().split() == ["requeue", "11_6" if array else "17"]
+    assert_same_end(folder, run(folder, resume=True), whole)

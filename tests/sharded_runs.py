@@ -1,0 +1,123 @@
+"""The runs that ``test_sharded`` compares: ``python -m tests.sharded_runs FOLDER STRATEGY NUM_PROCESSES``."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import distributed
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group as param_group
+from torch.utils.data import DataLoader, Dataset
+
+from cpt_lightning.models import Backbone
+from cpt_lightning.models.adapters import Lora
+from cpt_lightning.modules import RFT, SFT, group_rollouts
+from cpt_lightning.rollouts import Sampling
+from cpt_lightning.types import Batch
+from tests.training import sgd, with_examples
+
+RUNS = {
+    "sft_full": partial(SFT, max_grad_norm=0.05),
+    "sft_lora": partial(SFT, max_grad_norm=0.05),
+    "rft_full": partial(RFT, group_size=4, sampling=Sampling(max_new_tokens=8), micro_batch_prompts=1, kl_coef=0.1),
+    "rft_lora": partial(RFT, group_size=4, sampling=Sampling(max_new_tokens=8), kl_coef=0.1, reference="base"),
+    "resumed_full": SFT,
+    "resumed_lora": partial(RFT, group_size=4, sampling=Sampling(max_new_tokens=8), kl_coef=0.1),
+}
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+GATHERS = [0]
+SEEN: dict[str, Any] = {"gathers_while_sampling": [], "lengths": []}
+
+
+class Share(Dataset):
+    """Four batches of the same four prompts, this rank's share of each: one rank may have text alone, the other images.
+
+    Only the second row has no image: it makes up a micro-batch of RFT alone.
+    """
+
+    def __init__(self, whole: Batch, trainer: L.Trainer) -> None:
+        self.whole, self.trainer = whole, trainer
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, step: int) -> Batch:
+        rows = [[1, 1, 2, 3], [2, 3, 1, 0]][step % 2]
+        part = len(rows) // self.trainer.world_size
+        mine = rows[self.trainer.global_rank * part :][:part]
+        return Batch(self.whole.prompts.select(mine), self.whole.targets.select(mine))
+
+
+def make_trainer(strategy: str, devices: int, accumulate: int = 1, max_epochs: int = 1) -> L.Trainer:
+    return L.Trainer(
+        **QUIET, max_epochs=max_epochs, accelerator="cpu", limit_val_batches=0, inference_mode=False,
+        use_distributed_sampler=False, strategy=strategy, devices=devices, accumulate_grad_batches=accumulate,
+    )  # fmt: skip
+
+
+def run(name: str, folder: Path, strategy: str, devices: int) -> dict:
+    """The weights after the run, and what was seen on the way."""
+    torch.manual_seed(0)
+    tuning = name.rpartition("_")[2]
+    backbone = Backbone(str(folder / "backbone"), tuning=tuning, lora=Lora(rank=4))
+    optimizer = partial(torch.optim.AdamW, lr=1e-2, eps=1e-3) if name.startswith("resumed") else sgd
+    module = RUNS[name](backbone=backbone, optimizer=optimizer)
+    batch = with_examples(torch.load(folder / "prompts.pt", weights_only=False), module.processor)
+    fit = partial(_fit, module, batch)
+    if name.startswith("resumed"):
+        checkpoint = str(folder / f"{name}_{strategy}.ckpt")
+        fit(make_trainer(strategy, devices)).save_checkpoint(checkpoint)
+        module = RUNS[name](backbone=backbone, optimizer=optimizer)
+        trainer = _fit(module, batch, make_trainer(strategy, devices, max_epochs=2), checkpoint)
+    else:
+        trainer = fit(make_trainer(strategy, devices, accumulate=2 if name.startswith("sft") else 1))
+    local = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in module.parameters())
+    weights = {key: weight.clone() for key, weight in trainer.strategy.lightning_module_state_dict().items()}
+    return {"weights": weights, "local": local, **SEEN}
+
+
+def _fit(module: L.LightningModule, batch: Batch, trainer: L.Trainer, checkpoint: str | None = None) -> L.Trainer:
+    trainer.fit(module, DataLoader(Share(batch, trainer), batch_size=None), ckpt_path=checkpoint, weights_only=True)
+    return trainer
+
+
+def watch() -> None:
+    """Counts what is gathered while completions are sampled, and notes what a rank's load of the backbone holds."""
+    gather, sample, load = param_group.foreach_all_gather, group_rollouts.sample_groups, Backbone.load_model
+
+    def counted_gather(*args: Any, **kwargs: Any) -> Any:
+        GATHERS[0] += 1
+        return gather(*args, **kwargs)
+
+    def counted_sample(*args: Any, **kwargs: Any) -> Any:
+        before = GATHERS[0]
+        completions = sample(*args, **kwargs)
+        SEEN["gathers_while_sampling"].append(GATHERS[0] - before)
+        SEEN["lengths"].append(completions.lengths.tolist())
+        return completions
+
+    def noted_load(*args: Any, **kwargs: Any) -> Any:
+        model = load(*args, **kwargs)
+        SEEN["loaded"] = sum(p.numel() for p in model.parameters() if not p.is_meta)
+        return model
+
+    param_group.foreach_all_gather, group_rollouts.sample_groups, Backbone.load_model = (
+        counted_gather, counted_sample, noted_load,
+    )  # fmt: skip
+
+
+def main(folder: Path, strategy: str, devices: int) -> None:
+    watch()
+    for name in RUNS:
+        seen = run(name, folder, strategy, devices)
+        rank = distributed.get_rank() if distributed.is_initialized() else 0
+        torch.save({**seen, "gathers": GATHERS[0]}, folder / f"{name}_{strategy}_{rank}.pt")
+        SEEN["gathers_while_sampling"], SEEN["lengths"] = [], []
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

@@ -1,0 +1,144 @@
+"""``cpt plan`` against what real steps take, and what its options change."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cpt_lightning.cli import main
+from cpt_lightning.cli.plan.devices import Devices, gpu_bytes
+from cpt_lightning.cli.plan.memory import Plan, Workload, make_plan
+from cpt_lightning.cli.plan.worst_batch import full_completions, longest_prompts
+from cpt_lightning.models import Backbone
+from cpt_lightning.models.memory import LiveBytes
+from cpt_lightning.models.processor import PromptProcessor
+from cpt_lightning.modules import RFT, SFT, PostTraining
+from cpt_lightning.rollouts import Sampling
+from cpt_lightning.types import Batch
+from tests.training import fit, with_examples
+
+PARTS = ["vision_tower", "language_model"]
+WORKLOAD = Workload(prompt_tokens=75, target_tokens=16, prompts_per_step=4, eval_prompts_per_step=4)
+CPU = Devices(foreach=False)
+
+
+class Endless(PromptProcessor):
+    """Under which no completion ends before its last token."""
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """None."""
+        return []
+
+
+def measured_peak(module: PostTraining) -> int:
+    """Most bytes that live in two steps of a real Trainer on the plan's worst batch, without its weights and pixels."""
+    module.__dict__["processor"] = Endless.load("tiny")
+    module.configure_model()
+    prompts = longest_prompts(module.model, 4, WORKLOAD.prompt_tokens, None)
+    prompts.pixel_values = torch.rand(prompts.pixel_values.shape)
+    batch = with_examples(prompts, module.processor)
+    batch = Batch(batch.prompts, full_completions(module.model, 4, WORKLOAD.target_tokens))
+    with LiveBytes() as live:
+        fit(module, [batch, batch])
+    return live.peak
+
+
+def planned_peak(module: PostTraining) -> int:
+    """The same by the plan."""
+    phases = [phase for phase in make_plan(module, WORKLOAD, CPU).phases if phase.name != "evaluation"]
+    return max(phase.total - phase.kinds["weights"] - phase.kinds.get("batch", 0) for phase in phases)
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+@pytest.mark.parametrize("parts", [[], PARTS], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("objective", ["sft", "rft", "rft_in_parts"])
+def test_a_plan_is_what_a_real_step_takes(objective, parts, tuning):
+    backbone = Backbone(tuning=tuning, gradient_checkpointing=parts)
+    in_parts = {"updates_per_rollout": 2, "micro_batch_prompts": 1, "rollout_batch_prompts": 2, "kl_coef": 0.01}
+    options = in_parts if objective == "rft_in_parts" else {}
+    sampling = Sampling(max_new_tokens=16)
+    module = (
+        SFT(backbone=backbone)
+        if objective == "sft"
+        else RFT(group_size=4, sampling=sampling, backbone=backbone, **options)
+    )
+    assert planned_peak(module) == pytest.approx(measured_peak(module), rel=0.15)
+
+
+def kinds(module: PostTraining, devices: Devices = CPU, phase: str = "update", **sizes: int) -> dict[str, int]:
+    plan: Plan = make_plan(module, replace(WORKLOAD, **sizes), devices)
+    return next(each.kinds for each in plan.phases if each.name == phase)
+
+
+NUM_WEIGHTS = 3_035_008
+"""Of the embedded base."""
+
+
+def test_standing_memory_is_arithmetic():
+    """AdamW keeps two numbers beside each weight of 4 bytes, momentum one, plain SGD none; a reference is a copy."""
+    found = kinds(RFT(group_size=4, kl_coef=0.1))
+    assert (found["weights"], found["gradients"], found["reference"]) == (4 * NUM_WEIGHTS,) * 3
+    assert found["optimizer"] == 8 * NUM_WEIGHTS
+    assert kinds(SFT(optimizer=lambda p: torch.optim.SGD(p, lr=1, momentum=0.9)))["optimizer"] == 4 * NUM_WEIGHTS
+    assert "optimizer" not in kinds(SFT(optimizer=lambda p: torch.optim.SGD(p, lr=1)))
+
+
+def test_shards_are_shares_and_whole_weights_are_gathered():
+    """Each of two devices keeps half of weights and optimizer; all weights are gathered, in bfloat16 half as large."""
+    found = kinds(SFT(), Devices("fsdp2", world_size=2, precision="bf16-mixed", foreach=False))
+    assert found["weights"] == 2 * NUM_WEIGHTS and found["optimizer"] == 4 * NUM_WEIGHTS
+    assert found["gathered weights"] == 2 * NUM_WEIGHTS
+    offloaded = kinds(SFT(), Devices("fsdp2_offload", world_size=2, foreach=False))
+    assert "weights" not in offloaded and "optimizer" not in offloaded
+
+
+def test_ddp_has_buckets_and_mixed_precision_smaller_activations():
+    found, mixed = (kinds(SFT(), Devices("auto", 2, precision, False)) for precision in ("32-true", "bf16-mixed"))
+    assert found["gradient buckets"] == 4 * NUM_WEIGHTS
+    name = "activations and log probs"
+    assert 0.4 * found[name] < mixed[name] < 0.9 * found[name]
+
+
+def test_mixed_precision_is_planned_as_it_is_measured():
+    """On the CPU real autocast casts what the plan's own does."""
+    module = SFT()
+    devices = replace(CPU, precision="bf16-mixed")
+    planned = make_plan(module, WORKLOAD, devices).phases[0]
+    module.configure_model()
+    prompts = longest_prompts(module.model, 4, WORKLOAD.prompt_tokens, None)
+    prompts.pixel_values = torch.rand(prompts.pixel_values.shape)
+    batch = Batch(prompts, full_completions(module.model, 4, WORKLOAD.target_tokens))
+    with LiveBytes() as live:
+        fit(module, [batch, batch], precision="bf16-mixed")
+    ours = planned.total - planned.kinds["weights"] - planned.kinds["batch"]
+    assert ours == pytest.approx(live.peak, rel=0.15)
+
+
+def test_what_the_options_limit_gets_smaller():
+    whole = kinds(RFT(group_size=4), phase="rollout")["KV cache"]
+    assert kinds(RFT(group_size=4, rollout_batch_prompts=1), phase="rollout")["KV cache"] < whole / 2
+    assert kinds(RFT(group_size=8), phase="rollout")["KV cache"] > whole
+    name = "activations and log probs"
+    assert kinds(RFT(group_size=4, micro_batch_prompts=1))[name] < kinds(RFT(group_size=4, micro_batch_prompts=2))[name]
+
+
+def test_the_verb_prints_a_plan_and_a_verdict(capsys):
+    args = ["plan", "-c", "configs/demo/grpo.yaml", "--plan.prompt_tokens", "75"]
+    main([*args, "--plan.gpu", "H100"])
+    assert "fits" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="1"):
+        main([*args, "--plan.gpu", "0.1GB"])
+    out = capsys.readouterr().out
+    assert "WILL NOT FIT" in out and "micro_batch_prompts" in out
+    with pytest.raises(SystemExit, match="2"):
+        main(args[:3])
+    assert "--plan.prompt_tokens" in capsys.readouterr().err
+
+
+def test_a_gpu_is_a_size_or_a_name():
+    assert gpu_bytes("a100-40") == gpu_bytes("40GB") == gpu_bytes("40") == 40 * 10**9
+    with pytest.raises(ValueError, match=r"plan.gpu='big'"):
+        gpu_bytes("big")
