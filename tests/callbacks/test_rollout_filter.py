@@ -13,6 +13,7 @@ import torch
 from cpt_lightning.callbacks import RolloutFilter, TaskProgressBar
 from cpt_lightning.cli import main
 from cpt_lightning.data import Replay
+from cpt_lightning.modules import PostTraining
 from cpt_lightning.rollouts import Sampling
 from cpt_lightning.rollouts.sampling import row_generators
 from cpt_lightning.tasks import Row, Task
@@ -387,3 +388,44 @@ def test_every_objective_learns_from_kept_rows(module, tmp_path):
     assert header["sampling"] == {"max_new_tokens": 16, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "prefix": ""}
     assert [row["kept"] for row in rows] == [row["pass_count"] in (1, 2) for row in rows]
     assert {row["pass_count"] for row in rows} == {0, 1, 2, 3}
+
+
+LORA = [
+    "--filter.lowest=0",
+    "--model.backbone.tuning=lora",
+    "--model.backbone.lora.dropout=0.1",
+    "--checkpoint.every_n_steps=1",
+]
+
+
+@pytest.mark.parametrize("along_stream", ["shared", "renewed", "per_task"])
+def test_a_real_model_judges_on_where_it_was_killed_and_ends_bit_for_bit_alike(along_stream, tmp_path, monkeypatch):
+    """Killed after four of the second stage's six rows; dropout shows that judging draws no global random numbers."""
+    text = TOY.replace("MODULE", "RFT").replace("[[word2, digit2]]", "[word2, digit2]").replace("RUN", "unnamed")
+    (tmp_path / "config.yaml").write_text(text.replace("    evaluation", "    group_size: 2\n    evaluation"))
+    command = ["fit", "-c", str(tmp_path / "config.yaml"), "--data.eval_prompts_per_step=2", *LORA]
+    command += [f"--model.backbone.lora.along_stream={along_stream}", "--run_dir"]
+    attempt, tried = PostTraining.attempt, []
+
+    def watched(self, prompts, group_size, sampling, *key):
+        if group_size == 3:
+            tried.extend(example.row_id for example in prompts.examples)
+            if dies_at == len(tried):
+                raise Killed("while judging")
+        return attempt(self, prompts, group_size, sampling, *key)
+
+    monkeypatch.setattr(PostTraining, "attempt", watched)
+    dies_at = 0
+    main([*command, str(tmp_path / "whole")])
+    tried.clear()
+    dies_at = 12
+    with pytest.raises(Killed):
+        main([*command, str(tmp_path / "run")])
+    dies_at = 0
+    main([*command, str(tmp_path / "run"), "--ckpt_path=last"])
+    assert len(tried) == 12 + 2
+    ends = [torch.load(tmp_path / name / "last.ckpt", weights_only=True) for name in ("whole", "run")]
+    for name, weight in ends[0]["state_dict"].items():
+        assert torch.equal(ends[1]["state_dict"][name], weight), name
+    for task in ("word2", "digit2"):
+        assert read(tmp_path / "run", task) == read(tmp_path / "whole", task)
