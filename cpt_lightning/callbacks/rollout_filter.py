@@ -12,6 +12,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from cpt_lightning.callbacks.checkpoints import TaskCheckpoint
 from cpt_lightning.callbacks.choice import Choice, Mode
 from cpt_lightning.callbacks.judge import Judge
 from cpt_lightning.callbacks.progress import row_bar
@@ -182,6 +183,9 @@ class RolloutFilter(Callback):
         if len(verdicts) == num_rows:
             return verdicts
         num_solvable = sum(map(self.choice.holds, verdicts))
+        checkpoint = trainer.checkpoint_callback
+        if isinstance(checkpoint, TaskCheckpoint):  # before the first stage nothing else has done so
+            checkpoint.signals.watch(trainer)
         with row_bar(trainer, f"filtering {name}", num_rows, len(verdicts)) as bar:
             for judged in self.judge.verdicts(trainer, stage, stream.rows_to_judge(stage, first)):
                 if trainer.is_global_zero:
@@ -190,6 +194,8 @@ class RolloutFilter(Callback):
                 num_solvable += sum(map(self.choice.holds, judged))
                 bar.set_postfix(solvable=f"{num_solvable / len(verdicts):.0%}", refresh=False)
                 bar.update(len(judged))
+                if isinstance(checkpoint, TaskCheckpoint):
+                    checkpoint.stop_if_asked(trainer)
         return verdicts
 
     def _taken_over(self, trainer: Trainer, stage: int) -> list[Verdict]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from cpt_lightning.callbacks import RolloutFilter, TaskProgressBar
+from cpt_lightning.callbacks.signals import Stopped
 from cpt_lightning.cli import main
 from cpt_lightning.data import Replay
 from cpt_lightning.modules import PostTraining
@@ -159,6 +162,25 @@ def test_a_run_that_is_killed_while_it_judges_goes_on_behind_its_verdicts(kill_a
     assert_same_end(tmp_path, module, whole)
     done = kill_at // 4 * 4 if kill_at < 10 else 14  # the batches 4 + 4 + 2 of stage 0, then one of 4
     assert len(module.tried) == 30 - done
+
+
+@pytest.mark.parametrize("stop_at", [5, 15])
+def test_a_run_that_is_asked_to_stop_while_it_judges_keeps_the_verdicts_of_the_batch(stop_at, whole, tmp_path):
+    """Of four rows each: the second batch of stage 0, or of stage 1, is finished."""
+
+    class Stopping(TryingModule):
+        def attempt(self, *args):
+            before, attempts = len(self.tried), super().attempt(*args)
+            if before < stop_at <= len(self.tried):
+                os.kill(os.getpid(), signal.SIGTERM)
+            return attempts
+
+    with pytest.raises(Stopped):
+        run(tmp_path, module=Stopping(), filter_options={"lowest": 2})
+    checkpoint = "last.ckpt" if stop_at > 10 else None
+    module = run(tmp_path, checkpoint=checkpoint, filter_options={"lowest": 2})
+    assert_same_end(tmp_path, module, whole)
+    assert len(module.tried) == 30 - {5: 8, 15: 18}[stop_at]
 
 
 @pytest.mark.parametrize("kill", [KillAt(0, batch=1), KillAt(1, batch=1), KillAt(1, "on_train_epoch_end")])
