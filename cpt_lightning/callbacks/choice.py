@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -69,3 +70,23 @@ class Choice:
         if verdict.pass_count < self.lowest:
             return f"fewer than {self.lowest} passes"
         return f"more than {self.highest} passes" if verdict.pass_count > self.highest else "solvable"
+
+
+def kept_rows(verdicts: Sequence[Verdict], tasks: Sequence[str]) -> dict[str, list[int]]:
+    """Numbers of the rows that are kept, by task."""
+    return {task: [each.row for each in verdicts if each.kept and each.task == task] for task in tasks}
+
+
+def shortage(verdicts: Sequence[Verdict], tasks: Sequence[str], fewest: int) -> str | None:
+    """What is missing where too few rows are kept, in all or of a task; ``None`` if there are enough."""
+    num_kept = Counter(each.task for each in verdicts if each.kept)
+    without = [task for task in tasks if not num_kept[task]]
+    if num_kept.total() >= fewest and not without:
+        return None
+    reasons = Counter(each.reason for each in verdicts if not each.kept)
+    left_out = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    none_of = f", none of task '{without[0]}'" if without else ""
+    return (
+        f"{num_kept.total()} of {len(verdicts)} rows are kept{none_of}, and filter.min_rows={fewest} are needed; "
+        f"left out: {left_out}"
+    )

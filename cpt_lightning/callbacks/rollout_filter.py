@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from cpt_lightning.callbacks.checkpoints import TaskCheckpoint
-from cpt_lightning.callbacks.choice import Choice, Mode
+from cpt_lightning.callbacks.choice import Choice, Mode, kept_rows, shortage
 from cpt_lightning.callbacks.judge import Judge
 from cpt_lightning.callbacks.progress import row_bar
 from cpt_lightning.callbacks.verdicts import Verdict, VerdictFile
@@ -35,9 +34,9 @@ class RolloutFilter(Callback):
     fewer rows make fewer steps; with ``data.steps`` a task has the same steps, on the rows that are kept. Replay takes
     the kept rows of earlier tasks.
 
-    Logs at the end of a task ``filter/kept_fraction``; ``filter/time_s``, what judging took; and ``filter/saved_s``,
-    what the filter saved: the steps left out at the mean duration of the task's steps, less ``filter/time_s``. It is
-    negative where judging took longer than the steps that it spared.
+    Logs at the end of a task ``filter/kept_fraction``; ``filter/time_s``, what judging took (0 with verdicts of another
+    run); and ``filter/saved_s``: the steps left out at the mean duration of the task's steps, less ``filter/time_s``.
+    It is negative where judging took longer than the steps that it spared.
 
     Args:
         mode: ``solvable`` keeps rows in the window; ``unsolvable`` as many rows below it and ``random`` as many of any,
@@ -164,9 +163,8 @@ class RolloutFilter(Callback):
         if trainer.is_global_zero:
             file.finish({**header, **asdict(self.choice)}, verdicts)
         self._check_enough(trainer, stage, verdicts, file)
-        kept = {
-            task: [each.row for each in verdicts if each.task == task and each.kept] for task in stream.stages[stage]
-        }
+        kept = kept_rows(verdicts, stream.stages[stage])
+        rank_zero_info(f"filter: {file.path}: {sum(map(len, kept.values()))} of {len(verdicts)} rows are kept")
         return {
             "kept": kept,
             "num_rows": len(verdicts),
@@ -246,20 +244,12 @@ class RolloutFilter(Callback):
 
     def _check_enough(self, trainer: Trainer, stage: int, verdicts: Sequence[Verdict], file: VerdictFile) -> None:
         stream = trainer.datamodule
-        fewest = self.min_rows or stream.prompts_per_step
-        num_kept = Counter(each.task for each in verdicts if each.kept)
-        without = [task for task in stream.stages[stage] if not num_kept[task]]
-        if num_kept.total() >= fewest and not without:
-            rank_zero_info(f"filter: {file.path}: {num_kept.total()} of {len(verdicts)} rows are kept")
-            return
-        where = f"none of task '{without[0]}', " if without else ""
-        reasons = Counter(each.reason for each in verdicts if not each.kept)
-        left_out = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        raise ValueError(
-            f"filter: {where}{num_kept.total()} of {len(verdicts)} rows of stage '{stream.stage_names[stage]}' are "
-            f"kept, where filter.min_rows={fewest} are needed; left out: {left_out}. See {file.path}, then widen "
-            "filter.lowest and filter.highest, raise filter.completions_per_row, or take the task out of data.stages"
-        )
+        if missing := shortage(verdicts, stream.stages[stage], self.min_rows or stream.prompts_per_step):
+            raise ValueError(
+                f"filter: stage '{stream.stage_names[stage]}': {missing}. See {file.path}, then widen filter.lowest "
+                "and filter.highest, raise filter.completions_per_row, lower filter.min_rows, or take the task out of "
+                "data.stages"
+            )
 
 
 def stage_file(trainer: Trainer, stage: int) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cpt_lightning.callbacks.choice import Choice
+from cpt_lightning.callbacks.choice import Choice, kept_rows, shortage
 from cpt_lightning.callbacks.verdicts import Verdict
 
 COUNTS = [0, 4, 2, 1, 0, 3, 4, 0]
@@ -59,3 +59,13 @@ def test_too_few_unsolvable_rows_are_refused_with_the_cap_that_makes_arms_equal(
     with pytest.raises(ValueError, match=r"only 3 rows .* keeps 5; set filter.cap=3 for all modes"):
         kept(Choice("unsolvable", 1, 4))
     assert kept(Choice("unsolvable", 1, 4, cap=3)) == [0, 4, 7]
+
+
+def test_what_is_missing_is_said_with_counts():
+    """Of the nine rows three are kept, three have too few passes, two too many, and one was refused."""
+    chosen = Choice("solvable", 1, 3).of(verdicts(), 0, 0)
+    assert kept_rows(chosen, ["a", "b"]) == {"a": [2, 3, 5], "b": []}
+    assert shortage(chosen, ["a"], fewest=3) is None
+    left_out = "left out: 3 fewer than 1 passes, 2 more than 3 passes, 1 image refused"
+    assert shortage(chosen, ["a"], 4) == f"3 of 9 rows are kept, and filter.min_rows=4 are needed; {left_out}"
+    assert "kept, none of task 'b', and" in (shortage(chosen, ["a", "b"], 1) or "")

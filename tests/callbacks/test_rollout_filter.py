@@ -298,17 +298,17 @@ def test_an_empty_result_stops_with_counts_the_file_and_the_mend(tmp_path):
             return [replace(row, answer="12") for row in super().split(split)]
 
     tasks = {"a": Task(Unsolvable("a")), "b": Task(NumberSource("b"))}
-    error = r"none of task 'a', 0 of 10 rows of stage 'a' are kept, .*min_rows=2.*: 10 fewer than 1 passes\. See .*"
+    error = r"stage 'a': 0 of 10 rows are kept, none of task 'a', .*min_rows=2.*: 10 fewer than 1 passes\. See .*"
     with pytest.raises(ValueError, match=error + r"a\.jsonl, then widen filter.lowest"):
         run(tmp_path, tasks=tasks)
     assert len(read(tmp_path, "a")[1]) == 10
-    with pytest.raises(ValueError, match=r"none of task 'a', \d+ of 20 rows of stage 'a\+b'"):
+    with pytest.raises(ValueError, match=r"stage 'a\+b': \d+ of 20 rows are kept, none of task 'a', and"):
         run(tmp_path / "mixed", tasks=tasks, stages=[["a", "b"]])
 
 
 def test_a_nearly_empty_result_stops_too(whole, tmp_path):
     kept = len(kept_ids(whole[0], "a"))
-    with pytest.raises(ValueError, match=rf"filter: {kept} of 10 rows .* filter.min_rows={kept + 1} are needed"):
+    with pytest.raises(ValueError, match=rf"{kept} of 10 rows are kept, and filter.min_rows={kept + 1} are needed"):
         run(tmp_path, filter_options={"lowest": 2, "min_rows": kept + 1})
     run(tmp_path / "enough", filter_options={"lowest": 2, "min_rows": kept}, stages=["a"])
 
