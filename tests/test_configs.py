@@ -14,7 +14,7 @@ from cpt_lightning.cli import main
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-PARTS = ("backbone", "methods", "objective", "optimizers", "strategy", "streams", "tasks")
+PARTS = ("backbone", "filter", "methods", "objective", "optimizers", "strategy", "streams", "tasks")
 RUNS = [path for path in CONFIGS if path.parent.name not in PARTS]
 DEMOS = sorted((ROOT / "configs" / "demo").glob("*.yaml"))
 
@@ -152,6 +152,28 @@ def test_an_objective_learns_a_step(path, tmp_path, monkeypatch):
     logged = next(row for row in csv.DictReader(metrics.read_text().splitlines()) if row.get("train/loss"))
     assert math.isfinite(float(logged["train/loss"]))
     assert 0 < float(logged["train/reward/accuracy"]) < 1, "otherwise nothing was learned here"
+
+
+def test_the_filter_judges_and_its_rows_are_learned(tmp_path, monkeypatch):
+    """The command of its comment, one task of eight rows and one step."""
+    monkeypatch.chdir(ROOT)
+    args = ["--data.steps=1", "--data.prompts_per_step=2", "--data.stages=[word2]", "--data.tasks.word2.num_train=8"]
+    stream = yaml.safe_load((ROOT / "configs/streams/toy_five.yaml").read_text())
+    args += [f"--data.tasks.{name}.num_test=1" for name in stream["tasks"]]
+    args += ["--data.probes=null", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+    main([*command_of(ROOT / "configs/filter/rif.yaml"), *args, f"--run_dir={tmp_path / 'run'}"])
+    header, *rows = map(json.loads, (tmp_path / "run/filter/word2.jsonl").read_text().splitlines())
+    assert (header["completions_per_row"], header["sampling"]["temperature"]) == (8, 1.0)
+    assert len(rows) == 8 and [row["kept"] for row in rows] == [row["pass_count"] > 0 for row in rows]
+
+
+def test_rif_settings_of_the_paper_reach_the_filter(capsys, monkeypatch):
+    """RIF-RFT (arXiv 2507.05386): 8 attempts of up to 1,024 tokens at temperature 1, one of them right or more."""
+    monkeypatch.chdir(ROOT)
+    chosen = resolved(command_of(ROOT / "configs/qwen2_5_vl_7b/rif_grpo.yaml"), capsys)["filter"]
+    assert (chosen["mode"], chosen["completions_per_row"], chosen["lowest"]) == ("solvable", 8, 1)
+    assert (chosen["highest"], chosen["threshold"], chosen["cap"]) == (None, 1.0, None)
+    assert (chosen["sampling"]["max_new_tokens"], chosen["sampling"]["temperature"]) == (1024, 1.0)
 
 
 @pytest.mark.parametrize("path", DEMOS, ids=lambda path: path.stem)

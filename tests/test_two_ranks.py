@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from cpt_lightning.cli import main
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
 import sys
@@ -82,18 +84,42 @@ data:
   tasks:
     bars2: &toy
       source: {class_path: cpt_lightning.tasks.ToyWorld, init_args: {family: bars2}}
+      reward: {format: think_answer}
+      num_train: 7
       num_test: 3
     facts: {<<: *toy, source: {class_path: cpt_lightning.tasks.ToyWorld, init_args: {family: facts}}}
   stages: [facts, [bars2, facts]]
   prompts_per_step: 2
   steps: 4
+  eval_prompts_per_step: 4
+filter: {mode: random, completions_per_row: 2, sampling: {max_new_tokens: 12}}
 trainer: {accelerator: cpu, devices: 2, enable_progress_bar: false}
 """
 
 
+def verdicts(run: Path) -> dict[str, list[dict]]:
+    """Header and verdicts of every stage, without what they took."""
+    files = sorted((run / "filter").glob("*.jsonl"))
+    rows = {file.stem: [json.loads(line) for line in file.read_text().splitlines()] for file in files}
+    return {name: [{**row, "time_s": None} for row in stage] for name, stage in rows.items()}
+
+
+@pytest.fixture(scope="module")
+def filtered(tmp_path_factory) -> Path:
+    """A run of one process."""
+    folder = tmp_path_factory.mktemp("filtered")
+    (folder / "config.yaml").write_text(CONFIG)
+    main(["fit", "-c", str(folder / "config.yaml"), "--run_dir", str(folder / "run"), "--trainer.devices=1"])
+    return folder / "run"
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_ranks_with_and_without_images_and_rollouts_wait_for_each_other_and_stay_alike(tmp_path, strategy):
-    """One row a rank: text alone first, then ranks that sample beside ranks that do not, with images or without."""
+def test_ranks_with_and_without_images_and_rollouts_wait_for_each_other_and_stay_alike(tmp_path, filtered, strategy):
+    """One row a rank: text alone first, then ranks that sample beside ranks that do not, with images or without.
+
+    Before that they judge 4 + 3 rows of the first stage, and of the second those of another task too, as one process
+    does; the models that judge the second one may differ in their last digits, and so do their fingerprints.
+    """
     (tmp_path / "config.yaml").write_text(CONFIG)
     command = [sys.executable, "-m", "cpt_lightning", "fit", "-c", str(tmp_path / "config.yaml")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -103,3 +129,7 @@ def test_ranks_with_and_without_images_and_rollouts_wait_for_each_other_and_stay
     rows = json.loads((tmp_path / "run" / "accuracy_matrix.json").read_text())["rows"]
     assert [row["after"] for row in rows] == [None, "facts", "bars2+facts"]
     assert {cell["num_samples"] for row in rows for cell in row["scores"].values()} == {3}
+    one, two = verdicts(filtered), verdicts(tmp_path / "run")
+    assert two["facts"] == one["facts"]
+    assert [row["row_id"] for row in two["bars2+facts"][1:]] == [row["row_id"] for row in one["bars2+facts"][1:]]
+    assert {row["pass_count"] for row in one["facts"][1:]} == {1, 2}, "otherwise little was compared"

@@ -113,7 +113,12 @@ class TaskCheckpoint(ModelCheckpoint):
 
     def on_validation_batch_end(self, trainer: Trainer, *_) -> None:
         """Stops if asked to: the evaluation is made again, after the batches since the last checkpoint."""
-        if not trainer.sanity_checking and self.signals.asked_to_stop(trainer):
+        if not trainer.sanity_checking:
+            self.stop_if_asked(trainer)
+
+    def stop_if_asked(self, trainer: Trainer) -> None:
+        """Stops where there is nothing to save: what follows the last checkpoint is made again; all ranks must ask."""
+        if self.signals.asked_to_stop(trainer):
             self.signals.stop(trainer, self._how_to_go_on)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

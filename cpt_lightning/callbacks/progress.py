@@ -6,6 +6,7 @@ import sys
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.utilities import rank_zero_info
 
 from cpt_lightning.types import Batch
@@ -40,6 +41,24 @@ class TaskProgressBar(TQDMProgressBar):
         """Names the task that is tested."""
         super().on_test_batch_start(trainer, pl_module, batch, batch_idx, *args)
         self.test_progress_bar.set_description(f"testing {task_of(batch)}", refresh=self.refresh_rate == 1)
+
+
+def row_bar(trainer: Trainer, description: str, num_rows: int, num_done: int) -> Tqdm:
+    """A bar over rows before training, with rows per second; silent where the Trainer's own is, or on other ranks.
+
+    Not at a terminal it is renewed twice a minute, so that a log stays short.
+    """
+    own = trainer.progress_bar_callback
+    return Tqdm(
+        desc=description,
+        total=num_rows,
+        initial=num_done,
+        unit="row",
+        disable=own is None or own.is_disabled or not trainer.is_global_zero,
+        mininterval=0.1 if sys.stdout.isatty() else 30.0,
+        dynamic_ncols=True,
+        file=sys.stdout,
+    )
 
 
 def task_of(batch: Batch) -> str:

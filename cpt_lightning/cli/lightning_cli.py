@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from cpt_lightning.callbacks import (
     ContinualLearning,
+    RolloutFilter,
     SampleLog,
     SkippedRows,
     TaskCheckpoint,
@@ -105,6 +106,14 @@ class CPTCLI(LightningCLI):
         parser.add_lightning_class_args(TaskExport, "export")
         parser.set_defaults({"export.when": "never"})
         parser.add_lightning_class_args(SampleLog, "samples")
+        parser.add_argument(
+            "--filter_from",
+            type=str | None,
+            default=None,
+            help="Folder of a run whose verdicts (in its filter/) the rollout filter takes over instead of judging.",
+        )
+        parser.add_lightning_class_args(RolloutFilter, "filter")
+        parser.link_arguments("filter_from", "filter.filter_from")
         # One number for all that is random, so that another seed is another run in every respect.
         for target in ("data.seed", "model.init_args.seed"):
             parser.link_arguments("seed_everything", target, compute_fn=int)

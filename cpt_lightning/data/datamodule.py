@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import cached_property
@@ -13,7 +13,7 @@ from torch import Generator
 from torch.utils.data import DataLoader
 
 from cpt_lightning.data.collate import Collate, Processor
-from cpt_lightning.data.loader import StageLoader, StreamBatches
+from cpt_lightning.data.loader import KeptRows, StageLoader, StreamBatches
 from cpt_lightning.data.replay import Replay, ReplaySampler
 from cpt_lightning.data.sampler import EvaluationSampler, Mixing, Share, StageSampler, num_steps
 from cpt_lightning.tasks import Split, Task
@@ -100,6 +100,8 @@ class TaskStream(L.LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self._check_numbers()
+        self.choose_rows: Callable[[int], Mapping[str, Sequence[int]] | None] | None = None
+        """Says which training rows of a stage are kept, by task (``None`` for all); asked when the stage begins."""
         self._processor: Processor | None = None
         self._examples: dict[tuple[str, Split], Sequence[Example]] = {}
         self._fingerprints: dict[tuple[str, Split], str] = {}
@@ -141,14 +143,14 @@ class TaskStream(L.LightningDataModule):
             self._fingerprints[name, split] = fingerprint(self.everything[name], split, name)
         return self._fingerprints[name, split]
 
-    def num_steps(self, stage: int) -> int:
-        """Batches of a stage."""
+    def num_steps(self, stage: int, num_rows: int | None = None) -> int:
+        """Batches of a stage that shows so many rows, all by default; fewer change nothing where ``steps`` says."""
         name = self.stage_names[stage]
         steps = self.steps.get(name) if isinstance(self.steps, Mapping) else self.steps
         if steps is not None:
             return steps
         passes = self.passes.get(name) if isinstance(self.passes, Mapping) else self.passes
-        num_rows = sum(self._sizes(self.stages[stage], "train").values())
+        num_rows = num_rows or sum(self._sizes(self.stages[stage], "train").values())
         return num_steps(num_rows, self.own_rows_per_step(stage), 1.0 if passes is None else passes)
 
     def own_rows_per_step(self, stage: int) -> float:
@@ -182,7 +184,7 @@ class TaskStream(L.LightningDataModule):
             self._check_trainer()
             for name in self.task_names:
                 self.examples(name, "train")
-        for name in [*self.task_names, *self.probe_names]:
+        for name in self._evaluated:
             self.examples(name, "test" if stage == "test" else self.evaluate_on)
 
     def train_dataloader(self) -> StageLoader:
@@ -191,27 +193,32 @@ class TaskStream(L.LightningDataModule):
         epoch = 0 if self.trainer is None else self.trainer.current_epoch
         stage = min(epoch, self.num_stages - 1)
         collate = Collate(self.processor, self.max_prompt_tokens)
-        rows = self._split("train", [*self.stages[stage], *self.earlier(stage)])
-        return StageLoader(StreamBatches(rows, collate), self._stage_sampler(stage), self.num_workers)
+        batches = StreamBatches(self._learned_rows(stage), collate)
+        return StageLoader(batches, self._stage_sampler(stage), self.num_workers)
+
+    def rows_to_judge(self, stage: int, first: Mapping[str, int]) -> DataLoader:
+        """Every training row of a stage once and in order, from row ``first`` of each task on, as in an evaluation."""
+        return self._evaluation_loader("train", self.stages[stage], first)
 
     def rows_of_stage(self, stage: int, num_rows: int) -> Batch:
         """Rows of a stage as one batch, the same on every rank: what methods look at when it has been learned."""
-        names = self.stages[stage]
-        sampler = StageSampler(self._sizes(names, "train"), num_rows, 1, (self.seed, stage), self.mixing)
-        batches = StreamBatches(self._split("train", names), Collate(self.processor, self.max_prompt_tokens))
+        rows = self._learned_rows(stage)
+        sizes = {name: len(rows[name]) for name in self.stages[stage]}
+        sampler = StageSampler(sizes, num_rows, 1, (self.seed, stage), self.mixing)
+        batches = StreamBatches(rows, Collate(self.processor, self.max_prompt_tokens))
         return batches[sampler.batch(0)]
 
     def val_dataloader(self) -> DataLoader:
         """All tasks and probes, one task per batch."""
-        return self._evaluation_loader(self.evaluate_on)
+        return self._evaluation_loader(self.evaluate_on, self._evaluated)
 
     def test_dataloader(self) -> DataLoader:
         """All tasks and probes on their test split."""
-        return self._evaluation_loader("test")
+        return self._evaluation_loader("test", self._evaluated)
 
     def predict_dataloader(self) -> DataLoader:
         """The rows of the validation loader."""
-        return self._evaluation_loader(self.evaluate_on)
+        return self._evaluation_loader(self.evaluate_on, self._evaluated)
 
     # -- parts -----------------------------------------------------------------------------------------------------
 
@@ -219,11 +226,28 @@ class TaskStream(L.LightningDataModule):
     def _share(self) -> Share:
         return Share() if self.trainer is None else Share(self.trainer.global_rank, self.trainer.world_size)
 
+    @property
+    def _evaluated(self) -> list[str]:
+        return [*self.task_names, *self.probe_names]
+
+    def _learned_rows(self, stage: int) -> dict[str, Sequence[Example]]:
+        """Training rows of a stage and of the tasks before it: those that were kept when a task was learned last."""
+        rows = self._split("train", [*self.stages[stage], *self.earlier(stage)])
+        if self.choose_rows is None:
+            return rows
+        for name, every in rows.items():
+            learned = max(index for index in range(stage + 1) if name in self.stages[index])
+            if (kept := self.choose_rows(learned)) is not None:
+                rows[name] = KeptRows(every, kept[name])
+        return rows
+
     def _stage_sampler(self, stage: int) -> StageSampler:
+        num_rows = {name: len(rows) for name, rows in self._learned_rows(stage).items()}
+        sizes = {name: num_rows[name] for name in self.stages[stage]}
         options: dict[str, Any] = {
-            "sizes": self._sizes(self.stages[stage], "train"),
+            "sizes": sizes,
             "batch_size": self.prompts_per_step,
-            "num_steps": self.num_steps(stage),
+            "num_steps": self.num_steps(stage, sum(sizes.values())),
             "key": (self.seed, stage),
             "mixing": self.mixing,
             "share": self._share,
@@ -232,7 +256,7 @@ class TaskStream(L.LightningDataModule):
         if self.replay is None or self.replay.ratio == 0 or not earlier:
             return StageSampler(**options)
         numbers = {task: number for number, task in enumerate(self.task_names)}
-        return ReplaySampler(self.replay, self._sizes(earlier, "train"), numbers, **options)
+        return ReplaySampler(self.replay, {name: num_rows[name] for name in earlier}, numbers, **options)
 
     def _split(self, split: Split, names: Sequence[str]) -> dict[str, Sequence[Example]]:
         return {name: self.examples(name, split) for name in names}
@@ -240,9 +264,10 @@ class TaskStream(L.LightningDataModule):
     def _sizes(self, names: Sequence[str], split: Split) -> dict[str, int]:
         return {name: len(rows) for name, rows in self._split(split, names).items()}
 
-    def _evaluation_loader(self, split: Split) -> DataLoader:
-        names = [*self.task_names, *self.probe_names]
-        sampler = EvaluationSampler(self._sizes(names, split), self.eval_prompts_per_step, self._share)
+    def _evaluation_loader(
+        self, split: Split, names: Sequence[str], first: Mapping[str, int] | None = None
+    ) -> DataLoader:
+        sampler = EvaluationSampler(self._sizes(names, split), self.eval_prompts_per_step, self._share, first)
         batches = StreamBatches(
             self._split(split, names), Collate(self.processor, with_targets=False), keep_places=True
         )

@@ -14,6 +14,25 @@ from cpt_lightning.tasks import SkippedRow
 from cpt_lightning.types import Batch, Example
 
 
+class KeptRows(Sequence[Example]):
+    """The rows of a task that are shown, where not all are.
+
+    Args:
+        rows: All rows.
+        kept: Numbers of those that are shown.
+    """
+
+    def __init__(self, rows: Sequence[Example], kept: Sequence[int]) -> None:
+        self.rows = rows
+        self.kept = kept
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]
+        return self.rows[self.kept[index]]
+
+
 class StreamBatches(Dataset[Batch]):
     """Map-style over whole batches: a list of row references gives the batch of these rows.
 

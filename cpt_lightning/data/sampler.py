@@ -8,7 +8,7 @@ rows in order. Both hand every rank an equal share of every batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -151,19 +151,27 @@ class EvaluationSampler(Sampler[list[RowRef]]):
         sizes: Number of rows of each task.
         batch_size: Rows of a batch, over all ranks; rounded up to a multiple of the ranks.
         share: Which part of every batch is ours.
+        first: Row of each task to begin with; 0 by default.
     """
 
-    def __init__(self, sizes: dict[str, int], batch_size: int, share: Share = Share()) -> None:  # noqa: B008 a tuple
+    def __init__(
+        self,
+        sizes: dict[str, int],
+        batch_size: int,
+        share: Share = Share(),  # noqa: B008 a tuple
+        first: Mapping[str, int] | None = None,
+    ) -> None:
         self.sizes = sizes
+        self.first = {task: (first or {}).get(task, 0) for task in sizes}
         self.batch_size = math.ceil(batch_size / share.world_size) * share.world_size
         self.share = share
 
     def __len__(self) -> int:
-        return sum(math.ceil(size / self.batch_size) for size in self.sizes.values())
+        return sum(math.ceil((size - self.first[task]) / self.batch_size) for task, size in self.sizes.items())
 
     def __iter__(self) -> Iterator[list[RowRef]]:
         for task, size in self.sizes.items():
-            for start in range(0, size, self.batch_size):
+            for start in range(self.first[task], size, self.batch_size):
                 yield self._batch(task, range(start, min(start + self.batch_size, size)))
 
     def _batch(self, task: str, rows: range) -> list[RowRef]:

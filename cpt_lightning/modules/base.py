@@ -197,19 +197,32 @@ class PostTraining(Accounted, TaskAdapters):
         prompts = batch.prompts
         valid = [True] * len(prompts) if prompts.valid is None else prompts.valid.tolist()
         with self.adapters_of(prompts.examples[0].task):
-            texts, scores = self._answer(prompts, self.evaluation, key)
+            texts, scores = self.attempt(prompts, 1, self.evaluation, key)
             if self.forced_prefix is not None:
-                forced = self._answer(prompts, replace(self.evaluation, prefix=self.forced_prefix), key)[1]
+                forced = self.attempt(prompts, 1, replace(self.evaluation, prefix=self.forced_prefix), key)[1]
                 scores = [
                     {**free, "forced_accuracy": other["accuracy"]} for free, other in zip(scores, forced, strict=True)
                 ]
         return Evaluation(prompts.examples, texts, scores, valid)
 
-    def _answer(self, prompts: Prompts, sampling: Sampling, key: int) -> tuple[list[str], list[dict[str, float]]]:
-        generators = row_generators(self.device, prompts, self.seed, key)
-        completions = sample_groups(self.model, self.processor, prompts, 1, sampling, generators)
+    def attempt(
+        self, prompts: Prompts, group_size: int, sampling: Sampling, *key: int
+    ) -> tuple[list[str], list[dict[str, float]]]:
+        """Lets the model answer every prompt ``group_size`` times, without learning from it.
+
+        Args:
+            prompts: B prompts.
+            group_size: G.
+            sampling: How answers are drawn.
+            key: What the draws of a row depend on, besides the seed and the row.
+
+        Returns:
+            N = B * G completions, group by group, and their named scores.
+        """
+        generators = row_generators(self.device, prompts, self.seed, *key)
+        completions = sample_groups(self.model, self.processor, prompts, group_size, sampling, generators)
         texts = self.processor.decode(completions)
-        return texts, score(texts, prompts.examples)
+        return texts, score(texts, [example for example in prompts.examples for _ in range(group_size)])
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Evaluation:
         """Answers and grades one batch of one task."""

@@ -97,7 +97,7 @@ def test_precision_recall_f1_and_yes_ratio_are_those_of_the_whole_set_however_it
         answers = iter([*said, "yes"])
 
         class Scripted(SFT):
-            def _answer(self, prompts, sampling, key, answers=answers):
+            def attempt(self, prompts, group_size, sampling, *key, answers=answers):
                 texts = [next(answers) for _ in prompts.examples]
                 return texts, score(texts, prompts.examples)
 
