@@ -38,6 +38,7 @@ class Example:
         images: The prompt's images in order, RGB; emptied by the collate function once they are pixels.
         gold: Reference answer(s).
         target: Completion that SFT learns; ``None`` where the source has none.
+        target_ids: Token ids of that completion, where it was sampled and is learned exactly as it was.
         reward: Scores a completion of this row.
     """
 
@@ -48,6 +49,7 @@ class Example:
     reward: RewardFunction
     images: list[Image] = field(default_factory=list)
     target: str | None = None
+    target_ids: list[int] | None = None
 
 
 @dataclass
@@ -281,16 +283,18 @@ class Evaluation:
     """What the model said to one batch of rows, and what it was worth.
 
     Args:
-        examples: B rows.
+        examples: B rows; one that was answered G times stands here G times.
         texts: B completions.
         scores: B named scores, ``"accuracy"`` and ``"total"`` among them.
         valid: ``[B]`` whether the row counts; the others only fill up a rank's share.
+        completions: B completions in tokens, where these are to be kept.
     """
 
     examples: list[Example]
     texts: list[str]
     scores: list[dict[str, float]]
     valid: list[bool]
+    completions: Completions | None = None
 
 
 def _tensors_to(batch: T, device: torch.device | str, **kwargs) -> T:

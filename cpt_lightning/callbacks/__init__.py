@@ -8,6 +8,7 @@ from cpt_lightning.callbacks.l2 import L2
 from cpt_lightning.callbacks.matrix import AccuracyMatrix
 from cpt_lightning.callbacks.merging import ModelMerging
 from cpt_lightning.callbacks.progress import SkippedRows, TaskProgressBar
+from cpt_lightning.callbacks.rollout_writer import RolloutWriter
 from cpt_lightning.callbacks.samples import SampleLog
 from cpt_lightning.callbacks.scores import TestScores
 
@@ -17,6 +18,7 @@ __all__ = [
     "AccuracyMatrix",
     "ContinualLearning",
     "ModelMerging",
+    "RolloutWriter",
     "SampleLog",
     "SkippedRows",
     "TaskCheckpoint",

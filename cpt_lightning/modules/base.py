@@ -19,7 +19,8 @@ from cpt_lightning.modules.accounting import Accounted
 from cpt_lightning.modules.schedules import TaskSchedule
 from cpt_lightning.modules.task_adapters import TaskAdapters
 from cpt_lightning.rewards import score, with_ratios
-from cpt_lightning.rollouts import Sampling, completion_logprobs, sample_groups
+from cpt_lightning.rollouts import Attempts, Sampling, completion_logprobs, sample_groups
+from cpt_lightning.rollouts.attempts import repeated
 from cpt_lightning.rollouts.sampling import keyed_generator, row_generators
 from cpt_lightning.strategy import FSDP2
 from cpt_lightning.types import Batch, Completions, Evaluation, Prompts
@@ -48,6 +49,7 @@ class PostTraining(Accounted, TaskAdapters):
         forced_prefix: Evaluates every row a second time with the answer made to begin like this, logged as
             ``val/<task>/forced_accuracy``. With the base's own way to begin it tells knowledge that is lost from a
             style that is suppressed.
+        attempts: Answers every row several times in ``predict``, to be collected; as in an evaluation if not given.
         peak_flops: Operations per second that the device can do, for ``perf/mfu``; known for common GPUs in bfloat16.
         seed: Keys all sampling of this module.
     """
@@ -60,6 +62,7 @@ class PostTraining(Accounted, TaskAdapters):
         max_grad_norm: float | None = 1.0,
         evaluation: Sampling = Sampling(max_new_tokens=64, temperature=0.0),  # noqa: B008
         forced_prefix: str | None = None,
+        attempts: Attempts | None = None,
         peak_flops: float | None = None,
         seed: int = 0,
     ):
@@ -72,6 +75,7 @@ class PostTraining(Accounted, TaskAdapters):
         self.max_grad_norm = max_grad_norm
         self.evaluation = evaluation
         self.forced_prefix = forced_prefix
+        self.attempts = attempts
         self.seed = seed
         self.sums = nn.ModuleDict()
         self._nonfinite_in_a_row = 0
@@ -205,6 +209,33 @@ class PostTraining(Accounted, TaskAdapters):
         texts = self.processor.decode(completions)
         return texts, score(texts, prompts.examples)
 
+    def attempt(self, batch: Batch, attempts: Attempts) -> Evaluation:
+        """Lets the model answer every prompt several times; what a row draws depends on it and the seed alone.
+
+        Args:
+            batch: B rows; of one task, where each has its own adapters.
+            attempts: How often, and how.
+
+        Returns:
+            N = B * G completions, group by group, and what they are worth.
+        """
+        prompts = batch.prompts
+        hinted = attempts.hint.show(self.processor, prompts) if attempts.hint else prompts
+        generators = row_generators(self.device, prompts, self.seed)
+        with self.adapters_of(prompts.examples[0].task):
+            completions = sample_groups(
+                self.model, self.processor, hinted, attempts.group_size, attempts.sampling, generators
+            )
+        examples, texts = repeated(prompts.examples, attempts.group_size), self.processor.decode(completions)
+        valid = [True] * len(prompts) if prompts.valid is None else prompts.valid.tolist()
+        return Evaluation(
+            examples,
+            texts,
+            score(texts, examples),
+            [counts for counts in valid for _ in range(attempts.group_size)],
+            completions,
+        )
+
     def validation_step(self, batch: Batch, batch_idx: int) -> Evaluation:
         """Answers and grades one batch of one task."""
         return self._evaluation_step(batch, batch_idx)
@@ -214,8 +245,8 @@ class PostTraining(Accounted, TaskAdapters):
         return self._evaluation_step(batch, batch_idx)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Evaluation:
-        """Answers and grades one batch."""
-        return self.evaluate(batch, batch_idx)
+        """Answers and grades one batch, each row several times if ``attempts`` says so."""
+        return self.evaluate(batch, batch_idx) if self.attempts is None else self.attempt(batch, self.attempts)
 
     def on_validation_epoch_end(self) -> None:
         """Logs ``val/<task>/accuracy`` and the other scores of every task."""
