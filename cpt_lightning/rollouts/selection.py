@@ -75,11 +75,12 @@ class Selection:
         seen: set[str] = set()
         for text, score, length, end in zip(texts, scores, lengths, ended, strict=True):
             verdict = self._alone(text, score, length, end)
-            if verdict == "kept" and self.distinct and text in seen:
+            if verdict == "kept" and self.distinct and text in seen:  # of what is kept: a cut-off one has the same text
                 verdict = "duplicate"
             if verdict == "kept" and self.per_row is not None and verdicts.count("kept") >= self.per_row:
                 verdict = "surplus"
-            seen.add(text)
+            if verdict == "kept":
+                seen.add(text)
             verdicts.append(verdict)
         return verdicts
 
