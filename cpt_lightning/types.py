@@ -172,6 +172,10 @@ class Completions:
         """``[N]`` tokens of each completion, its end-of-turn token included."""
         return self.mask.sum(dim=1)
 
+    def ended(self, stop_token_ids: Sequence[int]) -> Tensor:
+        """``[N]`` bool, whether each came to its end rather than being cut off."""
+        return (torch.isin(self.ids, self.ids.new_tensor(stop_token_ids)) & self.mask).any(dim=1)
+
     def to(self, device: torch.device | str, **kwargs) -> Self:
         """A copy with its tensors on ``device``."""
         return _tensors_to(self, device, **kwargs)
@@ -244,6 +248,7 @@ class Rollout:
         reward_parts: Named parts of the reward (``"accuracy"``, ``"format"``), each ``[B, G]``.
         learned: ``[B, G]`` bool, completions that updates learn from; ``None`` if all are.
         greedy_rewards: ``[B]`` total reward of each prompt's most probable completion, where that was asked for.
+        scores: N named scores, as the completions' own rewards gave them.
     """
 
     prompts: Prompts
@@ -253,6 +258,7 @@ class Rollout:
     reward_parts: dict[str, Tensor]
     learned: Tensor | None = None
     greedy_rewards: Tensor | None = None
+    scores: list[dict[str, float]] = field(default_factory=list)
 
     @property
     def group_size(self) -> int:
@@ -275,6 +281,7 @@ class Rollout:
             {name: part[index] for name, part in self.reward_parts.items()},
             None if self.learned is None else self.learned[index],
             None if self.greedy_rewards is None else self.greedy_rewards[index],
+            [self.scores[completion] for completion in completions] if self.scores else [],
         )
 
 

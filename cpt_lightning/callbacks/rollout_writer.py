@@ -16,7 +16,7 @@ from PIL.Image import Image
 
 from cpt_lightning.callbacks.files import append_lines
 from cpt_lightning.models.fingerprint import model_fingerprint
-from cpt_lightning.rollouts.selection import VERDICTS, Selection, Verdict, ended
+from cpt_lightning.rollouts.selection import VERDICTS, Selection, Verdict
 from cpt_lightning.types import Batch, Evaluation
 
 SUFFIXES = (".jsonl", ".parquet")
@@ -129,7 +129,7 @@ class RolloutWriter(Callback):
         """What is kept of a batch."""
         assert outputs.completions is not None
         lengths, size = outputs.completions.lengths.tolist(), module.attempts.group_size
-        ends = ended(outputs.completions, module.processor.stop_token_ids)
+        ends = outputs.completions.ended(module.processor.stop_token_ids).tolist()
         for start in range(0, len(lengths), size):
             if not outputs.valid[start]:
                 continue

@@ -157,9 +157,10 @@ class GroupRollouts(ManualUpdates):
             rewards, parts = rewards[:, :-1], {name: part[:, :-1] for name, part in parts.items()}
             sampled = [row for row in range(len(texts)) if (row + 1) % self._per_prompt]
             completions, texts = completions.select(sampled), [texts[row] for row in sampled]
+            scores = [scores[row] for row in sampled]
         learned = None if self.learn_truncated else self._ended(completions).view_as(rewards)
         prompts = prompts if num_prompts == len(prompts) else prompts.select(range(num_prompts))
-        return Rollout(prompts, completions, list(texts), rewards, parts, learned, greedy_rewards)
+        return Rollout(prompts, completions, list(texts), rewards, parts, learned, greedy_rewards, list(scores))
 
     def _reward_parts(self, scores: Sequence[dict[str, float]]) -> dict[str, Tensor]:
         """Each ``[B, G]``, the total among them."""
@@ -170,7 +171,7 @@ class GroupRollouts(ManualUpdates):
 
     def _ended(self, completions: Completions) -> Tensor:
         """``[N]`` whether each completion came to its end."""
-        return torch.isin(completions.ids, completions.ids.new_tensor(self.processor.stop_token_ids)).any(dim=1)
+        return completions.ended(self.processor.stop_token_ids)
 
     # -- dynamic sampling ----------------------------------------------------------------------------------------
 

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from cpt_lightning.types import Completions
-
 Verdict = Literal["kept", "unfinished", "incorrect", "short", "long", "special_token", "duplicate", "surplus"]
 """What becomes of a completion: ``kept``, or why it is not."""
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
@@ -95,9 +93,3 @@ class Selection:
         if self.max_tokens is not None and length > self.max_tokens:
             return "long"
         return "special_token" if _SPECIAL_TOKEN.search(text) else "kept"
-
-
-def ended(completions: Completions, stop_token_ids: Sequence[int]) -> list[bool]:
-    """Whether each of N completions came to its end, rather than being cut off."""
-    stops = set(stop_token_ids)
-    return [bool(stops.intersection(ids)) for ids in completions.ids.tolist()]

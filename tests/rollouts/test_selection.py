@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from cpt_lightning.rollouts import Selection
-from cpt_lightning.rollouts.selection import ended
 from cpt_lightning.types import Completions
 
 RIGHT, WRONG, HALF = {"accuracy": 1.0}, {"accuracy": 0.0}, {"accuracy": 0.5}
@@ -50,7 +49,7 @@ def test_a_wrong_answer_before_does_not_make_the_same_text_a_duplicate_of_what_i
 
 def test_completions_end_with_any_stop_token():
     completions = Completions(torch.tensor([[5, 1, 0], [5, 6, 7], [2, 0, 0]]), torch.ones(3, 3, dtype=torch.bool))
-    assert ended(completions, [1, 2]) == [True, False, True]
+    assert completions.ended([1, 2]).tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize(
