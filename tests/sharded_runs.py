@@ -13,10 +13,13 @@ from torch import distributed
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group as param_group
 from torch.utils.data import DataLoader, Dataset
 
+from cpt_lightning.callbacks import RolloutWriter
+from cpt_lightning.data import TaskStream
 from cpt_lightning.models import Backbone
 from cpt_lightning.models.adapters import Lora
-from cpt_lightning.modules import RFT, SFT, group_rollouts
-from cpt_lightning.rollouts import Sampling
+from cpt_lightning.modules import RFT, SFT, OnPolicySFT, group_rollouts
+from cpt_lightning.rollouts import Attempts, Sampling, Selection
+from cpt_lightning.tasks import Task, ToyWorld
 from cpt_lightning.types import Batch
 from tests.training import sgd, with_examples
 
@@ -25,12 +28,15 @@ RUNS = {
     "sft_lora": partial(SFT, max_grad_norm=0.05),
     "rft_full": partial(RFT, group_size=4, sampling=Sampling(max_new_tokens=8), micro_batch_prompts=1, kl_coef=0.1),
     "rft_lora": partial(RFT, group_size=4, sampling=Sampling(max_new_tokens=8), kl_coef=0.1, reference="base"),
+    "on_policy_full": partial(
+        OnPolicySFT, group_size=4, sampling=Sampling(max_new_tokens=8), selection=Selection(finished_only=False)
+    ),
     "resumed_full": SFT,
     "resumed_lora": partial(RFT, group_size=4, sampling=Sampling(max_new_tokens=8), kl_coef=0.1),
 }
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 GATHERS = [0]
-SEEN: dict[str, Any] = {"gathers_while_sampling": [], "lengths": []}
+SEEN: dict[str, Any] = {"gathers_while_sampling": [], "lengths": [], "kept": []}
 
 
 class Share(Dataset):
@@ -85,9 +91,24 @@ def _fit(module: L.LightningModule, batch: Batch, trainer: L.Trainer, checkpoint
     return trainer
 
 
+def collect(folder: Path, strategy: str, devices: int) -> None:
+    """Rollouts of five rows with pictures and three without, four rows a batch: ranks have unequally many."""
+    attempts = Attempts(group_size=3, sampling=Sampling(max_new_tokens=6))
+    module = SFT(backbone=Backbone(str(folder / "backbone")), attempts=attempts)
+    tasks = {"bars": Task(ToyWorld("bars"), num_train=5), "facts": Task(ToyWorld("facts"), num_train=3)}
+    stream = TaskStream(tasks, predict_on="train", eval_prompts_per_step=4)
+    writer = RolloutWriter(f"{strategy}/rollouts.jsonl", Selection(correct_only=False, finished_only=False))
+    trainer = L.Trainer(
+        **QUIET, accelerator="cpu", inference_mode=False, use_distributed_sampler=False, strategy=strategy,
+        devices=devices, callbacks=[writer], default_root_dir=folder,
+    )  # fmt: skip
+    trainer.predict(module, datamodule=stream)
+
+
 def watch() -> None:
     """Counts what is gathered while completions are sampled, and notes what a rank's load of the backbone holds."""
     gather, sample, load = param_group.foreach_all_gather, group_rollouts.sample_groups, Backbone.load_model
+    learn = OnPolicySFT.losses
 
     def counted_gather(*args: Any, **kwargs: Any) -> Any:
         GATHERS[0] += 1
@@ -100,11 +121,16 @@ def watch() -> None:
         SEEN["lengths"].append(completions.lengths.tolist())
         return completions
 
+    def counted_losses(module: OnPolicySFT, rollout: Any, kept: torch.Tensor) -> Any:
+        SEEN["kept"].append(int(kept.sum()))
+        return learn(module, rollout, kept)
+
     def noted_load(*args: Any, **kwargs: Any) -> Any:
         model = load(*args, **kwargs)
         SEEN["loaded"] = sum(p.numel() for p in model.parameters() if not p.is_meta)
         return model
 
+    OnPolicySFT.losses = counted_losses
     param_group.foreach_all_gather, group_rollouts.sample_groups, Backbone.load_model = (
         counted_gather, counted_sample, noted_load,
     )  # fmt: skip
@@ -116,7 +142,8 @@ def main(folder: Path, strategy: str, devices: int) -> None:
         seen = run(name, folder, strategy, devices)
         rank = distributed.get_rank() if distributed.is_initialized() else 0
         torch.save({**seen, "gathers": GATHERS[0]}, folder / f"{name}_{strategy}_{rank}.pt")
-        SEEN["gathers_while_sampling"], SEEN["lengths"] = [], []
+        SEEN["gathers_while_sampling"], SEEN["lengths"], SEEN["kept"] = [], [], []
+    collect(folder, strategy, devices)
 
 
 if __name__ == "__main__":
