@@ -32,8 +32,12 @@ class GroupRollouts(ManualUpdates):
             -1, added to the reward (DAPO, eq. 13) and logged as ``train/reward/overlong``; off by default.
         learn_truncated: Learn from completions that were cut off at ``sampling.max_new_tokens`` (their reward counts
             for their siblings' advantages in any case). DAPO leaves them out.
+        micro_batch_prompts: Prompts whose groups go through backward at once; all by default. Limits memory, and
+            changes no result.
         **kwargs: Options of :class:`PostTraining`.
     """
+
+    updates_per_rollout = 1
 
     def __init__(
         self,
@@ -43,6 +47,7 @@ class GroupRollouts(ManualUpdates):
         informative_prompts: int | None = None,
         overlong_margin: int | None = None,
         learn_truncated: bool = True,
+        micro_batch_prompts: int | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -61,6 +66,7 @@ class GroupRollouts(ManualUpdates):
             group_size=group_size,
             rollout_batch_prompts=rollout_batch_prompts,
             informative_prompts=informative_prompts,
+            micro_batch_prompts=micro_batch_prompts,
         )
         if informative_prompts is not None and rollout_batch_prompts is None:
             raise ValueError(
@@ -73,6 +79,12 @@ class GroupRollouts(ManualUpdates):
         self.informative_prompts = informative_prompts
         self.overlong = None if overlong_margin is None else OverlongPenalty(sampling.max_new_tokens, overlong_margin)
         self.learn_truncated = learn_truncated
+        self.micro_batch_prompts = micro_batch_prompts
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps of a training step."""
+        return 1
 
     @property
     def samples_greedy(self) -> bool:

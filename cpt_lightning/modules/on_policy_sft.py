@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cpt_lightning.functional import Reduction, token_weights, weighted_sum
-from cpt_lightning.modules.group_rollouts import GroupRollouts, check_positive
+from cpt_lightning.modules.group_rollouts import GroupRollouts
 from cpt_lightning.modules.updates import Loss, UpdateStats
 from cpt_lightning.rollouts import Hint, Selection
 from cpt_lightning.rollouts.selection import Verdict
@@ -50,8 +50,6 @@ class OnPolicySFT(GroupRollouts):
             is learned is asked without it. ``{}`` does so in its default words.
         reduction: How the loss averages over tokens: ``sequence_mean`` gives every kept completion the same weight,
             ``token_mean`` every token.
-        micro_batch_prompts: Prompts whose completions go through backward at once; all by default. Limits memory, and
-            changes no result.
         **kwargs: Options of :class:`GroupRollouts` and :class:`PostTraining`.
 
     Raises:
@@ -63,18 +61,15 @@ class OnPolicySFT(GroupRollouts):
         selection: Selection = Selection(),  # noqa: B008 a dataclass that is never changed
         hint: Hint | None = None,
         reduction: Reduction = "sequence_mean",
-        micro_batch_prompts: int | None = None,
         **kwargs,
     ):
         # Which groups and completions are learned from is for the selection to say.
         super().__init__(informative_prompts=None, overlong_margin=None, learn_truncated=True, **kwargs)
         if reduction == "constant":
             raise ValueError("reduction='constant' belongs to RFT; SFT has 'sequence_mean' and 'token_mean'")
-        check_positive(micro_batch_prompts=micro_batch_prompts)
         self.selection = selection
         self.hint = hint
         self.reduction: Reduction = reduction
-        self.micro_batch_prompts = micro_batch_prompts
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Samples, keeps what is right, and learns it."""

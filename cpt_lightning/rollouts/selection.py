@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from cpt_lightning.tasks.prompts import SPECIAL_TOKEN
+
 Verdict = Literal["kept", "unfinished", "incorrect", "short", "long", "special_token", "duplicate", "surplus"]
 """What becomes of a completion: ``kept``, or why it is not."""
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
-
-_SPECIAL_TOKEN = re.compile(r"<\|\w+\|>")
 
 
 @dataclass
@@ -92,4 +91,4 @@ class Selection:
             return "short"
         if self.max_tokens is not None and length > self.max_tokens:
             return "long"
-        return "special_token" if _SPECIAL_TOKEN.search(text) else "kept"
+        return "special_token" if SPECIAL_TOKEN.search(text) else "kept"
