@@ -15,7 +15,7 @@ from cpt_lightning.models import Backbone
 from cpt_lightning.models.fingerprint import model_fingerprint
 from cpt_lightning.modules import SFT
 from cpt_lightning.rollouts import Attempts, Hint, Sampling, Selection
-from cpt_lightning.tasks import FileRows, Prompt, RolloutRows, Task, ToyWorld
+from cpt_lightning.tasks import Columns, FileRows, Prompt, RolloutRows, Task, ToyWorld
 from tests.training import sgd
 
 ALL = Selection(correct_only=False, finished_only=False, distinct=False)
@@ -136,7 +136,7 @@ def test_a_hint_is_shown_while_sampling_and_stands_in_no_row(small_folder, tmp_p
 
 def test_other_readers_of_messages_understand_the_rows(small_folder, tmp_path):
     rows = collect(tmp_path, module_on(small_folder))
-    task = Task(FileRows(train=str(tmp_path / "rollouts.jsonl")))
+    task = Task(FileRows(train=str(tmp_path / "rollouts.jsonl"), columns=Columns(answer="answers")))
     examples = list(task.examples("train", "any"))
     assert [example.messages for example in examples] == [row["messages"][:-1] for row in rows]
     assert [example.target for example in examples] == [row["messages"][-1]["content"][0]["text"] for row in rows]
