@@ -38,6 +38,7 @@ class Example:
         images: The prompt's images in order, RGB; emptied by the collate function once they are pixels.
         gold: Reference answer(s).
         target: Completion that SFT learns; ``None`` where the source has none.
+        target_ids: Token ids of that completion, where it was sampled and is learned exactly as it was.
         reward: Scores a completion of this row.
     """
 
@@ -48,6 +49,7 @@ class Example:
     reward: RewardFunction
     images: list[Image] = field(default_factory=list)
     target: str | None = None
+    target_ids: list[int] | None = None
 
 
 @dataclass
@@ -170,6 +172,10 @@ class Completions:
         """``[N]`` tokens of each completion, its end-of-turn token included."""
         return self.mask.sum(dim=1)
 
+    def ended(self, stop_token_ids: Sequence[int]) -> Tensor:
+        """``[N]`` bool, whether each came to its end rather than being cut off."""
+        return (torch.isin(self.ids, self.ids.new_tensor(stop_token_ids)) & self.mask).any(dim=1)
+
     def to(self, device: torch.device | str, **kwargs) -> Self:
         """A copy with its tensors on ``device``."""
         return _tensors_to(self, device, **kwargs)
@@ -242,6 +248,7 @@ class Rollout:
         reward_parts: Named parts of the reward (``"accuracy"``, ``"format"``), each ``[B, G]``.
         learned: ``[B, G]`` bool, completions that updates learn from; ``None`` if all are.
         greedy_rewards: ``[B]`` total reward of each prompt's most probable completion, where that was asked for.
+        scores: N named scores, as the completions' own rewards gave them.
     """
 
     prompts: Prompts
@@ -251,6 +258,7 @@ class Rollout:
     reward_parts: dict[str, Tensor]
     learned: Tensor | None = None
     greedy_rewards: Tensor | None = None
+    scores: list[dict[str, float]] = field(default_factory=list)
 
     @property
     def group_size(self) -> int:
@@ -273,6 +281,7 @@ class Rollout:
             {name: part[index] for name, part in self.reward_parts.items()},
             None if self.learned is None else self.learned[index],
             None if self.greedy_rewards is None else self.greedy_rewards[index],
+            [self.scores[completion] for completion in completions] if self.scores else [],
         )
 
 
@@ -281,16 +290,18 @@ class Evaluation:
     """What the model said to one batch of rows, and what it was worth.
 
     Args:
-        examples: B rows.
+        examples: B rows; one that was answered G times stands here G times.
         texts: B completions.
         scores: B named scores, ``"accuracy"`` and ``"total"`` among them.
         valid: ``[B]`` whether the row counts; the others only fill up a rank's share.
+        completions: B completions in tokens, where these are to be kept.
     """
 
     examples: list[Example]
     texts: list[str]
     scores: list[dict[str, float]]
     valid: list[bool]
+    completions: Completions | None = None
 
 
 def _tensors_to(batch: T, device: torch.device | str, **kwargs) -> T:

@@ -39,7 +39,7 @@ class WordProcessor:
         mask = [[0] * (width - len(row)) + [1] * len(row) for row in words]
         return Prompts(torch.tensor(ids), torch.tensor(mask), images_per_prompt=[0] * len(words))
 
-    def encode_targets(self, texts) -> Completions:
+    def encode_targets(self, texts, ids=None, row_ids=None) -> Completions:
         ids = torch.tensor([[ord(text[0])] for text in texts])
         return Completions(ids, torch.ones_like(ids, dtype=torch.bool))
 

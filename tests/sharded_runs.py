@@ -14,10 +14,13 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param_group as param_group
 from torch.utils.data import DataLoader, Dataset
 
 from cpt_lightning import strategy as strategies
+from cpt_lightning.callbacks import RolloutWriter
+from cpt_lightning.data import TaskStream
 from cpt_lightning.models import Backbone, Quantization
 from cpt_lightning.models.adapters import Lora
-from cpt_lightning.modules import RFT, SFT, group_rollouts
-from cpt_lightning.rollouts import Sampling
+from cpt_lightning.modules import RFT, SFT, OnPolicySFT, group_rollouts
+from cpt_lightning.rollouts import Attempts, Sampling, Selection
+from cpt_lightning.tasks import Task, ToyWorld
 from cpt_lightning.types import Batch
 from tests.training import sgd, with_examples
 
@@ -32,6 +35,9 @@ RUNS = {
     "mixed_rft_full": partial(
         RFT, group_size=4, sampling=Sampling(max_new_tokens=8), micro_batch_prompts=1, kl_coef=0.1
     ),
+    "on_policy_full": partial(
+        OnPolicySFT, group_size=4, sampling=Sampling(max_new_tokens=8), selection=Selection(finished_only=False)
+    ),
     "resumed_full": SFT,
     "resumed_lora": partial(RFT, group_size=4, sampling=Sampling(max_new_tokens=8), kl_coef=0.1),
 }
@@ -41,7 +47,7 @@ OFFLOADED = ["sft_full", "rft_lora", "mixed_sft_full", "resumed_full"]
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 FLOAT32 = Quantization(compute_dtype="float32")
 GATHERS = [0]
-SEEN: dict[str, Any] = {"gathers_while_sampling": [], "lengths": [], "waiting_gradients": []}
+SEEN: dict[str, Any] = {"gathers_while_sampling": [], "lengths": [], "waiting_gradients": [], "kept": []}
 
 
 class Share(Dataset):
@@ -105,10 +111,24 @@ def _fit(module: L.LightningModule, batch: Batch, trainer: L.Trainer, checkpoint
     return trainer
 
 
+def collect(folder: Path, strategy: str, devices: int) -> None:
+    """Rollouts of five rows with pictures and three without, four rows a batch: ranks have unequally many."""
+    attempts = Attempts(group_size=3, sampling=Sampling(max_new_tokens=6))
+    module = SFT(backbone=Backbone(str(folder / "backbone")), attempts=attempts)
+    tasks = {"bars": Task(ToyWorld("bars"), num_train=5), "facts": Task(ToyWorld("facts"), num_train=3)}
+    stream = TaskStream(tasks, predict_on="train", eval_prompts_per_step=4)
+    writer = RolloutWriter(f"{strategy}/rollouts.jsonl", Selection(correct_only=False, finished_only=False))
+    trainer = L.Trainer(
+        **QUIET, accelerator="cpu", inference_mode=False, use_distributed_sampler=False, strategy=strategy,
+        devices=devices, callbacks=[writer], default_root_dir=folder,
+    )  # fmt: skip
+    trainer.predict(module, datamodule=stream)
+
+
 def watch() -> None:
     """Counts what is gathered in sampling and what waits to be exchanged, and notes what a rank's load holds."""
     gather, sample, load = param_group.foreach_all_gather, group_rollouts.sample_groups, Backbone.load_model
-    exchange = strategies.exchange_gradients
+    exchange, learn = strategies.exchange_gradients, OnPolicySFT.losses
 
     def noted_exchange(model: Any) -> None:
         layers = model.model.language_model.layers
@@ -126,12 +146,17 @@ def watch() -> None:
         SEEN["lengths"].append(completions.lengths.tolist())
         return completions
 
+    def counted_losses(module: OnPolicySFT, rollout: Any, kept: torch.Tensor) -> Any:
+        SEEN["kept"].append(int(kept.sum()))
+        return learn(module, rollout, kept)
+
     def noted_load(*args: Any, **kwargs: Any) -> Any:
         model = load(*args, **kwargs)
         SEEN["loaded"] = sum(p.numel() for p in model.parameters() if not p.is_meta)
         return model
 
     strategies.exchange_gradients = noted_exchange
+    OnPolicySFT.losses = counted_losses
     param_group.foreach_all_gather, group_rollouts.sample_groups, Backbone.load_model = (
         counted_gather, counted_sample, noted_load,
     )  # fmt: skip
@@ -144,7 +169,8 @@ def main(folder: Path, launched: str, devices: int) -> None:
             seen = run(name, folder, strategy, devices)
             rank = distributed.get_rank() if distributed.is_initialized() else 0
             torch.save({**seen, "gathers": GATHERS[0]}, folder / f"{name}_{strategy}_{rank}.pt")
-            SEEN.update(gathers_while_sampling=[], lengths=[], waiting_gradients=[])
+            SEEN.update(gathers_while_sampling=[], lengths=[], waiting_gradients=[], kept=[])
+    collect(folder, launched, devices)
 
 
 if __name__ == "__main__":

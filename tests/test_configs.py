@@ -13,15 +13,28 @@ import yaml
 from cpt_lightning.cli import main
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-PARTS = ("backbone", "filter", "methods", "objective", "optimizers", "strategy", "streams", "tasks")
+CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name != "studies")  # see test_study.py
+PARTS = (
+    "backbone",
+    "filter",
+    "methods",
+    "objective",
+    "optimizers",
+    "rollouts",
+    "strategy",
+    "streams",
+    "studies",
+    "tasks",
+)
 RUNS = [path for path in CONFIGS if path.parent.name not in PARTS]
-DEMOS = sorted((ROOT / "configs" / "demo").glob("*.yaml"))
+DEMOS = sorted(
+    path for path in (ROOT / "configs" / "demo").glob("*.yaml") if path.stem != "rollout_sft"
+)  # which wants a file of rollouts: see test_rollouts.py
 
 
 def command_of(path: Path) -> list[str]:
     """The command in a config's first comment, without ``cpt``."""
-    found = re.match(r"# cpt (fit [^\n,:]*)", path.read_text(encoding="utf-8"))
+    found = re.match(r"# cpt ((?:fit|predict) [^\n,:]*)", path.read_text(encoding="utf-8"))
     return shlex.split(found[1]) if found else []
 
 
@@ -92,6 +105,8 @@ ARMS = {
     "sft": {"style": "direct", "tuning": "full"},
     "multitask_sft": {"num_stages": 1, "style": "direct"},
     "lora_sft": {"tuning": "lora", "style": "direct"},
+    "rollout_sft": {"style": None, "tuning": "full"},
+    "on_policy_sft": {"style": None, "max_new_tokens": 1024},
 }
 
 

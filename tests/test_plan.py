@@ -14,8 +14,8 @@ from cpt_lightning.cli.plan.worst_batch import full_completions, longest_prompts
 from cpt_lightning.models import Backbone
 from cpt_lightning.models.memory import LiveBytes
 from cpt_lightning.models.processor import PromptProcessor
-from cpt_lightning.modules import RFT, SFT, PostTraining
-from cpt_lightning.rollouts import Sampling
+from cpt_lightning.modules import RFT, SFT, OnPolicySFT, PostTraining
+from cpt_lightning.rollouts import Sampling, Selection
 from cpt_lightning.types import Batch
 from tests.training import fit, with_examples
 
@@ -65,6 +65,13 @@ def test_a_plan_is_what_a_real_step_takes(objective, parts, tuning):
         if objective == "sft"
         else RFT(group_size=4, sampling=sampling, backbone=backbone, **options)
     )
+    assert planned_peak(module) == pytest.approx(measured_peak(module), rel=0.15)
+
+
+def test_on_policy_sft_is_planned_as_it_is_measured():
+    """Every completion is kept, which is the most there can be."""
+    everything = Selection(correct_only=False, finished_only=False, distinct=False)
+    module = OnPolicySFT(selection=everything, group_size=4, sampling=Sampling(max_new_tokens=16))
     assert planned_peak(module) == pytest.approx(measured_peak(module), rel=0.15)
 
 

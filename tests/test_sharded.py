@@ -1,5 +1,6 @@
 """Two ranks that share the weights, or hold them twice, learn what one process does."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -111,7 +112,7 @@ def test_the_runs_that_are_compared_learn_something(runs):
     from cpt_lightning.models.qwen_vl import QwenVL
 
     start = QwenVL.from_pretrained(runs / "backbone").state_dict()
-    for name in ("sft_full", "rft_full", "resumed_full"):
+    for name in ("sft_full", "rft_full", "on_policy_full", "resumed_full"):
         weights = seen(runs, name, "auto")["weights"]
         assert max((weights[f"model.{key}"] - start[key]).abs().max() for key in start) > 1e-3, name
     for name in ("sft_lora", "rft_lora"):
@@ -120,6 +121,29 @@ def test_the_runs_that_are_compared_learn_something(runs):
     lengths = [seen(runs, "rft_full", "fsdp2", rank)["lengths"] for rank in (0, 1)]
     assert lengths[0] != lengths[1]
     assert lengths[0][0] + lengths[1][0] == seen(runs, "rft_full", "auto")["lengths"][0]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_rollouts_of_two_ranks_are_those_of_one_process(runs, strategy):
+    """Each row once, in the same order; five rows in batches of four leave a rank with filler."""
+    one, two = (
+        [json.loads(line) for line in (runs / name / "rollouts.jsonl").read_text().splitlines()]
+        for name in ("auto", strategy)
+    )
+    assert len({row["row_id"] for row in one}) == 8
+    for row, other in zip(one, two, strict=True):
+        model, others = row.pop("model"), other.pop("model")
+        assert others == (model if strategy == "ddp" else None)
+        for name in ("logprob_sum", "logprob_mean"):
+            assert other.pop(name) == pytest.approx(row.pop(name), abs=1e-5)
+        assert other == row
+
+
+def test_a_rank_that_kept_nothing_waits_for_one_that_did(runs):
+    """Of the steps that the runs above compare; together the ranks keep what one process does."""
+    first, second = (seen(runs, "on_policy_full", "fsdp2", rank)["kept"] for rank in (0, 1))
+    assert [a + b for a, b in zip(first, second, strict=True)] == seen(runs, "on_policy_full", "auto")["kept"]
+    assert any(bool(a) != bool(b) for a, b in zip(first, second, strict=True)), (first, second)
 
 
 def test_nothing_is_gathered_while_completions_are_sampled(runs):

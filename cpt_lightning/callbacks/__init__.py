@@ -9,6 +9,7 @@ from cpt_lightning.callbacks.matrix import AccuracyMatrix
 from cpt_lightning.callbacks.merging import ModelMerging
 from cpt_lightning.callbacks.progress import SkippedRows, TaskProgressBar
 from cpt_lightning.callbacks.rollout_filter import RolloutFilter
+from cpt_lightning.callbacks.rollout_writer import RolloutWriter
 from cpt_lightning.callbacks.samples import SampleLog
 from cpt_lightning.callbacks.scores import TestScores
 
@@ -19,6 +20,7 @@ __all__ = [
     "ContinualLearning",
     "ModelMerging",
     "RolloutFilter",
+    "RolloutWriter",
     "SampleLog",
     "SkippedRows",
     "TaskCheckpoint",

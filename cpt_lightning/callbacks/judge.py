@@ -70,7 +70,7 @@ class Judge:
         module, size = trainer.lightning_module, self.completions_per_row
         prompts = trainer.strategy.batch_to_device(batch.prompts.select(rows))
         with trainer.precision_plugin.val_step_context():
-            texts, scores = module.attempt(prompts, size, self.sampling_for(module), stage)
+            _, texts, scores = module.attempt(prompts, size, self.sampling_for(module), stage)
         attempts = list(zip(texts, scores, strict=True))
         return [attempts[start : start + size] for start in range(0, len(attempts), size)]
 

@@ -16,7 +16,7 @@ from cpt_lightning.callbacks.choice import Choice, Mode, kept_rows, shortage
 from cpt_lightning.callbacks.judge import Judge
 from cpt_lightning.callbacks.progress import row_bar
 from cpt_lightning.callbacks.verdicts import Verdict, VerdictFile
-from cpt_lightning.models.fingerprint import fingerprint
+from cpt_lightning.models.fingerprint import model_fingerprint
 from cpt_lightning.rollouts import Sampling
 from cpt_lightning.types import Batch
 
@@ -224,7 +224,7 @@ class RolloutFilter(Callback):
             "max_prompt_tokens": trainer.datamodule.max_prompt_tokens,
             "sampling": asdict(self.judge.sampling_for(module)),
             "seed": module.seed,
-            "model": fingerprint(module.model),
+            "model": model_fingerprint(module.model),
         }
 
     @property

@@ -18,8 +18,10 @@ class Processor(Protocol):
         """B chats, up to where the assistant begins to speak, as left-padded prompts."""
         ...
 
-    def encode_targets(self, texts: Sequence[str]) -> Completions:
-        """Reference completions, each with its end-of-turn token, right-padded."""
+    def encode_targets(
+        self, texts: Sequence[str], ids: Sequence[list[int] | None], row_ids: Sequence[str]
+    ) -> Completions:
+        """Reference completions, each as its ids or with its end-of-turn token, right-padded."""
         ...
 
 
@@ -32,11 +34,13 @@ class Collate:
         max_prompt_tokens: Rows with a longer prompt are left out and counted in ``Batch.num_skipped``; nothing is ever
             cut. ``None`` takes all rows.
         with_targets: Whether to encode reference completions, where every row has one.
+        keep_images: Whether examples keep their pictures beside the pixels, to be written down again.
     """
 
     processor: Processor
     max_prompt_tokens: int | None = None
     with_targets: bool = True
+    keep_images: bool = False
 
     def __call__(self, examples: Sequence[Example], valid: Sequence[bool] | None = None) -> Batch:
         """The batch.
@@ -48,10 +52,11 @@ class Collate:
         Raises:
             ValueError: No row is short enough, or a row cannot be encoded.
         """
-        names = [f"task '{example.task}', {example.row_id}" for example in examples]
+        names = [_name(example) for example in examples]
         images = [example.images for example in examples]
         prompts = self.processor.encode([example.messages for example in examples], images, names)
-        prompts.examples = [replace(example, images=[]) for example in examples]  # from here on they are pixels
+        # From here on images are pixels.
+        prompts.examples = list(examples) if self.keep_images else [replace(example, images=[]) for example in examples]
         prompts.valid = None if valid is None else torch.tensor(list(valid))
         kept = self._short_enough(prompts, names)
         if len(kept) < len(examples):
@@ -75,4 +80,9 @@ class Collate:
         texts = [example.target for example in examples if example.target is not None]
         if not self.with_targets or len(texts) < len(examples):
             return None
-        return self.processor.encode_targets(texts)
+        ids = [example.target_ids for example in examples]
+        return self.processor.encode_targets(texts, ids, [_name(example) for example in examples])
+
+
+def _name(example: Example) -> str:
+    return f"task '{example.task}', {example.row_id}"

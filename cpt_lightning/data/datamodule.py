@@ -16,7 +16,7 @@ from cpt_lightning.data.collate import Collate, Processor
 from cpt_lightning.data.loader import KeptRows, StageLoader, StreamBatches
 from cpt_lightning.data.replay import Replay, ReplaySampler
 from cpt_lightning.data.sampler import EvaluationSampler, Mixing, Share, StageSampler, num_steps
-from cpt_lightning.tasks import Split, Task
+from cpt_lightning.tasks import RolloutRows, Split, Task
 from cpt_lightning.tasks.fingerprint import fingerprint
 from cpt_lightning.tasks.prompts import Style
 from cpt_lightning.types import Batch, Example
@@ -41,6 +41,10 @@ class TaskStream(L.LightningDataModule):
         eval_prompts_per_step: Prompts of an evaluation batch, over all ranks.
         evaluate_on: Split for evaluation during ``fit``, ``validate`` and ``predict``: ``val`` to choose settings,
             ``test`` to report. ``cpt test`` always takes ``test``.
+        predict_on: Rows that ``predict`` goes through: those of a split of every task and probe, or with ``train`` the
+            training rows of the tasks of ``stages``. The split of ``evaluate_on`` by default.
+        rollouts: File of completions that ``cpt predict`` collected: what the tasks of ``stages`` then learn, in place
+            of their own training rows. Evaluation stays theirs.
         max_prompt_tokens: Training rows with a longer prompt are left out, counted and logged; nothing is cut.
             Evaluation asks every row, so that accuracies stay comparable.
         style: Asks every task and probe in this style, in place of its own (see ``Prompt.style``), and rewards keeping
@@ -66,6 +70,8 @@ class TaskStream(L.LightningDataModule):
         steps: int | dict[str, int] | None = None,
         eval_prompts_per_step: int = 64,
         evaluate_on: Literal["val", "test"] = "test",
+        predict_on: Split | None = None,
+        rollouts: str | None = None,
         max_prompt_tokens: int | None = None,
         style: Style | None = None,
         target: str | None = None,
@@ -87,6 +93,12 @@ class TaskStream(L.LightningDataModule):
             self.everything = {name: task.in_style(style) for name, task in self.everything.items()}
         if target is not None:
             self.everything = {name: replace(task, target=target) for name, task in self.everything.items()}
+        if rollouts is not None and target is not None:
+            raise ValueError(
+                f"data.rollouts={rollouts!r} and data.target={target!r} both say what SFT learns; leave one out"
+            )
+        if rollouts is not None:
+            self.everything |= {name: _on_rollouts(self.everything[name], name, rollouts) for name in tasks}
         self.stages = [[stage] if isinstance(stage, str) else list(stage) for stage in (stages or tasks)]
         self._check_stages(list(tasks), given=stages)
         self.prompts_per_step = prompts_per_step
@@ -94,6 +106,7 @@ class TaskStream(L.LightningDataModule):
         self.steps = steps
         self.eval_prompts_per_step = eval_prompts_per_step
         self.evaluate_on: Split = evaluate_on
+        self.predict_on: Split = evaluate_on if predict_on is None else predict_on
         self.max_prompt_tokens = max_prompt_tokens
         self.mixing = mixing
         self.replay = replay
@@ -184,8 +197,9 @@ class TaskStream(L.LightningDataModule):
             self._check_trainer()
             for name in self.task_names:
                 self.examples(name, "train")
-        for name in self._evaluated:
-            self.examples(name, "test" if stage == "test" else self.evaluate_on)
+        split = {"test": "test", "predict": self.predict_on}.get(stage, self.evaluate_on)
+        for name in self._evaluated(split):
+            self.examples(name, split)
 
     def train_dataloader(self) -> StageLoader:
         """The training batches of the current epoch's stage; the loader's state is its step."""
@@ -210,25 +224,21 @@ class TaskStream(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """All tasks and probes, one task per batch."""
-        return self._evaluation_loader(self.evaluate_on, self._evaluated)
+        return self._evaluation_loader(self.evaluate_on, self._evaluated(self.evaluate_on))
 
     def test_dataloader(self) -> DataLoader:
         """All tasks and probes on their test split."""
-        return self._evaluation_loader("test", self._evaluated)
+        return self._evaluation_loader("test", self._evaluated("test"))
 
     def predict_dataloader(self) -> DataLoader:
-        """The rows of the validation loader."""
-        return self._evaluation_loader(self.evaluate_on, self._evaluated)
+        """The rows of ``predict_on``, in order, one task per batch."""
+        return self._evaluation_loader(self.predict_on, self._evaluated(self.predict_on))
 
     # -- parts -----------------------------------------------------------------------------------------------------
 
     @property
     def _share(self) -> Share:
         return Share() if self.trainer is None else Share(self.trainer.global_rank, self.trainer.world_size)
-
-    @property
-    def _evaluated(self) -> list[str]:
-        return [*self.task_names, *self.probe_names]
 
     def _learned_rows(self, stage: int) -> dict[str, Sequence[Example]]:
         """Training rows of a stage and of the tasks before it: those that were kept when a task was learned last."""
@@ -268,11 +278,15 @@ class TaskStream(L.LightningDataModule):
         self, split: Split, names: Sequence[str], first: Mapping[str, int] | None = None
     ) -> DataLoader:
         sampler = EvaluationSampler(self._sizes(names, split), self.eval_prompts_per_step, self._share, first)
-        batches = StreamBatches(
-            self._split(split, names), Collate(self.processor, with_targets=False), keep_places=True
-        )
+        # Rollouts of training rows are written down with their images.
+        collate = Collate(self.processor, with_targets=False, keep_images=split == "train")
+        batches = StreamBatches(self._split(split, names), collate, keep_places=True)
         generator = Generator()  # of its own, as StageLoader says
         return DataLoader(batches, sampler=sampler, batch_size=None, num_workers=self.num_workers, generator=generator)
+
+    def _evaluated(self, split: str) -> list[str]:
+        """Whose rows of a split are asked: probes are never learned, and need not have training rows."""
+        return self.task_names if split == "train" else [*self.task_names, *self.probe_names]
 
     def _check_stages(self, tasks: list[str], given: Sequence[str | list[str]] | None) -> None:
         if given is not None and (not given or not all(self.stages)):
@@ -322,6 +336,14 @@ class TaskStream(L.LightningDataModule):
             raise ValueError(
                 "trainer.use_distributed_sampler must be false: the stream splits batches over ranks itself"
             )
+
+
+def _on_rollouts(task: Task, name: str, file: str) -> Task:
+    """The task, with a file of rollouts for its training rows; the file has the rows that were drawn for it."""
+    try:
+        return replace(task, source=RolloutRows(file, name, task.source), target=None, num_train=None)
+    except ValueError as error:
+        raise ValueError(f"data.rollouts: {error}") from error
 
 
 def _check_known(name: str, known: Sequence[str], where: str) -> None:

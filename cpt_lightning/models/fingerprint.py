@@ -19,7 +19,7 @@ VALUES = 64
 
 
 def frozen_fingerprint(model: QwenVL) -> str | None:
-    """Equal for equal frozen weights: 16 hexadecimal digits from names, shapes, precisions and some values of each.
+    """Of the frozen weights alone, see :func:`model_fingerprint`.
 
     ``None`` where this process does not hold the weights themselves, because they are sharded or not loaded yet.
     """
@@ -29,8 +29,11 @@ def frozen_fingerprint(model: QwenVL) -> str | None:
     return _digest(frozen)
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Equal for equal weights, frozen and trained; where they are sharded, every rank must ask."""
+def model_fingerprint(model: nn.Module) -> str:
+    """Equal for equal weights: 16 hexadecimal digits from names, shapes, precisions and some values of each.
+
+    Where they are sharded, every rank must ask.
+    """
     release(model)
     return _digest((name, whole(weight)) for name, weight in sorted(model.named_parameters()))
 

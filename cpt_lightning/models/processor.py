@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -16,6 +17,7 @@ from cpt_lightning.types import Completions, Prompts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from transformers import BatchEncoding
 
 TINY = Path(__file__).parent / "tiny" / "base"
 """The embedded base: a real, small Qwen2.5-VL folder."""
@@ -117,9 +119,7 @@ class PromptProcessor(Qwen2_5_VLProcessor):
             texts.append(self._expand_placeholders(text, grid, name))
             patches.append(pixels)
             grids.append(grid)
-        encoded = self.tokenizer(
-            texts, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False
-        )
+        encoded = self._encode_texts(texts)
         has_images = any(len(grid) for grid in grids)
         return Prompts(
             input_ids=encoded["input_ids"],
@@ -128,6 +128,30 @@ class PromptProcessor(Qwen2_5_VLProcessor):
             pixel_values=torch.cat(patches) if has_images else None,
             image_grid_thw=torch.cat(grids) if has_images else None,
         )
+
+    def reworded(self, prompts: Prompts, messages: Sequence[list[dict]]) -> Prompts:
+        """Other words about the same images, which are not cut into patches again.
+
+        Args:
+            prompts: B prompts.
+            messages: B chats with the images of the prompts.
+        """
+        grids: Sequence[Tensor] = [torch.zeros(0, 3)] * len(prompts)
+        if prompts.image_grid_thw is not None:
+            grids = prompts.image_grid_thw.split(prompts.images_per_prompt)
+        texts = [
+            self._expand_placeholders(
+                self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True),
+                grid,
+                example.row_id,
+            )
+            for chat, grid, example in zip(messages, grids, prompts.examples, strict=True)
+        ]
+        encoded = self._encode_texts(texts).to(prompts.device)
+        return replace(prompts, input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"], state=None)
+
+    def _encode_texts(self, texts: list[str]) -> BatchEncoding:
+        return self.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False)
 
     def _patches(self, images: Sequence[Image], name: str) -> tuple[Tensor, Tensor]:
         """``[num_patches, patch_dim]`` and ``[num_images, 3]`` of one chat's images."""
@@ -169,15 +193,44 @@ class PromptProcessor(Qwen2_5_VLProcessor):
         num_image_tokens = sum(count // self.image_processor.merge_size**2 for count in patches)
         return num_tokens - len(sizes) + num_image_tokens, num_image_tokens
 
-    def encode_targets(self, texts: Sequence[str]) -> Completions:
-        """Reference completions with the end-of-turn token, right-padded."""
+    def encode_targets(
+        self,
+        texts: Sequence[str],
+        ids: Sequence[list[int] | None] | None = None,
+        row_ids: Sequence[str] | None = None,
+    ) -> Completions:
+        """Reference completions, right-padded.
+
+        Args:
+            texts: N completions, each of which gets the end-of-turn token.
+            ids: What they were sampled as, in place of the text; the same text has several spellings in tokens.
+            row_ids: Names for error messages.
+
+        Raises:
+            ValueError: Ids that spell another text, as those of another tokenizer do; names the row.
+        """
         # Special tokens in a target are text to learn, not commands: a data set must not be able to end the turn early.
-        rows = [self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts]
-        ids = [[*row, self.eos_token_id] for row in rows]
-        length = max(map(len, ids))
-        padded = torch.tensor([row + [self.pad_token_id] * (length - len(row)) for row in ids])
-        mask = torch.arange(length) < torch.tensor([[len(row)] for row in ids])
+        rows = [
+            [*self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True), self.eos_token_id]
+            for text in texts
+        ]
+        for row, given in enumerate(ids or []):
+            if given is not None:
+                self._check_spelling(given, texts[row], row_ids[row] if row_ids else f"target {row}")
+                rows[row] = list(given)
+        length = max(map(len, rows))
+        padded = torch.tensor([row + [self.pad_token_id] * (length - len(row)) for row in rows])
+        mask = torch.arange(length) < torch.tensor([[len(row)] for row in rows])
         return Completions(padded, mask)
+
+    def _check_spelling(self, ids: list[int], text: str, name: str) -> None:
+        row = torch.tensor([ids])
+        known = bool(ids) and min(ids) >= 0 and max(ids) < len(self.tokenizer)
+        if not known or self.decode(Completions(row, torch.ones_like(row, dtype=torch.bool))) != [text]:
+            raise ValueError(
+                f"{name}: its token ids do not spell its reply {text!r:.60}: another tokenizer sampled it, or one of "
+                "the two was edited; take the column of ids out of the file, and the text is learned"
+            )
 
     def decode(self, completions: Completions) -> list[str]:
         """N completions as text, without the tokens that end a turn."""

@@ -19,7 +19,8 @@ from cpt_lightning.modules.accounting import Accounted
 from cpt_lightning.modules.schedules import TaskSchedule
 from cpt_lightning.modules.task_adapters import TaskAdapters
 from cpt_lightning.rewards import score, with_ratios
-from cpt_lightning.rollouts import Sampling, completion_logprobs, sample_groups
+from cpt_lightning.rollouts import Attempts, Sampling, completion_logprobs, sample_groups
+from cpt_lightning.rollouts.attempts import repeated
 from cpt_lightning.rollouts.sampling import keyed_generator, row_generators
 from cpt_lightning.strategy import FSDP2
 from cpt_lightning.types import Batch, Completions, Evaluation, Prompts
@@ -48,6 +49,7 @@ class PostTraining(Accounted, TaskAdapters):
         forced_prefix: Evaluates every row a second time with the answer made to begin like this, logged as
             ``val/<task>/forced_accuracy``. With the base's own way to begin it tells knowledge that is lost from a
             style that is suppressed.
+        attempts: Answers every row several times in ``predict``, to be collected; as in an evaluation if not given.
         peak_flops: Operations per second that the device can do, for ``perf/mfu``; known for common GPUs in bfloat16.
         seed: Keys all sampling of this module.
     """
@@ -60,6 +62,7 @@ class PostTraining(Accounted, TaskAdapters):
         max_grad_norm: float | None = 1.0,
         evaluation: Sampling = Sampling(max_new_tokens=64, temperature=0.0),  # noqa: B008
         forced_prefix: str | None = None,
+        attempts: Attempts | None = None,
         peak_flops: float | None = None,
         seed: int = 0,
     ):
@@ -72,6 +75,7 @@ class PostTraining(Accounted, TaskAdapters):
         self.max_grad_norm = max_grad_norm
         self.evaluation = evaluation
         self.forced_prefix = forced_prefix
+        self.attempts = attempts
         self.seed = seed
         self.sums = nn.ModuleDict()
         self._nonfinite_in_a_row = 0
@@ -197,9 +201,9 @@ class PostTraining(Accounted, TaskAdapters):
         prompts = batch.prompts
         valid = [True] * len(prompts) if prompts.valid is None else prompts.valid.tolist()
         with self.adapters_of(prompts.examples[0].task):
-            texts, scores = self.attempt(prompts, 1, self.evaluation, key)
+            _, texts, scores = self.attempt(prompts, 1, self.evaluation, key)
             if self.forced_prefix is not None:
-                forced = self.attempt(prompts, 1, replace(self.evaluation, prefix=self.forced_prefix), key)[1]
+                forced = self.attempt(prompts, 1, replace(self.evaluation, prefix=self.forced_prefix), key)[2]
                 scores = [
                     {**free, "forced_accuracy": other["accuracy"]} for free, other in zip(scores, forced, strict=True)
                 ]
@@ -207,7 +211,7 @@ class PostTraining(Accounted, TaskAdapters):
 
     def attempt(
         self, prompts: Prompts, group_size: int, sampling: Sampling, *key: int
-    ) -> tuple[list[str], list[dict[str, float]]]:
+    ) -> tuple[Completions, list[str], list[dict[str, float]]]:
         """Lets the model answer every prompt ``group_size`` times, without learning from it.
 
         Args:
@@ -217,12 +221,30 @@ class PostTraining(Accounted, TaskAdapters):
             key: What the draws of a row depend on, besides the seed and the row.
 
         Returns:
-            N = B * G completions, group by group, and their named scores.
+            N = B * G completions, group by group, their texts and their named scores.
         """
         generators = row_generators(self.device, prompts, self.seed, *key)
         completions = sample_groups(self.model, self.processor, prompts, group_size, sampling, generators)
         texts = self.processor.decode(completions)
-        return texts, score(texts, [example for example in prompts.examples for _ in range(group_size)])
+        return completions, texts, score(texts, repeated(prompts.examples, group_size))
+
+    def evaluate_attempts(self, batch: Batch, attempts: Attempts) -> Evaluation:
+        """Answers each row several times, shown a hint if so wanted, and grades all of it.
+
+        Args:
+            batch: B rows; of one task, where each has its own adapters.
+            attempts: How often, and how.
+
+        Returns:
+            N = B * G completions, group by group, and what they are worth.
+        """
+        prompts, size = batch.prompts, attempts.group_size
+        shown = attempts.hint.show(self.processor, prompts) if attempts.hint else prompts
+        with self.adapters_of(prompts.examples[0].task):
+            completions, texts, scores = self.attempt(shown, size, attempts.sampling)
+        valid = [True] * len(prompts) if prompts.valid is None else prompts.valid.tolist()
+        counted = [counts for counts in valid for _ in range(size)]
+        return Evaluation(repeated(prompts.examples, size), texts, scores, counted, completions)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Evaluation:
         """Answers and grades one batch of one task."""
@@ -233,8 +255,10 @@ class PostTraining(Accounted, TaskAdapters):
         return self._evaluation_step(batch, batch_idx)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Evaluation:
-        """Answers and grades one batch."""
-        return self.evaluate(batch, batch_idx)
+        """Answers and grades one batch, each row several times if ``attempts`` says so."""
+        if self.attempts is None:
+            return self.evaluate(batch, batch_idx)
+        return self.evaluate_attempts(batch, self.attempts)
 
     def on_validation_epoch_end(self) -> None:
         """Logs ``val/<task>/accuracy`` and the other scores of every task."""

@@ -32,8 +32,12 @@ class GroupRollouts(ManualUpdates):
             -1, added to the reward (DAPO, eq. 13) and logged as ``train/reward/overlong``; off by default.
         learn_truncated: Learn from completions that were cut off at ``sampling.max_new_tokens`` (their reward counts
             for their siblings' advantages in any case). DAPO leaves them out.
+        micro_batch_prompts: Prompts whose groups go through backward at once; all by default. Limits memory, and
+            changes no result.
         **kwargs: Options of :class:`PostTraining`.
     """
+
+    updates_per_rollout = 1
 
     def __init__(
         self,
@@ -43,6 +47,7 @@ class GroupRollouts(ManualUpdates):
         informative_prompts: int | None = None,
         overlong_margin: int | None = None,
         learn_truncated: bool = True,
+        micro_batch_prompts: int | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -61,6 +66,7 @@ class GroupRollouts(ManualUpdates):
             group_size=group_size,
             rollout_batch_prompts=rollout_batch_prompts,
             informative_prompts=informative_prompts,
+            micro_batch_prompts=micro_batch_prompts,
         )
         if informative_prompts is not None and rollout_batch_prompts is None:
             raise ValueError(
@@ -73,6 +79,12 @@ class GroupRollouts(ManualUpdates):
         self.informative_prompts = informative_prompts
         self.overlong = None if overlong_margin is None else OverlongPenalty(sampling.max_new_tokens, overlong_margin)
         self.learn_truncated = learn_truncated
+        self.micro_batch_prompts = micro_batch_prompts
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps of a training step."""
+        return 1
 
     @property
     def samples_greedy(self) -> bool:
@@ -158,9 +170,10 @@ class GroupRollouts(ManualUpdates):
             rewards, parts = rewards[:, :-1], {name: part[:, :-1] for name, part in parts.items()}
             sampled = [row for row in range(len(texts)) if (row + 1) % self._per_prompt]
             completions, texts = completions.select(sampled), [texts[row] for row in sampled]
+            scores = [scores[row] for row in sampled]
         learned = None if self.learn_truncated else self._ended(completions).view_as(rewards)
         prompts = prompts if num_prompts == len(prompts) else prompts.select(range(num_prompts))
-        return Rollout(prompts, completions, list(texts), rewards, parts, learned, greedy_rewards)
+        return Rollout(prompts, completions, list(texts), rewards, parts, learned, greedy_rewards, list(scores))
 
     def _reward_parts(self, scores: Sequence[dict[str, float]]) -> dict[str, Tensor]:
         """Each ``[B, G]``, the total among them."""
@@ -171,7 +184,7 @@ class GroupRollouts(ManualUpdates):
 
     def _ended(self, completions: Completions) -> Tensor:
         """``[N]`` whether each completion came to its end."""
-        return torch.isin(completions.ids, completions.ids.new_tensor(self.processor.stop_token_ids)).any(dim=1)
+        return completions.ended(self.processor.stop_token_ids)
 
     # -- dynamic sampling ----------------------------------------------------------------------------------------
 

@@ -74,8 +74,6 @@ class RFT(GroupRollouts, HeldToReference):
     Args:
         updates_per_rollout: Optimizer steps over which the prompts of a rollout are spread.
         passes_per_rollout: How often the prompts of a rollout are gone through (mu in GRPO).
-        micro_batch_prompts: Prompts whose groups go through backward at once; all by default. Limits memory, and
-            changes no result.
         advantage: What a reward is compared with. ``grpo``: its group's mean, over the standard deviation; ``dr_grpo``:
             the mean alone; ``rloo``: the siblings' mean; ``remax``: the reward of the prompt's greedy completion, which
             is sampled beside the group; ``reinforce_plus_plus``: the batch's mean, over its standard deviation;
@@ -100,7 +98,6 @@ class RFT(GroupRollouts, HeldToReference):
         self,
         updates_per_rollout: int = 1,
         passes_per_rollout: int = 1,
-        micro_batch_prompts: int | None = None,
         advantage: Advantage = "grpo",
         policy_loss: PolicyLoss = "ppo",
         clip_low: float = 0.2,
@@ -134,12 +131,10 @@ class RFT(GroupRollouts, HeldToReference):
         check_positive(
             updates_per_rollout=updates_per_rollout,
             passes_per_rollout=passes_per_rollout,
-            micro_batch_prompts=micro_batch_prompts,
             reference_every=reference_every,
         )
         self.updates_per_rollout = updates_per_rollout
         self.passes_per_rollout = passes_per_rollout
-        self.micro_batch_prompts = micro_batch_prompts
         self.advantage: Advantage = advantage
         self.policy_loss: PolicyLoss = policy_loss
         self.clip_low, self.clip_high, self.dual_clip = clip_low, clip_high, dual_clip

@@ -1,6 +1,17 @@
 """Prompts to groups of completions, and groups to log-probabilities: the prompt and its image are paid for once."""
 
+from cpt_lightning.rollouts.attempts import Attempts, Hint
 from cpt_lightning.rollouts.packing import completion_hidden, completion_logprobs, run_prompts
 from cpt_lightning.rollouts.sampling import Sampling, sample_groups
+from cpt_lightning.rollouts.selection import Selection
 
-__all__ = ["Sampling", "completion_hidden", "completion_logprobs", "run_prompts", "sample_groups"]
+__all__ = [
+    "Attempts",
+    "Hint",
+    "Sampling",
+    "Selection",
+    "completion_hidden",
+    "completion_logprobs",
+    "run_prompts",
+    "sample_groups",
+]

@@ -6,6 +6,7 @@ from cpt_lightning.tasks.hub import HubRows, Join
 from cpt_lightning.tasks.images import ImageError, load_image
 from cpt_lightning.tasks.jigsaw import Jigsaw
 from cpt_lightning.tasks.prompts import Prompt
+from cpt_lightning.tasks.rollout_rows import RolloutRows
 from cpt_lightning.tasks.sources import FileRows, TableRows
 from cpt_lightning.tasks.task import SPLITS, LazySequence, Row, SkippedRow, Source, Split, Task
 from cpt_lightning.tasks.toy import ToyWorld
@@ -24,6 +25,7 @@ __all__ = [
     "Prompt",
     "Reward",
     "RewardPart",
+    "RolloutRows",
     "Row",
     "SkippedRow",
     "Source",

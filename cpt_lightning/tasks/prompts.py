@@ -27,7 +27,7 @@ INSTRUCTIONS: dict[str, str] = {
 
 _HAS_OPTIONS = re.compile(r"^\(?A[.):]\s.*\n\(?B[.):]\s", re.MULTILINE)
 
-_SPECIAL_TOKEN = re.compile(r"<\|\w+\|>")
+SPECIAL_TOKEN = re.compile(r"<\|\w+\|>")
 _LEADING_MARKERS = re.compile(r"(?:\s*<image>)*\s*")
 
 
@@ -107,6 +107,6 @@ def refuse_special_tokens(text: str, what: str) -> None:
     Raises:
         ValueError: ``text`` holds something like ``<|image_pad|>`` or ``<|im_end|>``.
     """
-    found = _SPECIAL_TOKEN.search(text)
+    found = SPECIAL_TOKEN.search(text)
     if found:
         raise ValueError(f"{what} holds {found[0]!r}, a special token of the tokenizer; respell or remove it")

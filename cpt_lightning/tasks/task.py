@@ -49,6 +49,8 @@ class Row:
         target: Completion that SFT learns; ``None`` leaves it to the task.
         fields: Further slots for the task's target template, such as ``{"thought": "three bars, the left one"}``.
         system: System turn that the data itself brings; a prompt's own ``system`` replaces it.
+        prompt: How this row is asked, in place of the task's own prompt: what was sampled is learned as it was asked.
+        target_ids: Token ids of the target, which SFT then learns as they are.
 
     Raises:
         ValueError: The answer is empty, or a field would hide the slot ``answer``.
@@ -61,6 +63,8 @@ class Row:
     target: str | None = None
     fields: dict[str, str] = field(default_factory=dict)
     system: str | None = None
+    prompt: Prompt | None = None
+    target_ids: list[int] | None = None
 
     def __post_init__(self) -> None:
         answers = [self.answer] if isinstance(self.answer, str) else self.answer
@@ -220,7 +224,7 @@ class Task:
             raise ValueError(f"task '{name}': {error}") from error
 
     def _messages(self, row: Row) -> list[dict]:
-        return self.prompt.messages(row.question, len(row.images), system=row.system)
+        return (row.prompt or self.prompt).messages(row.question, len(row.images), system=row.system)
 
     def _num_rows(self, split: Split) -> int | None:
         return {"train": self.num_train, "val": self.num_val, "test": self.num_test}[split]
@@ -249,6 +253,7 @@ class Task:
                 messages=self._messages(row),
                 gold=row.answer,
                 target=self._target(row),
+                target_ids=row.target_ids,
                 reward=self.reward,
             )
         except ValueError as error:

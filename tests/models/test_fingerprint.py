@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from cpt_lightning.models.fingerprint import fingerprint, frozen_fingerprint
+from cpt_lightning.models.fingerprint import frozen_fingerprint, model_fingerprint
 
 
 class Weights(nn.Module):
@@ -17,11 +17,11 @@ class Weights(nn.Module):
 
 def test_each_weight_counts_and_only_the_frozen_ones_where_they_are_asked_for():
     weights = Weights()
-    whole, frozen = fingerprint(weights), frozen_fingerprint(weights)
-    assert (fingerprint(weights), frozen_fingerprint(weights)) == (whole, frozen)
+    whole, frozen = model_fingerprint(weights), frozen_fingerprint(weights)
+    assert (model_fingerprint(weights), frozen_fingerprint(weights)) == (whole, frozen)
     with torch.no_grad():
         weights.layer.weight[1, 2] += 1e-6
-    assert fingerprint(weights) != whole and frozen_fingerprint(weights) == frozen
+    assert model_fingerprint(weights) != whole and frozen_fingerprint(weights) == frozen
     weights.table.data = torch.ones(1).expand(152064 * 3584)
     assert frozen_fingerprint(weights) != frozen
 

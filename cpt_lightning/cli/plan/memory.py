@@ -23,7 +23,8 @@ from cpt_lightning.models.qwen_vl import (
     output_weight,
     vision_is_frozen,
 )
-from cpt_lightning.modules import RFT, MultiTask, PostTraining
+from cpt_lightning.modules import MultiTask, PostTraining
+from cpt_lightning.modules.group_rollouts import GroupRollouts
 from cpt_lightning.modules.reference import HeldToReference
 from cpt_lightning.rollouts import Sampling, completion_logprobs, run_prompts
 from cpt_lightning.rollouts.cache import GroupCache
@@ -165,7 +166,7 @@ class _Planner:
 
     def _training(self) -> list[Phase]:
         num_prompts = self.devices.share(self.workload.prompts_per_step)
-        if not isinstance(self.module, RFT):
+        if not isinstance(self.module, GroupRollouts):
             old = "forward" if self.workload.accumulate_grad_batches == 1 else "both"
             return [self._update("update", num_prompts, 1, self.workload.target_tokens, old_gradients=old)]
         phases = self._reinforced(self.module, num_prompts)
@@ -195,13 +196,13 @@ class _Planner:
             batch=pixel_bytes(prompts),
         )
 
-    def _micro_batch(self, module: RFT, num_prompts: int) -> tuple[int, str]:
+    def _micro_batch(self, module: GroupRollouts, num_prompts: int) -> tuple[int, str]:
         """Prompts that go through backward at once, and when gradients of others are there already."""
         rows = -(-num_prompts // module.updates_per_rollout)
         micro = min(module.micro_batch_prompts or rows, rows)
         return micro, "both" if micro < rows else "none"
 
-    def _reinforced(self, module: RFT, num_prompts: int) -> list[Phase]:
+    def _reinforced(self, module: GroupRollouts, num_prompts: int) -> list[Phase]:
         """Rollout and update, one after the other: what the first keeps, the second finds."""
         group_size, sampling = module.group_size, module.sampling
         sampled = min(module.rollout_batch_prompts or num_prompts, num_prompts)

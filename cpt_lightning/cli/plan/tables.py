@@ -7,7 +7,8 @@ from rich.text import Text
 
 from cpt_lightning.cli.plan.devices import Devices
 from cpt_lightning.cli.plan.memory import Plan, Workload
-from cpt_lightning.modules import RFT, PostTraining
+from cpt_lightning.modules import PostTraining
+from cpt_lightning.modules.group_rollouts import GroupRollouts
 
 UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 
@@ -54,7 +55,7 @@ def arithmetic(module: PostTraining, workload: Workload, devices: Devices, plan:
     prompts = devices.share(workload.prompts_per_step)
     table.add_row("a step", f"{workload.prompts_per_step} prompts, {prompts} on a device")
     new, group = workload.target_tokens, 1
-    if isinstance(module, RFT):
+    if isinstance(module, GroupRollouts):
         new, group = module.sampling.max_new_tokens, module.group_size
         rows = -(-prompts // module.updates_per_rollout)
         micro = min(module.micro_batch_prompts or rows, rows)
@@ -97,4 +98,4 @@ def _mend(module: PostTraining, phase: str, kind: str) -> str:
     if kind in ADVICE:
         return ADVICE[kind]
     phase = phase.split(" ")[0]
-    return SFT_ADVICE if phase == "update" and not isinstance(module, RFT) else ADVICE_BY_PHASE[phase]
+    return SFT_ADVICE if phase == "update" and not isinstance(module, GroupRollouts) else ADVICE_BY_PHASE[phase]
