@@ -191,7 +191,7 @@ class _Reader(dcp.FileSystemReader):
         super().__init__(folder)
         self.contents = _contents(folder)
 
-    def read_metadata(self) -> Metadata:  # type: ignore[override]  # with its options DCP would try other files
+    def read_metadata(self) -> Metadata:  # without DCP's options, with which it would try other files
         return self.contents
 
 

@@ -205,9 +205,10 @@ class FSDP2(ModelParallelStrategy):
             shards |= {("optimizer_states", index, number): each for number, each in enumerate(parameters)}
 
         def empty(place: Place, meta: Tensor) -> Tensor:
-            shard_ = shards.get(place[:3])
-            fits = shard_ is not None and isinstance(shard_, DTensor) and shard_.shape == meta.shape
-            return torch.empty_like(shard_, dtype=meta.dtype) if fits else torch.empty_like(meta, device="cpu")
+            mine = shards.get(place[:3])
+            if isinstance(mine, DTensor) and mine.shape == meta.shape:
+                return torch.empty_like(mine, dtype=meta.dtype)
+            return torch.empty_like(meta, device="cpu")
 
         return empty
 

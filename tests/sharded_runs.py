@@ -15,8 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from cpt_lightning.models import Backbone
 from cpt_lightning.models.adapters import Lora
+from cpt_lightning.models.sharding import all_whole
 from cpt_lightning.modules import RFT, SFT, group_rollouts
 from cpt_lightning.rollouts import Sampling
+from cpt_lightning.strategy import FSDP2
 from cpt_lightning.types import Batch
 from tests.training import sgd, with_examples
 
@@ -52,15 +54,15 @@ class Share(Dataset):
         return Batch(self.whole.prompts.select(mine), self.whole.targets.select(mine))
 
 
-def make_trainer(strategy: str, devices: int, accumulate: int = 1, max_epochs: int = 1) -> L.Trainer:
+def make_trainer(strategy: str | FSDP2, devices: int, accumulate: int = 1, max_epochs: int = 1) -> L.Trainer:
     return L.Trainer(
         **QUIET, max_epochs=max_epochs, accelerator="cpu", limit_val_batches=0, inference_mode=False,
         use_distributed_sampler=False, strategy=strategy, devices=devices, accumulate_grad_batches=accumulate,
     )  # fmt: skip
 
 
-def run(name: str, folder: Path, strategy: str, devices: int) -> dict:
-    """The weights after the run, and what was seen on the way."""
+def run(name: str, folder: Path, strategy: str, devices: int, shards: bool = False) -> dict:
+    """The weights after the run, and what was seen on the way; perhaps resumed from shards in place of one file."""
     torch.manual_seed(0)
     tuning = name.rpartition("_")[2]
     backbone = Backbone(str(folder / "backbone"), tuning=tuning, lora=Lora(rank=4))
@@ -69,14 +71,19 @@ def run(name: str, folder: Path, strategy: str, devices: int) -> dict:
     batch = with_examples(torch.load(folder / "prompts.pt", weights_only=False), module.processor)
     fit = partial(_fit, module, batch)
     if name.startswith("resumed"):
-        checkpoint = str(folder / f"{name}_{strategy}.ckpt")
-        fit(make_trainer(strategy, devices)).save_checkpoint(checkpoint)
+        checkpoint = str(folder / f"{name}_{strategy}{'_shards' if shards else ''}.ckpt")
+        trainers = [
+            make_trainer(FSDP2(save_distributed_checkpoint=True) if shards else strategy, devices, max_epochs=epochs)
+            for epochs in (1, 2)
+        ]
+        fit(trainers[0]).save_checkpoint(checkpoint)
         module = RUNS[name](backbone=backbone, optimizer=optimizer)
-        trainer = _fit(module, batch, make_trainer(strategy, devices, max_epochs=2), checkpoint)
+        trainer = _fit(module, batch, trainers[1], checkpoint)
     else:
         trainer = fit(make_trainer(strategy, devices, accumulate=2 if name.startswith("sft") else 1))
     local = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in module.parameters())
-    weights = {key: weight.clone() for key, weight in trainer.strategy.lightning_module_state_dict().items()}
+    weights = all_whole(trainer.strategy.lightning_module_state_dict(), keep=trainer.is_global_zero)
+    weights = {key: weight.clone() for key, weight in weights.items()}
     return {"weights": weights, "local": local, **SEEN}
 
 
@@ -112,10 +119,13 @@ def watch() -> None:
 
 def main(folder: Path, strategy: str, devices: int) -> None:
     watch()
-    for name in RUNS:
-        seen = run(name, folder, strategy, devices)
+    runs = [(name, strategy, False) for name in RUNS]
+    if strategy == "fsdp2":
+        runs += [(name, "shards", True) for name in RUNS if name.startswith("resumed")]
+    for name, label, shards in runs:
+        seen = run(name, folder, strategy, devices, shards)
         rank = distributed.get_rank() if distributed.is_initialized() else 0
-        torch.save({**seen, "gathers": GATHERS[0]}, folder / f"{name}_{strategy}_{rank}.pt")
+        torch.save({**seen, "gathers": GATHERS[0]}, folder / f"{name}_{label}_{rank}.pt")
         SEEN["gathers_while_sampling"], SEEN["lengths"] = [], []
 
 
