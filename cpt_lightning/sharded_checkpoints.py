@@ -7,8 +7,10 @@ reader (torch 2.13) unpickles its table of contents as it is, and runs what stan
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
+import shutil
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -61,9 +63,10 @@ def save_shards(checkpoint: Mapping[str, Any], path: Path) -> None:
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process
             dcp.save(tensors, storage_writer=_Writer(path, rest))
     except CheckpointException as error:
+        shutil.rmtree(path.with_name(path.name + PART), ignore_errors=True)  # by whichever rank comes first
         rank, (reason, _) = min(error.failures.items())
         raise OSError(
-            getattr(reason, "errno", None) or 0,
+            getattr(reason, "errno", None) or errno.EIO,
             f"{path} could not be saved (rank {rank}: {reason}); the checkpoint that stood there before is untouched: "
             "make room, then resume from it",
         ) from error
@@ -89,15 +92,11 @@ class _Writer(dcp.FileSystemWriter):
         return super().prepare_global_plan(plans)
 
     def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
-        try:
-            super().finish(metadata, results)
-            with (self.part / REST).open("wb") as file:
-                torch.save(self.rest, file)
-                file.flush()
-                os.fsync(file.fileno())
-        except (OSError, RuntimeError):
-            remove(self.part)
-            raise
+        super().finish(metadata, results)
+        with (self.part / REST).open("wb") as file:
+            torch.save(self.rest, file)
+            file.flush()
+            os.fsync(file.fileno())
         sync_folder(self.part)
         put_in_place(self.part, self.final)
 
@@ -110,7 +109,10 @@ def problem_of(folder: Path) -> str:
     if missing := [name for name in (REST, CONTENTS) if not (folder / name).is_file()]:
         return f"this folder is not a checkpoint, it has no {missing[0]}"
     try:
-        files = {(each.relative_path, each.offset + each.length) for each in _contents(folder).storage_data.values()}
+        files = {
+            (str(each.relative_path), int(each.offset + each.length))
+            for each in _contents(folder).storage_data.values()
+        }
     except Exception as error:  # whatever a strange or damaged pickle leads to
         return f"{CONTENTS} is damaged or not DCP's ({error or type(error).__name__})"
     for name, size in sorted(files):

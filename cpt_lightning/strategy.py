@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
@@ -16,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from cpt_lightning.checkpoint_files import standing
-from cpt_lightning.checkpoint_io import read_checkpoint
+from cpt_lightning.checkpoint_io import AtomicCheckpointIO, read_checkpoint
 from cpt_lightning.models.sharding import (
     all_whole,
     backbones_of,
@@ -75,11 +76,19 @@ class FSDP2(ModelParallelStrategy):
         """Spreads every backbone over the ranks before there is an optimizer.
 
         Raises:
-            ValueError: A precision that this strategy does not have.
+            ValueError: A precision that this strategy does not have, or a plugin that would write no shards.
         """
         precision = self.precision_plugin.precision
         if precision not in COMPUTE_DTYPES:
             raise ValueError(f"trainer.precision={precision}: strategy fsdp2 has {', '.join(COMPUTE_DTYPES)}")
+        if self._save_distributed_checkpoint and type(self.checkpoint_io) not in (
+            TorchCheckpointIO,
+            AtomicCheckpointIO,
+        ):
+            raise ValueError(
+                f"trainer.plugins has a {type(self.checkpoint_io).__name__}, which save_distributed_checkpoint would "
+                "not use: leave one of them out"
+            )
         assert self.lightning_module is not None
         self.precision_plugin.convert_module(self.lightning_module)  # in place
         for backbone in backbones_of(self.lightning_module):

@@ -18,6 +18,7 @@ from cpt_lightning.checkpoint_io import AtomicCheckpointIO, check_resumable, rea
 from cpt_lightning.cli.run_directory import last_checkpoint
 from cpt_lightning.export import find_checkpoint
 from cpt_lightning.sharded_checkpoints import fill, save_shards
+from cpt_lightning.strategy import FSDP2
 from tests.fakes import LinearModule, make_trainer, number_stream
 
 
@@ -151,6 +152,22 @@ def test_a_disk_that_is_full_leaves_the_earlier_folder_and_says_so(last, step, m
         save_shards(content(2.0), last)
     monkeypatch.undo()
     assert_holds(last, 1.0)
+    assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_a_plugin_that_would_be_passed_over_is_refused():
+    class Mine(AtomicCheckpointIO):
+        pass
+
+    strategy = FSDP2(save_distributed_checkpoint=True)
+    strategy.checkpoint_io = Mine()
+    with pytest.raises(ValueError, match="trainer.plugins has a Mine, which save_distributed_checkpoint would not use"):
+        strategy.setup(None)
+
+
+def test_shards_are_not_written_to_an_address():
+    with pytest.raises(ValueError, match="s3://bucket/x.ckpt: shards are written to folders only"):
+        FSDP2(save_distributed_checkpoint=True).save_checkpoint({}, "s3://bucket/x.ckpt")
 
 
 def spoil(folder, kind: str) -> None:
