@@ -115,12 +115,12 @@ def whole(tensor: Any) -> Any:
 
 
 def all_whole(tensors: Mapping[str, Any], keep: bool) -> dict[str, Any]:
-    """The whole of each, in main memory, on the ranks that keep them; every rank must ask."""
+    """The whole of each shard, in main memory, on the ranks that keep them; every rank must ask."""
     kept = {}
     for name, value in tensors.items():
-        value = whole(value)  # one at a time, so that no rank holds all of them
+        gathered = whole(value)  # one at a time, so that no rank holds all of them
         if keep:
-            kept[name] = value.cpu() if isinstance(value, Tensor) else value
+            kept[name] = value if gathered is value else gathered.cpu()
     return kept
 
 
