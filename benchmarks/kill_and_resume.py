@@ -1,6 +1,7 @@
 """Does a run that is killed (SIGKILL) anywhere and resumed end like one that was not, bit for bit?
 
     python benchmarks/kill_and_resume.py --kills 20 --ranks 1      # benchmarks/results/kill_and_resume_1.json
+    python benchmarks/kill_and_resume.py --kills 20 --ranks 2 --strategy fsdp2_sharded
 
 The embedded base learns three tasks by GRPO with LoRA, dropout and a KL term, saving after every step. Kills come at
 random times, or in the phases below; each kills all ranks, and the run goes on with ``--ckpt_path last``. Weights,
@@ -13,6 +14,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import sys
@@ -30,8 +32,9 @@ import torch
 from lightning import Callback
 from record import write_record
 
-from cpt_lightning import checkpoint_io
+from cpt_lightning import checkpoint_io, sharded_checkpoints
 from cpt_lightning.callbacks import continual, samples
+from cpt_lightning.checkpoint_files import ASIDE, PART
 from cpt_lightning.cli.lightning_cli import CPTCLI
 from cpt_lightning.modules import group_rollouts
 
@@ -50,6 +53,14 @@ COMMAND = [
     "--checkpoint.every_n_steps=1", "--continual.print_table=false", "--trainer.accelerator=cpu",
     "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
 ]  # fmt: skip
+STRATEGIES = {
+    "ddp": ["--trainer.strategy=ddp"],
+    "fsdp2": ["--trainer.strategy=fsdp2"],
+    "fsdp2_sharded": [
+        "--trainer.strategy=cpt_lightning.strategy.FSDP2", "--trainer.strategy.save_distributed_checkpoint=true",
+    ],
+}  # fmt: skip
+"""Of several ranks."""
 STEPS, EVALUATIONS = 9, 4 * 4  # of the whole run: steps, and batches of the four evaluations
 PHASES = {
     "rollout": 2 * STEPS,
@@ -113,8 +124,10 @@ class Kill(Callback):
         self.wrap(continual.AccuracyMatrix, "save", "recording")
         self.wrap(samples, "append_lines", "recording")
         self.wrap(os, "replace", "saving")
+        self.wrap(shutil, "rmtree", "saving")
+        self.wrap(sharded_checkpoints.dcp.FileSystemWriter, "write_data", "saving")
         if self.phase == "saving":
-            checkpoint_io.torch = _TorchWith(self.half_save)
+            checkpoint_io.torch = sharded_checkpoints.torch = _TorchWith(self.half_save)
 
 
 class _TorchWith:
@@ -127,7 +140,7 @@ class _TorchWith:
         return getattr(torch, name)
 
 
-def start(folder: Path, ranks: int, kill: Kill | None) -> list[int]:
+def start(folder: Path, ranks: int, kill: Kill | None, strategy: str = "ddp") -> list[int]:
     """Forks the ranks of a run, or of the rest of one, into a process group of their own."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -142,7 +155,7 @@ def start(folder: Path, ranks: int, kill: Kill | None) -> list[int]:
         status = 1
         try:
             os.setpgid(0, pids[0] if pids else 0)
-            be_rank(folder, rank, ranks, port, kill if rank == killer else None)
+            be_rank(folder, rank, ranks, port, kill if rank == killer else None, strategy)
             status = 0
         except SystemExit as end:
             status = int(end.code or 0)
@@ -155,7 +168,7 @@ def start(folder: Path, ranks: int, kill: Kill | None) -> list[int]:
     return pids
 
 
-def be_rank(folder: Path, rank: int, ranks: int, port: str, kill: Kill | None) -> None:
+def be_rank(folder: Path, rank: int, ranks: int, port: str, kill: Kill | None, strategy: str) -> None:
     """Runs the command."""
     # Here, where there is one thread: after a fork torch (2.13) makes its thread pool anew, and threads that load
     # weights could meet it half made ("Invalid thread pool!").
@@ -171,7 +184,7 @@ def be_rank(folder: Path, rank: int, ranks: int, port: str, kill: Kill | None) -
     if ranks > 1:
         os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(ranks))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        command += ["--trainer.strategy=ddp", f"--trainer.devices={ranks}"]
+        command += [*STRATEGIES[strategy], f"--trainer.devices={ranks}"]
     if kill is not None:
         kill.install()
     Killable.kill = kill
@@ -190,13 +203,13 @@ class Killable(CPTCLI):
         return trainer
 
 
-def go(folder: Path, ranks: int, kill: Kill | None = None, after_s: float | None = None) -> bool:
+def go(folder: Path, ranks: int, kill: Kill | None = None, after_s: float | None = None, strategy: str = "ddp") -> bool:
     """Runs until the end (true) or a kill (false).
 
     Raises:
         RuntimeError: The run failed of itself.
     """
-    pids = start(folder, ranks, kill)
+    pids = start(folder, ranks, kill, strategy)
     if after_s is not None:
         time.sleep(after_s)
         os.killpg(pids[0], signal.SIGKILL)
@@ -209,7 +222,7 @@ def go(folder: Path, ranks: int, kill: Kill | None = None, after_s: float | None
 
 def outcome(folder: Path) -> dict[str, Any]:
     """What must be the same."""
-    last = torch.load(folder / "last.ckpt", weights_only=True)
+    last = checkpoint_io.read_checkpoint(folder / "last.ckpt")
     files = {name: (folder / name).read_bytes() for name in ("accuracy_matrix.json", "samples.jsonl")}
     return {"weights": last["state_dict"], "optimizer": last["optimizer_states"], **files}
 
@@ -225,7 +238,9 @@ def differences(one: Any, other: Any, where: str = "") -> list[str]:
     return [] if same else [where]
 
 
-def kill_and_resume(folder: Path, ranks: int, kills: int, kills_per_run: int = 5, seed: int = 0) -> dict[str, Any]:
+def kill_and_resume(
+    folder: Path, ranks: int, kills: int, kills_per_run: int = 5, seed: int = 0, strategy: str = "ddp"
+) -> dict[str, Any]:
     """Kills runs so often in all, lets each end, and compares it with a run that nobody killed.
 
     Returns:
@@ -234,7 +249,7 @@ def kill_and_resume(folder: Path, ranks: int, kills: int, kills_per_run: int = 5
     random.seed(seed)
     (folder / "stream.yaml").write_text(STREAM)
     begin = time.perf_counter()
-    go(folder / "whole", ranks)
+    go(folder / "whole", ranks, strategy=strategy)
     whole_s = time.perf_counter() - begin
     whole = outcome(folder / "whole")
     places: Counter[str] = Counter()
@@ -248,18 +263,20 @@ def kill_and_resume(folder: Path, ranks: int, kills: int, kills_per_run: int = 5
         while not ended and places.total() < target:
             phase = order[places.total() % len(order)]
             if phase == "any time":
-                ended = go(run, ranks, after_s=random.uniform(0.2, 1.0) * whole_s)
+                ended = go(run, ranks, after_s=random.uniform(0.2, 1.0) * whole_s, strategy=strategy)
             else:
-                ended = go(run, ranks, Kill(phase, random.randrange(max(1, PHASES[phase] // 2))))
+                kill = Kill(phase, random.randrange(max(1, PHASES[phase] // 2)))
+                ended = go(run, ranks, kill, strategy=strategy)
             if not ended:
                 places[phase] += 1
         if not ended:
-            go(run, ranks)
+            go(run, ranks, strategy=strategy)
         wrong += [f"run {number}: {where}" for where in differences(whole, outcome(run))]
-        left = [path.name for path in run.glob("*.part")]
+        left = [path.name for ending in (PART, ASIDE) for path in run.glob(f"*{ending}")]
         wrong += [f"run {number}: {name} was left behind" for name in left]
     return {
         "ranks": ranks,
+        "strategy": strategy if ranks > 1 else "auto",
         "kills": dict(places),
         "runs": number,
         "whole_run_s": round(whole_s, 1),
@@ -272,12 +289,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--strategy", choices=STRATEGIES, default="ddp", help="of several ranks")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        record = kill_and_resume(Path(folder), arguments.ranks, arguments.kills, seed=arguments.seed)
+        record = kill_and_resume(
+            Path(folder), arguments.ranks, arguments.kills, seed=arguments.seed, strategy=arguments.strategy
+        )
     print(json.dumps(record, indent=2))
-    path = Path(__file__).parent / "results" / f"kill_and_resume_{arguments.ranks}.json"
+    suffix = "" if arguments.strategy == "ddp" else f"_{arguments.strategy}"
+    path = Path(__file__).parent / "results" / f"kill_and_resume_{arguments.ranks}{suffix}.json"
     write_record(path, record)
     raise SystemExit(1 if record["differences"] else 0)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -13,8 +13,9 @@ from zipfile import is_zipfile
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-PART = ".part"
-"""Ends the name of a file that is still being written; a later save of the same checkpoint replaces it."""
+from cpt_lightning.checkpoint_files import PART, others_beside, put_in_place, remove, standing
+from cpt_lightning.sharded_checkpoints import PARTS, REST, fill, problem_of
+
 NEEDED_BY_A_RUN = ("loops", "callbacks", "optimizer_states", "lr_schedulers")
 """Keys of a Lightning checkpoint without which a run cannot go on."""
 
@@ -39,6 +40,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + PART)
+        remove(part)  # what a kill left there may be a folder
         try:
             with part.open("wb") as file:
                 torch.save(checkpoint, file)
@@ -51,8 +53,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"{path} could not be saved ({error}); the checkpoint that stood there before is untouched: make room, "
                 "then resume from it",
             ) from error
-        os.replace(part, path)
-        _sync_folder(path.parent)
+        put_in_place(part, path)
 
     def load_checkpoint(
         self,
@@ -70,31 +71,47 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return read_checkpoint(path, map_location)
 
 
-def read_checkpoint(path: str | Path, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
-    """The content of a checkpoint: tensors and plain values; a file that would run code is refused.
+def read_checkpoint(path: str | Path, map_location: Any = "cpu", parts: Collection[str] = PARTS) -> dict[str, Any]:
+    """The content of a checkpoint: tensors and plain values; one that would run code is refused.
 
     Args:
-        path: The file.
-        map_location: Where tensors go, as in ``torch.load``.
-        mmap: Leave tensors on the disk until they are used, which makes it quick to look at the rest.
+        path: The file, or the folder of a sharded one, whose tensors are read whole into main memory.
+        map_location: Where a file's tensors go, as in ``torch.load``.
+        parts: Of ``state_dict`` and ``optimizer_states``, those whose tensors will be used. Others stay on the disk,
+            which makes it quick to look at the rest: from a folder they come without data, on the meta device.
 
     Raises:
         ValueError: There is none, it is cut off, or no checkpoint of Lightning; says what else is there.
     """
-    path = Path(path)
+    path, found = Path(path), standing(path)
+    try:
+        if found.is_dir():
+            return _read_folder(found, parts)
+        return _read_file(found, map_location, mmap=set(parts) < set(PARTS))
+    except ValueError as error:
+        raise ValueError(f"{error}{others_beside(path)}") from error
+
+
+def _read_folder(folder: Path, parts: Collection[str]) -> dict[str, Any]:
+    if problem := problem_of(folder):
+        raise ValueError(f"{folder}: {problem}")
+    return fill(folder, _read_file(folder / REST), parts)
+
+
+def _read_file(path: Path, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
     if problem := _problem(path):
-        raise ValueError(f"{path}: {problem}{_others(path)}")
+        raise ValueError(f"{path}: {problem}")
     try:
         checkpoint = torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds more than tensors and plain values: it is not one of our checkpoints, and reading it might "
-            f"run code{_others(path)}"
+            "run code"
         ) from error
     except (RuntimeError, EOFError, OSError, KeyError) as error:
-        raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}){_others(path)}") from error
+        raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]})") from error
     if not isinstance(checkpoint, dict) or "pytorch-lightning_version" not in checkpoint:
-        raise ValueError(f"{path} is not a checkpoint of a run{_others(path)}")
+        raise ValueError(f"{path} is not a checkpoint of a run")
     return checkpoint
 
 
@@ -107,7 +124,7 @@ def check_resumable(checkpoint: dict[str, Any], path: str | Path) -> None:
     if missing := [key for key in NEEDED_BY_A_RUN if key not in checkpoint]:
         raise ValueError(
             f"{path} has no {missing[0]}: it was saved with checkpoint.save_weights_only, and can be evaluated (cpt "
-            f"test) but not gone on from{_others(Path(path))}"
+            f"test) but not gone on from{others_beside(Path(path))}"
         )
 
 
@@ -131,20 +148,3 @@ def _problem(path: Path) -> str:
         return "this is not a checkpoint"
     # The table of contents of a zip file comes last.
     return "" if is_zipfile(path) else "the file is cut off, its end is missing"
-
-
-def _others(path: Path) -> str:
-    """The checkpoints beside this one, the newest first."""
-    found = [other for other in path.parent.glob("*.ckpt") if other.is_file() and other != path]
-    names = [other.name for other in sorted(found, key=lambda other: other.stat().st_mtime, reverse=True)]
-    return f"; beside it there are {', '.join(names[:5])}" if names else "; there is no other checkpoint beside it"
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the new name last through a power cut; not every system opens folders."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -12,6 +12,7 @@ from cpt_lightning.callbacks.cards import Kind, config_of, model_card
 from cpt_lightning.callbacks.continual import FILENAME
 from cpt_lightning.callbacks.exports import EXPORTS, merged_model, weights_of_model
 from cpt_lightning.callbacks.matrix import AccuracyMatrix
+from cpt_lightning.checkpoint_files import checkpoints_in
 from cpt_lightning.checkpoint_io import read_checkpoint
 from cpt_lightning.models import Backbone
 from cpt_lightning.models.adapters import has_adapters
@@ -55,7 +56,7 @@ def export(
     backbone = backbone_of(config, run)
     if merge and backbone.tuning == "full":
         raise ValueError("--merge: this run tuned the weights themselves, there is no adapter to merge; leave it out")
-    checkpoint = read_checkpoint(path, mmap=True)
+    checkpoint = read_checkpoint(path, parts=["state_dict"])
     state = checkpoint["state_dict"]
     if merge:
         model = merged_model(backbone, state, str(path))
@@ -97,7 +98,7 @@ def find_checkpoint(folder: Path, task: str | None) -> Path:
     Raises:
         FileNotFoundError: There is none; lists those that exist.
     """
-    found = {path.stem: path for path in sorted(folder.glob("*.ckpt"), key=_stage) if path.is_file()}
+    found = {path.stem: path for path in sorted(checkpoints_in(folder), key=_stage)}
     if not found:
         raise FileNotFoundError(f"{folder} holds no checkpoint (*.ckpt)")
     if task is None and "last" in found:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from cpt_lightning.checkpoint_files import standing
+from cpt_lightning.checkpoint_io import AtomicCheckpointIO, read_checkpoint
 from cpt_lightning.models.sharding import (
+    all_whole,
     backbones_of,
     exchange_block_by_block,
     exchange_gradients,
@@ -23,8 +29,8 @@ from cpt_lightning.models.sharding import (
     like_shards,
     release,
     shard,
-    whole,
 )
+from cpt_lightning.sharded_checkpoints import PARTS, Place, fill, save_shards
 
 COMPUTE_DTYPES = {"bf16-mixed": torch.bfloat16, "bf16-true": None, "32-true": None}
 """What weights are gathered in, by the Trainer's precision; ``None`` is what they are kept in."""
@@ -40,11 +46,13 @@ class FSDP2(ModelParallelStrategy):
 
     Args:
         cpu_offload: Keep the shares in main memory; the optimizer steps there.
+        save_distributed_checkpoint: Let every rank write its shares, into a folder that all nodes see, in place of
+            one file for which rank 0 gathers them. Either is gone on from with any strategy and number of ranks.
         **kwargs: ``process_group_backend`` and ``timeout`` of Lightning's ``ModelParallelStrategy``.
     """
 
-    def __init__(self, cpu_offload: bool = False, **kwargs: Any) -> None:
-        super().__init__(save_distributed_checkpoint=False, **kwargs)
+    def __init__(self, cpu_offload: bool = False, save_distributed_checkpoint: bool = False, **kwargs: Any) -> None:
+        super().__init__(save_distributed_checkpoint=save_distributed_checkpoint, **kwargs)
         self.cpu_offload = cpu_offload
         self._exchange_is_blocked = False
 
@@ -71,11 +79,19 @@ class FSDP2(ModelParallelStrategy):
         """Spreads every backbone over the ranks before there is an optimizer.
 
         Raises:
-            ValueError: A precision that this strategy does not have.
+            ValueError: A precision that this strategy does not have, or a plugin that would write no shards.
         """
         precision = self.precision_plugin.precision
         if precision not in COMPUTE_DTYPES:
             raise ValueError(f"trainer.precision={precision}: strategy fsdp2 has {', '.join(COMPUTE_DTYPES)}")
+        if self._save_distributed_checkpoint and type(self.checkpoint_io) not in (
+            TorchCheckpointIO,
+            AtomicCheckpointIO,
+        ):
+            raise ValueError(
+                f"trainer.plugins has a {type(self.checkpoint_io).__name__}, which save_distributed_checkpoint would "
+                "not use: leave one of them out"
+            )
         assert self.lightning_module is not None
         self.precision_plugin.convert_module(self.lightning_module)  # in place
         for backbone in backbones_of(self.lightning_module):
@@ -152,32 +168,62 @@ class FSDP2(ModelParallelStrategy):
     def _release(self) -> None:
         release(self.lightning_module.model)
 
-    # -- checkpoints: one file, as from a single process -----------------------------------------------------------
+    # -- checkpoints: one file, as from a single process, or a folder of shards -------------------------------------
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The whole weights, on rank 0 in main memory; every rank must ask."""
+        """The weights: whole, on rank 0 in main memory, or this rank's shards; every rank must ask."""
         self._release()
         assert self.lightning_module is not None
-        return self._whole(self.lightning_module.state_dict())
+        return self._as_saved(self.lightning_module.state_dict())
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The whole state of an optimizer, on rank 0 in main memory; every rank must ask."""
+        """The state of an optimizer: whole, on rank 0 in main memory, or this rank's shards; every rank must ask."""
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer.optimizer
         state = optimizer.state_dict()
-        return {**state, "state": {number: self._whole(part) for number, part in state["state"].items()}}
+        return {**state, "state": {number: self._as_saved(part) for number, part in state["state"].items()}}
 
-    def _whole(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
-        kept = {}
-        for name, value in tensors.items():
-            value = whole(value)  # one at a time, so that no rank holds all of them
-            if self.is_global_zero:
-                kept[name] = value.cpu() if isinstance(value, Tensor) else value
-        return kept
+    def _as_saved(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(tensors) if self._save_distributed_checkpoint else all_whole(tensors, keep=self.is_global_zero)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Saves one file from rank 0, or a folder to which all ranks write.
+
+        Raises:
+            ValueError: A folder of shards is to be written elsewhere than in a file system.
+        """
+        if not self._save_distributed_checkpoint:
+            Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+            return
+        path = self.broadcast(str(filepath))
+        if storage_options is not None or "://" in path:
+            raise ValueError(
+                f"{path}: shards are written to folders only; leave save_distributed_checkpoint out, or mount it"
+            )
+        save_shards(checkpoint, Path(path))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """The checkpoint, as any strategy loads it: every rank takes its share from the one file."""
-        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
+        """The checkpoint, whichever strategy saved it: one file as it is, of a folder what belongs to this rank."""
+        folder = standing(checkpoint_path)
+        if not folder.is_dir():
+            return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
+        parts = PARTS if self.optimizers else ("state_dict",)
+        return fill(folder, read_checkpoint(checkpoint_path, parts=()), parts, self._share_to_fill())
+
+    def _share_to_fill(self) -> Callable[[Place, Tensor], Tensor]:
+        assert self.lightning_module is not None
+        shards: dict[Place, Any] = {("state_dict", name): t for name, t in self.lightning_module.state_dict().items()}
+        for index, optimizer in enumerate(self.optimizers):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            shards |= {("optimizer_states", index, number): each for number, each in enumerate(parameters)}
+
+        def empty(place: Place, meta: Tensor) -> Tensor:
+            mine = shards.get(place[:3])
+            if isinstance(mine, DTensor) and mine.shape == meta.shape:
+                return torch.empty_like(mine, dtype=meta.dtype)
+            return torch.empty_like(meta, device="cpu")
+
+        return empty
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Takes this rank's share of the weights."""

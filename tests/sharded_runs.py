@@ -18,8 +18,10 @@ from cpt_lightning.callbacks import RolloutWriter
 from cpt_lightning.data import TaskStream
 from cpt_lightning.models import Backbone, Quantization
 from cpt_lightning.models.adapters import Lora
+from cpt_lightning.models.sharding import all_whole
 from cpt_lightning.modules import RFT, SFT, OnPolicySFT, group_rollouts
 from cpt_lightning.rollouts import Attempts, Sampling, Selection
+from cpt_lightning.strategy import FSDP2
 from cpt_lightning.tasks import Task, ToyWorld
 from cpt_lightning.types import Batch
 from tests.training import sgd, with_examples
@@ -76,15 +78,15 @@ def runs_by(strategy: str) -> list[str]:
     return [name for name in RUNS if strategy != "fsdp2" or not name.endswith("qlora")]
 
 
-def make_trainer(strategy: str, devices: int, max_epochs: int = 1, **options: Any) -> L.Trainer:
+def make_trainer(strategy: str | FSDP2, devices: int, max_epochs: int = 1, **options: Any) -> L.Trainer:
     return L.Trainer(
         **QUIET, **options, max_epochs=max_epochs, accelerator="cpu", limit_val_batches=0, inference_mode=False,
         use_distributed_sampler=False, strategy=strategy, devices=devices,
     )  # fmt: skip
 
 
-def run(name: str, folder: Path, strategy: str, devices: int) -> dict:
-    """The weights after the run, and what was seen on the way."""
+def run(name: str, folder: Path, strategy: str, devices: int, shards: bool = False) -> dict:
+    """The weights after the run, and what was seen on the way; perhaps resumed from shards in place of one file."""
     torch.manual_seed(0)
     tuning = name.rpartition("_")[2]
     backbone = Backbone(str(folder / "backbone"), tuning=tuning, lora=Lora(rank=4), quantization=FLOAT32)
@@ -93,16 +95,21 @@ def run(name: str, folder: Path, strategy: str, devices: int) -> dict:
     batch = with_examples(torch.load(folder / "prompts.pt", weights_only=False), module.processor)
     fit = partial(_fit, module, batch)
     if name.startswith("resumed"):
-        checkpoint = str(folder / f"{name}_{strategy}.ckpt")
-        fit(make_trainer(strategy, devices)).save_checkpoint(checkpoint)
+        checkpoint = str(folder / f"{name}_{strategy}{'_shards' if shards else ''}.ckpt")
+        trainers = [
+            make_trainer(FSDP2(save_distributed_checkpoint=True) if shards else strategy, devices, max_epochs=epochs)
+            for epochs in (1, 2)
+        ]
+        fit(trainers[0]).save_checkpoint(checkpoint)
         module = RUNS[name](backbone=backbone, optimizer=optimizer)
-        trainer = _fit(module, batch, make_trainer(strategy, devices, max_epochs=2), checkpoint)
+        trainer = _fit(module, batch, trainers[1], checkpoint)
     else:
         options = {"precision": "bf16-mixed"} if name.startswith("mixed") else {}
         accumulate = 2 if "sft" in name else 1
         trainer = fit(make_trainer(strategy, devices, accumulate_grad_batches=accumulate, **options))
     local = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in module.parameters())
-    weights = {key: weight.clone() for key, weight in trainer.strategy.lightning_module_state_dict().items()}
+    weights = all_whole(trainer.strategy.lightning_module_state_dict(), keep=True)
+    weights = {key: weight.clone() for key, weight in weights.items()}
     return {"weights": weights, "local": local, **SEEN}
 
 
@@ -164,12 +171,15 @@ def watch() -> None:
 
 def main(folder: Path, launched: str, devices: int) -> None:
     watch()
-    for strategy in [launched, "fsdp2_offload"] if launched == "fsdp2" else [launched]:
-        for name in runs_by(strategy):
-            seen = run(name, folder, strategy, devices)
-            rank = distributed.get_rank() if distributed.is_initialized() else 0
-            torch.save({**seen, "gathers": GATHERS[0]}, folder / f"{name}_{strategy}_{rank}.pt")
-            SEEN.update(gathers_while_sampling=[], lengths=[], waiting_gradients=[], kept=[])
+    runs = [(name, launched, launched) for name in runs_by(launched)]
+    if launched == "fsdp2":
+        runs += [(name, "fsdp2_offload", "fsdp2_offload") for name in OFFLOADED]
+        runs += [(name, "fsdp2", "shards") for name in RUNS if name.startswith("resumed")]
+    for name, strategy, label in runs:
+        seen = run(name, folder, strategy, devices, shards=label == "shards")
+        rank = distributed.get_rank() if distributed.is_initialized() else 0
+        torch.save({**seen, "gathers": GATHERS[0]}, folder / f"{name}_{label}_{rank}.pt")
+        SEEN.update(gathers_while_sampling=[], lengths=[], waiting_gradients=[], kept=[])
     collect(folder, launched, devices)
 
 

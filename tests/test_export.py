@@ -14,11 +14,13 @@ from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from cpt_lightning.callbacks.exports import TaskExport, weights_of_model
+from cpt_lightning.checkpoint_io import read_checkpoint
 from cpt_lightning.cli import main
 from cpt_lightning.export import export, push
 from cpt_lightning.models import Backbone, Lora
 from cpt_lightning.models.processor import TINY
 from cpt_lightning.modules import SFT
+from cpt_lightning.sharded_checkpoints import save_shards
 
 # peft 0.21 asks transformers 5.23 by an old name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -348,3 +350,17 @@ def test_an_upload_is_of_the_whole_folder_to_a_private_repository(runs, monkeypa
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", refuse)
     with pytest.raises(ConnectionError, match=r"no route\n.* is complete; .* hf upload me/model"):
         push(folder, "me/model")
+
+
+def test_shards_are_exported_as_the_file_is(runs, tmp_path):
+    """The optimizer's stay on the disk."""
+    for name, weights in (("lora", "adapter_model.safetensors"), ("full", "model.safetensors")):
+        run = tmp_path / name
+        run.mkdir()
+        shutil.copy(runs[name] / "config.yaml", run)
+        save_shards(read_checkpoint(runs[name] / "last.ckpt"), run / "last.ckpt")
+        exported = [
+            export(source, output=tmp_path / f"{name}_{number}") for number, source in enumerate((runs[name], run))
+        ]
+        one, other = ((folder / weights).read_bytes() for folder in exported)
+        assert one == other

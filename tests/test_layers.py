@@ -20,6 +20,8 @@ LAYERS = [
     ["tasks"],
     ["models"],
     ["rollouts"],
+    ["checkpoint_files"],
+    ["sharded_checkpoints"],
     ["checkpoint_io"],
     ["strategy"],
     ["data"],
@@ -37,7 +39,7 @@ OWNERS = {
     "transformers": ["models"],
     "peft": ["models/adapters.py", "models/adapter_folders.py"],
     "bitsandbytes": ["models/quantization.py"],
-    "torch.distributed": ["strategy.py", "models/sharding.py"],
+    "torch.distributed": ["strategy.py", "sharded_checkpoints.py", "models/sharding.py"],
     "torchvision": [],
 }
 DRAWERS = {"utils", "util", "helpers", "helper", "misc", "common", "tools"}

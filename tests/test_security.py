@@ -61,10 +61,17 @@ def test_a_configuration_cannot_call(tmp_path, monkeypatch, capsys, tag, where):
     assert not (tmp_path / "pwned").exists()
 
 
-def test_a_checkpoint_with_code_is_refused_before_anything_is_loaded(tmp_path, capsys):
+@pytest.mark.parametrize("kind", ["file", "folder of shards"])
+def test_a_checkpoint_with_code_is_refused_before_anything_is_loaded(tmp_path, capsys, kind):
     import torch
 
-    torch.save({"pytorch-lightning_version": "2.6", "hyper_parameters": Evil(tmp_path / "pwned")}, tmp_path / "x.ckpt")
+    evil = Evil(tmp_path / "pwned")
+    if kind == "file":
+        torch.save({"pytorch-lightning_version": "2.6", "hyper_parameters": evil}, tmp_path / "x.ckpt")
+    else:
+        (tmp_path / "x.ckpt").mkdir()
+        (tmp_path / "x.ckpt" / ".metadata").write_bytes(pickle.dumps(evil))
+        torch.save({"pytorch-lightning_version": "2.6", "state_dict": {}}, tmp_path / "x.ckpt" / "meta.pt")
     config = ROOT / "configs" / "demo" / "sft.yaml"
     for verb in ("fit", "validate", "test", "predict"):
         with pytest.raises(SystemExit) as refusal:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cpt_lightning.checkpoint_io import read_checkpoint
 from tests.sharded_runs import FLOAT32, OFFLOADED, runs_by
 
 ROOT = Path(__file__).parents[1]
@@ -169,3 +170,21 @@ def test_only_rank_0_reads_weights_and_each_keeps_its_share(runs):
     assert (first["loaded"], second["loaded"]) == (total, 0)
     assert first["local"] + second["local"] == total
     assert second["local"] == pytest.approx(total / 2, rel=0.05)
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_shards_of_two_ranks_are_the_one_file_and_are_resumed_to_the_same_bits(runs, tuning):
+    """Both ranks have written; one process reads the whole of it."""
+    folder = runs / f"resumed_{tuning}_fsdp2_shards.ckpt"
+    assert sorted(file.name for file in folder.iterdir()) == [".metadata", "__0_0.distcp", "__1_0.distcp", "meta.pt"]
+    shards, file = (read_checkpoint(path) for path in (folder, runs / f"resumed_{tuning}_fsdp2.ckpt"))
+    assert len(file["optimizer_states"][0]["state"]) == len(file["optimizer_states"][0]["param_groups"][0]["params"])
+    torch.testing.assert_close(shards["state_dict"], file["state_dict"], rtol=0, atol=0)
+    torch.testing.assert_close(shards["optimizer_states"], file["optimizer_states"], rtol=0, atol=0)
+    resumed = [seen(runs, f"resumed_{tuning}", label)["weights"] for label in ("shards", "fsdp2")]
+    torch.testing.assert_close(*resumed, rtol=0, atol=0)
+    assert any(
+        not torch.equal(weight, shards["state_dict"][name])
+        for name, weight in resumed[0].items()
+        if name in shards["state_dict"]
+    )

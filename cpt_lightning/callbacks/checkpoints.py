@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from cpt_lightning.callbacks.signals import Stopped, StopSignals
+from cpt_lightning.checkpoint_files import standing
 from cpt_lightning.checkpoint_io import AtomicCheckpointIO
 
 
@@ -144,7 +145,11 @@ class TaskCheckpoint(ModelCheckpoint):
     @property
     def _how_to_go_on(self) -> str:
         last = Path(self.format_checkpoint_name({}, self.CHECKPOINT_NAME_LAST))
-        return f"go on with --ckpt_path {last}" if last.exists() else "there is no checkpoint yet: start it again"
+        return (
+            f"go on with --ckpt_path {last}"
+            if standing(last).exists()
+            else "there is no checkpoint yet: start it again"
+        )
 
     def state_dict(self) -> dict:
         """Nothing: the names of the files follow from the stage, and none is the best."""

@@ -17,6 +17,7 @@ from cpt_lightning.callbacks.continual import ContinualLearning
 from cpt_lightning.models.adapter_folders import merge_and_unload
 from cpt_lightning.models.adapters import has_adapters, merge_earlier
 from cpt_lightning.models.folders import lasting_name, load_weights, save_folder
+from cpt_lightning.models.sharding import all_whole
 
 if TYPE_CHECKING:
     from cpt_lightning.models import Backbone
@@ -68,7 +69,7 @@ class TaskExport(Checkpoint):
         if trainer.fast_dev_run or folder is None or not (self.when == "every_task" or (self.when == "end" and is_end)):
             return
         # Where the model is spread over ranks this gathers it: all of them must call it.
-        weights = trainer.strategy.lightning_module_state_dict()
+        weights = all_whole(trainer.strategy.lightning_module_state_dict(), keep=trainer.is_global_zero)
         if trainer.is_global_zero:
             self._export(trainer, pl_module, weights, names, Path(folder))
 

@@ -157,10 +157,8 @@ class CPTCLI(LightningCLI):
 
     def _look_into(self, path: Path) -> None:
         """Refuses a checkpoint that could not be used, before anything large is loaded."""
-        if path.is_dir():  # a sharded one, which its strategy reads
-            return
         try:
-            checkpoint = read_checkpoint(path, mmap=True)
+            checkpoint = read_checkpoint(path, parts=())
             check_ours(str(path), checkpoint)
             if self.subcommand == "fit":
                 check_resumable(checkpoint, path)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from itertools import count
 from pathlib import Path
 
+from cpt_lightning.checkpoint_files import standing
+
 MARKS = ("config.yaml", "accuracy_matrix.json")
 """What tells a run's folder from another."""
 INSPECTION = "inspect"
@@ -40,4 +42,4 @@ def last_checkpoint(run_dir: str) -> str | None:
     It starts in the folder of that name even if it is not empty: there a run was killed before its first checkpoint.
     """
     path = Path(run_dir) / "last.ckpt"
-    return str(path) if path.exists() else None
+    return str(path) if standing(path).exists() else None

@@ -135,6 +135,16 @@ def whole(tensor: Any) -> Any:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def all_whole(tensors: Mapping[str, Any], keep: bool) -> dict[str, Any]:
+    """The whole of each shard, in main memory, on the ranks that keep them; every rank must ask."""
+    kept = {}
+    for name, value in tensors.items():
+        gathered = whole(value)  # one at a time, so that no rank holds all of them
+        if keep:
+            kept[name] = value if gathered is value else gathered.cpu()
+    return kept
+
+
 def like_shard(value: Any, shard_: Any) -> Any:
     """The part of a whole tensor that belongs with a shard; nothing is exchanged."""
     if not isinstance(shard_, DTensor) or isinstance(value, DTensor):

@@ -9,6 +9,8 @@ import kill_and_resume as script
 import pytest
 import torch
 
+from cpt_lightning.checkpoint_io import read_checkpoint
+
 WARNING = "saved on {before} rank(s) and goes on with {now}"
 
 
@@ -54,12 +56,13 @@ def test_two_ranks_of_which_one_gets_sigterm_stop_together_and_go_on(whole):
     assert script.differences(script.outcome(whole / "whole"), script.outcome(folder)) == []
 
 
-@pytest.mark.parametrize("before, now", [(2, 1), (1, 2)])
-def test_a_run_goes_on_with_another_number_of_ranks_and_says_what_is_not_exact(whole, before, now):
-    folder = whole / f"from{before}to{now}"
-    assert not script.go(folder, before, script.Kill("update", 4))
-    saved = torch.load(folder / "last.ckpt", weights_only=True)
+@pytest.mark.parametrize("before, now, strategy", [(2, 1, "ddp"), (1, 2, "ddp"), (2, 1, "fsdp2_sharded")])
+def test_a_run_goes_on_with_another_number_of_ranks_and_says_what_is_not_exact(whole, before, now, strategy):
+    folder = whole / f"from{before}to{now}_{strategy}"
+    assert not script.go(folder, before, script.Kill("update", 4), strategy=strategy)
+    saved = read_checkpoint(folder / "last.ckpt")
+    assert (folder / "last.ckpt").is_dir() == (strategy == "fsdp2_sharded")
     assert len(saved["cpt_lightning"]["random_states"]) == before
-    assert script.go(folder, now)
+    assert script.go(folder, now, strategy=strategy)
     assert len((folder / "accuracy_matrix.json").read_text().split('"after"')) == 1 + 4
     assert WARNING.format(before=before, now=now) in (whole / f"{folder.name}_0.log").read_text()

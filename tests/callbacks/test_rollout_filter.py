@@ -51,7 +51,7 @@ class TryingModule(LinearModule):
             new = [str(int(draw < chance)) for draw in torch.rand(group_size, generator=generator).tolist()]
             texts += new
             scores += [example.reward(text, example.gold) for text in new]
-        return texts, scores
+        return None, texts, scores
 
 
 class Logged(L.Callback):

@@ -99,7 +99,7 @@ def test_precision_recall_f1_and_yes_ratio_are_those_of_the_whole_set_however_it
         class Scripted(SFT):
             def attempt(self, prompts, group_size, sampling, *key, answers=answers):
                 texts = [next(answers) for _ in prompts.examples]
-                return texts, score(texts, prompts.examples)
+                return None, texts, score(texts, prompts.examples)
 
         shown = validate(Scripted(backbone=Backbone(small_folder)), [*batches, filler])
         assert shown == pytest.approx({f"val/demo/{name}": value for name, value in expected.items()})
