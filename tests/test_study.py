@@ -10,7 +10,7 @@ import yaml
 
 from cpt_lightning.cli import main
 from cpt_lightning.cli.study.arms import Study
-from cpt_lightning.cli.study.runner import FINISHED, Runner, is_finished
+from cpt_lightning.cli.study.runner import DONE, Runner, is_finished
 from tests.test_configs import ROOT, resolved
 
 STUDIES = sorted((ROOT / "configs/studies").glob("*.yaml"))
@@ -105,6 +105,13 @@ def test_a_failed_run_takes_with_it_what_needs_it_and_nothing_else(tmp_path, cap
     assert "a, seed 0: failed with 1" in capsys.readouterr().out
 
 
+def test_a_command_that_came_to_its_end_is_not_given_again(tmp_path):
+    runs = list(study(tmp_path, {"a": ["predict -c a", "fit -c bad"]}).runs())
+    first, second = Recorded(1, failing="bad"), Recorded()
+    assert first(runs) == runs and len(first.seen) == 2
+    assert second(runs) == [] and [words.split()[0] for words, _ in second.seen] == ["fit"]
+
+
 def test_a_run_by_other_commands_is_not_taken_for_this_one(tmp_path):
     Recorded()(list(study(tmp_path, {"a": "fit -c old"}).runs()))
     with pytest.raises(ValueError, match="a, seed 0 was made by other commands"):
@@ -160,7 +167,7 @@ def test_a_real_study_runs_resumes_and_compares(tmp_path, monkeypatch, capsys):
     assert float(found["sft"]["rollouts"]) == 0
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert "| grpo | 1 |" in (out / "comparison.md").read_text()
-    stamp = (out / "grpo/seed_0" / FINISHED).stat().st_mtime
+    stamp = (out / "grpo/seed_0" / DONE).stat().st_mtime
     main(["study", str(path)])
-    assert (out / "grpo/seed_0" / FINISHED).stat().st_mtime == stamp
+    assert (out / "grpo/seed_0" / DONE).stat().st_mtime == stamp
     assert "2 finished already" in capsys.readouterr().out

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -82,11 +81,11 @@ def _logged(folder: Path) -> dict[str, float]:
 
 def _filtered(folder: Path) -> int:
     """Completions that a rollout filter sampled."""
-    return sum(int(row.get("num_completions", 0)) for path in folder.glob("filter/*.jsonl") for row in _rows(path))
-
-
-def _rows(path: Path) -> Iterable[dict]:
-    return map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    total = 0
+    for path in folder.glob("filter/*.jsonl"):
+        header, *verdicts = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        total += header["completions_per_row"] * sum(verdict["refused"] is None for verdict in verdicts)
+    return total
 
 
 def _last(values: list[float]) -> float | None:

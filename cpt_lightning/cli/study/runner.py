@@ -17,8 +17,8 @@ from rich.console import Console
 from cpt_lightning.callbacks.files import replace_text
 from cpt_lightning.cli.study.arms import Run
 
-FINISHED = "study.json"
-"""In the folder of a finished run: its commands, and the seconds they took."""
+DONE = "study.json"
+"""In the folder of a run: those of its commands that have come to their end, and the seconds they took."""
 LOG = "study.log"
 """What the commands printed."""
 
@@ -67,16 +67,19 @@ class Runner:
         """One run, to its end; whether it got there."""
         self.console.print(f"{run.name}: begins, {run.folder / LOG}")
         run.folder.mkdir(parents=True, exist_ok=True)
-        gpu, start = self.gpus.get(), time.perf_counter()
+        done, seconds = _done(run)
+        gpu = self.gpus.get()
         try:
-            for command in run.commands:
+            for number, command in list(enumerate(run.commands, start=1))[done:]:
+                start = time.perf_counter()
                 if status := self._execute(command, run.folder / LOG, gpu):
                     self.console.print(f"[red]{run.name}: failed with {status}[/]; see {run.folder / LOG}")
                     return False
+                seconds += time.perf_counter() - start
+                record = {"commands": run.commands[:number], "seconds": seconds}
+                replace_text(run.folder / DONE, json.dumps(record, indent=2) + "\n")
         finally:
             self.gpus.put(gpu)
-        seconds = time.perf_counter() - start
-        replace_text(run.folder / FINISHED, json.dumps({"commands": run.commands, "seconds": seconds}, indent=2) + "\n")
         self.console.print(f"{run.name}: {seconds:.0f} s")
         return True
 
@@ -98,21 +101,27 @@ def is_finished(run: Run) -> bool:
     Raises:
         ValueError: It was made by other commands.
     """
-    path = run.folder / FINISHED
+    return _done(run)[0] == len(run.commands)
+
+
+def seconds_of(run: Run) -> float:
+    """How long the commands of a run took; what attempts took that were broken off is not in it."""
+    return _done(run)[1]
+
+
+def _done(run: Run) -> tuple[int, float]:
+    """How many commands have come to their end, and the seconds they took."""
+    path = run.folder / DONE
     if not path.exists():
-        return False
-    made_by = json.loads(path.read_text(encoding="utf-8"))["commands"]
-    if made_by != [list(command) for command in run.commands]:
+        return 0, 0.0
+    record = json.loads(path.read_text(encoding="utf-8"))
+    done = [tuple(command) for command in record["commands"]]
+    if done != list(run.commands[: len(done)]):
         raise ValueError(
             f"{path}: {run.name} was made by other commands than the study has now; remove {run.folder} to run it "
             "anew, or give the study another `out`"
         )
-    return True
-
-
-def seconds_of(run: Run) -> float:
-    """How long a finished run took: its last attempt, if one was broken off."""
-    return json.loads((run.folder / FINISHED).read_text(encoding="utf-8"))["seconds"]
+    return len(done), record["seconds"]
 
 
 def _needed(run: Run, others: Sequence[Run]) -> bool:
