@@ -63,11 +63,12 @@ def test_cli_commands_parse(command, monkeypatch, capsys):
 
     monkeypatch.chdir(ROOT)
     args = shlex.split(command)[1:]
-    if args[0] == "export":  # has no configuration of its own
+    if args[0] in ("export", "study"):  # have no configuration of their own
         with pytest.raises(SystemExit):
-            main(["export", "--help"])
+            main([args[0], "--help"])
         text = capsys.readouterr().out
         assert all(arg in text for arg in args if arg.startswith("--"))
+        assert all((ROOT / arg).exists() for arg in args if arg.startswith("configs/"))
         return
     if not any(arg.startswith("--") and arg.endswith("help") for arg in args) and "--print_config" not in args:
         args.append("--print_config")

@@ -133,8 +133,6 @@ def test_rollouts_of_two_ranks_are_those_of_one_process(runs, strategy):
     )
     assert len({row["row_id"] for row in one}) == 8
     for row, other in zip(one, two, strict=True):
-        model, others = row.pop("model"), other.pop("model")
-        assert others == (model if strategy == "ddp" else None)
         for name in ("logprob_sum", "logprob_mean"):
             assert other.pop(name) == pytest.approx(row.pop(name), abs=1e-5)
         assert other == row
