@@ -9,7 +9,8 @@ import torch
 
 from cpt_lightning.cli import main
 from cpt_lightning.cli.plan.devices import Devices, gpu_bytes
-from cpt_lightning.cli.plan.memory import Plan, Workload, make_plan, weightless_model
+from cpt_lightning.cli.plan.memory import Plan, Workload, make_plan
+from cpt_lightning.cli.plan.weights import weightless_model
 from cpt_lightning.cli.plan.worst_batch import full_completions, longest_prompts
 from cpt_lightning.models import Backbone
 from cpt_lightning.models.memory import LiveBytes
@@ -72,6 +73,14 @@ def test_on_policy_sft_is_planned_as_it_is_measured():
     """Every completion is kept, which is the most there can be."""
     everything = Selection(correct_only=False, finished_only=False, distinct=False)
     module = OnPolicySFT(selection=everything, group_size=4, sampling=Sampling(max_new_tokens=16))
+    assert planned_peak(module) == pytest.approx(measured_peak(module), rel=0.15)
+
+
+@pytest.mark.parametrize("objective", ["sft", "rft"])
+def test_a_divergence_over_the_whole_vocabulary_is_planned(objective):
+    module = SFT(kl_coef=0.1) if objective == "sft" else RFT(
+        group_size=4, sampling=Sampling(max_new_tokens=16), kl_coef=0.1, kl_estimator="full"
+    )  # fmt: skip
     assert planned_peak(module) == pytest.approx(measured_peak(module), rel=0.15)
 
 

@@ -5,17 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from cpt_lightning.cli.plan.devices import Devices
+from cpt_lightning.cli.plan.weights import (
+    OptimizerCost,
+    bytes_of,
+    pixel_bytes,
+    storage_bytes,
+    stored_bytes,
+    weightless_model,
+)
 from cpt_lightning.cli.plan.worst_batch import full_completions, longest_prompts
-from cpt_lightning.models import Backbone
+from cpt_lightning.functional import forward_kl, kl_full
+from cpt_lightning.functional.logprobs import token_logprobs
 from cpt_lightning.models.adapters import adapter_weights, has_adapters
 from cpt_lightning.models.memory import LiveBytes, counted, go_back, weight_bytes
 from cpt_lightning.models.qwen_vl import (
-    QwenVL,
     embed,
     encode_images,
     has_dropout,
@@ -23,16 +32,13 @@ from cpt_lightning.models.qwen_vl import (
     output_weight,
     vision_is_frozen,
 )
-from cpt_lightning.modules import MultiTask, PostTraining
+from cpt_lightning.modules import RFT, MultiTask, PostTraining
 from cpt_lightning.modules.group_rollouts import GroupRollouts
 from cpt_lightning.modules.reference import HeldToReference
-from cpt_lightning.rollouts import Sampling, completion_logprobs, run_prompts
+from cpt_lightning.rollouts import Sampling, completion_hidden, completion_logprobs, run_prompts
 from cpt_lightning.rollouts.cache import GroupCache
 from cpt_lightning.rollouts.sampling import sampling_mode
-from cpt_lightning.types import Prompts
-
-PROBE = 2**16
-"""Weights on which an optimizer is tried; of fewer, eight-bit ones keep 32 bits."""
+from cpt_lightning.types import Completions, Prompts
 
 
 @dataclass
@@ -155,7 +161,7 @@ class _Planner:
         if not has_adapters(self.model):
             return weight_bytes(self.model)
         is_base = self.module.reference_kind == "base"
-        return 0 if is_base else _bytes(adapter_weights(self.model))
+        return 0 if is_base else bytes_of(adapter_weights(self.model))
 
     @property
     def _buckets(self) -> int:
@@ -182,14 +188,14 @@ class _Planner:
         return self._update_phase(name, live.peak, prompts)
 
     def _update_phase(self, name: str, peak: int, prompts: Prompts) -> Phase:
-        whole = min(self.gradient_bytes - _bytes(self.exchanged), peak)
+        whole = min(self.gradient_bytes - bytes_of(self.exchanged), peak)
         in_exchange = 0
         if self.exchanged:
             # FSDP2 copies a layer's gradients before it exchanges them.
-            in_exchange = _bytes(self.exchanged) // len(self.model.model.language_model.layers)
+            in_exchange = bytes_of(self.exchanged) // len(self.model.model.language_model.layers)
         return self._phase(
             name,
-            gradients=whole + self._kept(_bytes(self.exchanged)),
+            gradients=whole + self._kept(bytes_of(self.exchanged)),
             gradients_in_exchange=in_exchange,
             gradient_buckets=self._buckets,
             activations_and_log_probs=peak - whole,
@@ -284,7 +290,7 @@ class _Planner:
             logits = (hidden @ output_weight(self.model).T).float()
             sampling.pick(logits, ids.new_zeros(1), torch.empty(len(hidden), device="meta"))
             room = [*cache.prompts, *cache.completions, *zip(state.keys, state.values, strict=True)]
-            return _storage_bytes([tensor for pair in room for tensor in pair])
+            return storage_bytes([tensor for pair in room for tensor in pair])
 
     def _go_back(self, prompts: Prompts, group_size: int, num_tokens: int, old_gradients: str) -> None:
         """Scores full completions and goes back; gradients may be there already, while scoring or all along."""
@@ -293,71 +299,25 @@ class _Planner:
             waiting = set(self.trainable) - set(self.exchanged)
             for weight in waiting:
                 weight.grad = torch.empty_like(weight)
-        logps = completion_logprobs(self.model, prompts, completions)
+        score = self._held_to_reference if self._compares_vocabularies else partial(completion_logprobs, self.model)
+        loss = score(prompts, completions).sum()
         if old_gradients == "forward":
             self.model.zero_grad()
-        go_back(logps.sum())
+        go_back(loss)
         self.model.zero_grad()
 
+    @property
+    def _compares_vocabularies(self) -> bool:
+        """Whether a loss has the divergence from the reference over the whole vocabulary."""
+        module = self.module
+        has_kl = isinstance(module, HeldToReference) and module.kl_coef > 0
+        return has_kl and (not isinstance(module, RFT) or module.kl_estimator == "full")
 
-@dataclass
-class OptimizerCost:
-    """Bytes of an optimizer for each weight that it updates.
-
-    Args:
-        state: That it keeps.
-        step: That it needs beside them during a step.
-    """
-
-    state: float
-    step: float
-
-    @classmethod
-    def of(cls, module: PostTraining, dtype: torch.dtype, foreach: bool) -> OptimizerCost:
-        """Found by a step of the real optimizer on a few weights."""
-        weight = nn.Parameter(torch.zeros(PROBE, dtype=dtype))
-        optimizer = module.make_optimizer([weight])
-        for group in optimizer.param_groups:
-            if "foreach" in group and group["foreach"] is None and not group.get("fused"):
-                group["foreach"] = foreach
-        weight.grad = torch.zeros_like(weight)
-        with LiveBytes() as live:
-            optimizer.step()
-        state = _storage_bytes(_tensors(optimizer.state[weight]))
-        return cls(state / PROBE, max(0, live.peak - state) / PROBE)
-
-
-def weightless_model(backbone: Backbone, devices: Devices) -> QwenVL:
-    """The model on the meta device, tuned as it will be; four-bit layers stand there in the dtype of the others."""
-    if backbone.tuning == "qlora":
-        backbone = replace(backbone, tuning="lora")
-    model = backbone.load_model(on_meta=True)
-    return model.to(torch.bfloat16) if devices.precision == "bf16-true" else model
-
-
-def stored_bytes(model: QwenVL, backbone: Backbone) -> int:
-    """Bytes of the weights as they are kept."""
-    if backbone.tuning != "qlora":
-        return weight_bytes(model)
-    layers = model.model.language_model.layers.named_parameters()
-    packed = [weight for name, weight in layers if weight.dim() == 2 and "lora_" not in name]
-    saved = sum(weight.numel() * (weight.element_size() - backbone.quantization.bytes_per_weight) for weight in packed)
-    return int(weight_bytes(model) - saved)
-
-
-def _bytes(weights: Sequence[Tensor]) -> int:
-    return sum(weight.numel() * weight.element_size() for weight in weights)
-
-
-def pixel_bytes(prompts: Prompts) -> int:
-    """Bytes of the images of a batch."""
-    return 0 if prompts.pixel_values is None else prompts.pixel_values.nbytes
-
-
-def _tensors(state: dict) -> list[Tensor]:
-    return [value for value in state.values() if isinstance(value, Tensor) and value.numel() > 1]
-
-
-def _storage_bytes(tensors: list[Tensor]) -> int:
-    """Bytes of the memory behind tensors, each once."""
-    return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+    def _held_to_reference(self, prompts: Prompts, completions: Completions) -> Tensor:
+        """Log-probabilities and divergence, as ``HeldToReference`` computes them; the reference costs no gradient."""
+        with torch.no_grad():
+            reference = completion_hidden(self.model, replace(prompts, state=None), completions)
+        hidden, weight = completion_hidden(self.model, prompts, completions), output_weight(self.model)
+        divergence = kl_full if isinstance(self.module, RFT) else forward_kl
+        kl = divergence(hidden, weight, reference, weight.detach(), 1.0)
+        return token_logprobs(hidden, weight, completions.ids[completions.mask]) + kl
