@@ -19,7 +19,7 @@ from cpt_lightning.data import TaskStream
 from cpt_lightning.models import Backbone, Quantization
 from cpt_lightning.models.adapters import Lora
 from cpt_lightning.models.sharding import all_whole
-from cpt_lightning.modules import RFT, SFT, OnPolicySFT, group_rollouts
+from cpt_lightning.modules import RFT, SFT, MultiTask, OnPolicySFT, group_rollouts
 from cpt_lightning.rollouts import Attempts, Sampling, Selection
 from cpt_lightning.strategy import FSDP2
 from cpt_lightning.tasks import Task, ToyWorld
@@ -40,6 +40,7 @@ RUNS = {
     "on_policy_full": partial(
         OnPolicySFT, group_size=4, sampling=Sampling(max_new_tokens=8), selection=Selection(finished_only=False)
     ),
+    "multitask_full": partial(MultiTask, group_size=4, sampling=Sampling(max_new_tokens=8), objectives={"odd": "sft"}),
     "resumed_full": SFT,
     "resumed_lora": partial(RFT, group_size=4, sampling=Sampling(max_new_tokens=8), kl_coef=0.1),
 }
@@ -93,6 +94,9 @@ def run(name: str, folder: Path, strategy: str, devices: int, shards: bool = Fal
     optimizer = partial(torch.optim.AdamW, lr=1e-2, eps=1e-3) if name.startswith("resumed") else sgd
     module = RUNS[name](backbone=backbone, optimizer=optimizer)
     batch = with_examples(torch.load(folder / "prompts.pt", weights_only=False), module.processor)
+    if name.startswith("multitask"):  # in the first step one rank has rows of SFT alone
+        for row, example in enumerate(batch.prompts.examples):
+            example.task = "odd" if row % 2 else "even"
     fit = partial(_fit, module, batch)
     if name.startswith("resumed"):
         checkpoint = str(folder / f"{name}_{strategy}{'_shards' if shards else ''}.ckpt")
