@@ -85,7 +85,10 @@ class Comparison:
         figure = Figure(figsize=(6 * len(shown), 5.5), layout="constrained")
         for axes, (column, label) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
             self._scatter(axes, column, label)
-        figure.axes[0].legend(fontsize=8)
+        handles = {
+            name: mark for axes in figure.axes for mark, name in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
         figure.suptitle(title)
         part = path.with_name(path.name + ".part")
         figure.savefig(part, dpi=150, format="png")
