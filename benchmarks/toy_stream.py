@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 from record import circumstances
 
 from cpt_lightning.callbacks.matrix import AccuracyMatrix
+from cpt_lightning.report import Comparison, figures_of
 
 ROOT = Path(__file__).resolve().parent.parent
 HOUSE_STYLE = "<think>{thought}</think><answer>{answer}</answer>"
@@ -56,6 +56,11 @@ class Run:
     def matrix(self) -> AccuracyMatrix:
         """What it measured."""
         return AccuracyMatrix.load(self.folder / "accuracy_matrix.json")
+
+    @property
+    def figures(self) -> dict[str, float | None]:
+        """What is compared."""
+        return figures_of(self.folder, float((self.folder / "seconds.txt").read_text()))
 
     @property
     def is_done(self) -> bool:
@@ -109,28 +114,20 @@ def main() -> None:
 def report(choosing: list[Run], final: list[Run], results: Path) -> None:
     """Writes the tables of both halves."""
     results.mkdir(parents=True, exist_ok=True)
-    validation = [{**name(run), **figures(run.matrix)} for run in choosing]
-    test = [
-        {**name(run), **figures(run.matrix), "seconds": float((run.folder / "seconds.txt").read_text())}
-        for run in final
-    ]
+    validation = [{**name(run), **run.figures} for run in choosing]
+    test = [{**name(run), **run.figures} for run in final]
     matrices = {run.folder.name: run.matrix.to_json() for run in [*choosing, *final]}
     record = {"environment": circumstances(), "validation": validation, "test": test, "matrices": matrices}
     (results / "toy_stream.json").write_text(json.dumps(record, indent=1) + "\n")
-    text = "\n\n".join(
+    text = "\n".join(
         [
-            "# SFT and GRPO on the toy stream",
-            f"`python benchmarks/toy_stream.py`, {json.dumps(circumstances())}",
-            "All figures in per cent. Learning: accuracy on a task right after it. Forgetting: mean over the earlier "
-            "tasks of best earlier minus final (positive = lost). Worst dip: the largest loss of a task on the way. "
-            "Probes: mean over the probes at the end, and the lowest mean on the way; forced: with the answer made to "
-            f"begin with `{FORCED_PREFIX}`. Test split, mean ± standard deviation over the seeds.",
-            table(final),
-            "## Learning rates, chosen by average accuracy on the validation split (seed 0)",
-            table(choosing, by_rate=True),
+            compared(final).markdown("SFT and GRPO on the toy stream, test split"),
+            f"`python benchmarks/toy_stream.py`, {json.dumps(circumstances())}. Answers are forced to begin with "
+            f"`{FORCED_PREFIX}`.\n",
+            compared(choosing).markdown("Learning rates, chosen by average accuracy on the validation split (seed 0)"),
         ]
     )
-    (results / "README.md").write_text(text + "\n")
+    (results / "README.md").write_text(text)
     print(text)
 
 
@@ -139,49 +136,12 @@ def name(run: Run) -> dict[str, str | float]:
     return {"arm": run.arm, "learning_rate": run.learning_rate, "seed": run.seed}
 
 
-def figures(matrix: AccuracyMatrix) -> dict[str, float]:
-    """The columns of the table, as fractions."""
-    metrics = matrix.metrics()
-
-    def probes(key: str) -> list[float]:
-        rows = [matrix.zero_shot, *matrix.rows]
-        return [statistics.mean(row[probe][key] for probe in matrix.probes) for row in rows]
-
-    def learned(key: str) -> float:
-        return statistics.mean(row[task][key] for task, row in zip(matrix.tasks, matrix.rows, strict=True))
-
-    free, forced = probes("accuracy"), probes("forced_accuracy")
-    return {
-        "zero-shot": statistics.mean(matrix.zero_shot[task]["accuracy"] for task in matrix.tasks),
-        "learning": metrics["learning"],
-        "learning, forced": learned("forced_accuracy"),
-        "AvgAcc": metrics["average_accuracy"],
-        "forgetting": -metrics["forgetting_measure"],
-        "worst dip": metrics["worst_dip"],
-        "probes, base": free[0],
-        "probes, end": free[-1],
-        "probes, minimum": min(free),
-        "forced, end": forced[-1],
-        "forced, minimum": min(forced),
-    }
-
-
-def table(runs: list[Run], by_rate: bool = False) -> str:
-    """A Markdown table, a line for each arm (and learning rate)."""
-    groups: dict[tuple, list[dict[str, float]]] = {}
+def compared(runs: list[Run]) -> Comparison:
+    """The runs by arm and learning rate."""
+    arms: dict[str, dict[int, dict[str, float | None]]] = {}
     for run in runs:
-        groups.setdefault((run.arm, run.learning_rate), []).append(figures(run.matrix))
-    columns = list(figures(runs[0].matrix))
-    lines = ["| arm | lr | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 3) + "|"]
-    for (arm, rate), rows in groups.items():
-        cells = [_spread([100 * row[column] for row in rows], with_deviation=not by_rate) for column in columns]
-        lines.append(f"| {arm} | {rate:g} | {len(rows)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _spread(values: list[float], with_deviation: bool) -> str:
-    mean = f"{statistics.mean(values):.1f}"
-    return f"{mean} ± {statistics.stdev(values):.1f}" if with_deviation and len(values) > 1 else mean
+        arms.setdefault(f"{run.arm}, lr {run.learning_rate:g}", {})[run.seed] = run.figures
+    return Comparison(arms)
 
 
 if __name__ == "__main__":

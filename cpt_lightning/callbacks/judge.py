@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from cpt_lightning.callbacks.verdicts import Verdict
 from cpt_lightning.models.sharding import gather, release
+from cpt_lightning.rewards import is_right
 from cpt_lightning.rollouts import Sampling
 from cpt_lightning.types import Batch
 
@@ -78,14 +79,10 @@ class Judge:
         self, ref: Any, row_id: str, refused: str | None, attempts: list[tuple[str, dict[str, float]]]
     ) -> Verdict:
         texts = [text for text, _ in attempts]
-        passed = [text for text, scores in attempts if self._passes(scores)]
+        passed = [text for text, scores in attempts if is_right(scores, self.threshold)]
         mean_reward = sum(scores["total"] for _, scores in attempts) / max(1, len(attempts))
         shown = (passed or texts)[0] if texts else None
         return Verdict(ref.task, ref.row, row_id, len(passed), mean_reward, shown, refused)
-
-    def _passes(self, scores: dict[str, float]) -> bool:
-        """An answer without the format that is asked for is wrong, as in RIF-RFT; where none is, there is no score."""
-        return scores["accuracy"] >= self.threshold and scores.get("format", 1.0) == 1.0
 
 
 def _refused(batch: Batch, max_prompt_tokens: int | None) -> list[str | None]:

@@ -29,8 +29,8 @@ class RolloutWriter(Callback):
     the file, by path), which make it a row for other trainers too; and ``task``, ``row_id``, ``answers``,
     ``completion_ids``, ``accuracy``, ``parts`` (of the reward), ``logprob_sum`` and ``logprob_mean`` (in nats, as
     sampled: at the temperature, and with the hint if there was one), ``num_tokens``, ``finished``, ``draw`` (which of
-    the row's completions), ``model`` (fingerprint of the weights that answered),
-    ``sampling`` and ``seed``. Rows come in the order of the data, on any number of ranks.
+    the row's completions), ``model`` (fingerprint of the weights that answered), ``sampling`` and ``seed``. Rows come
+    in the order of the data, on any number of ranks.
 
     The file appears when it is complete; until then it is called ``<file>.part``.
 

@@ -64,27 +64,28 @@ def main(args: list[str] | None = None) -> None:
         print(f"cpt: unknown verb {args[0]!r}; there are {', '.join(VERBS)}\n\n{USAGE}", file=sys.stderr)
         raise SystemExit(2)
 
-    if args[0] == "inspect":
+    _run(*args)
+
+
+def _run(verb: str, *args: str) -> None:
+    """A verb; what it needs is imported now, so that the others need not wait for it."""
+    if verb == "inspect":
         from cpt_lightning.cli.inspect.command import InspectCLI
 
-        return InspectCLI(args[1:]).inspect()
-
-    if args[0] == "plan":
+        InspectCLI(list(args)).inspect()
+    elif verb == "plan":
         from cpt_lightning.cli.plan.command import PlanCLI
 
-        return PlanCLI(args[1:]).plan()
-
-    if args[0] == "export":
-        from cpt_lightning.cli.export import export_command
-
-        return export_command(args[1:])
-
-    if args[0] == "study":
+        PlanCLI(list(args)).plan()
+    elif verb == "study":
         from cpt_lightning.cli.study.command import study_command
 
-        return study_command(args[1:])
+        study_command(list(args))
+    elif verb == "export":
+        from cpt_lightning.cli.export import export_command
 
-    from cpt_lightning.cli.lightning_cli import CPTCLI
+        export_command(list(args))
+    else:
+        from cpt_lightning.cli.lightning_cli import CPTCLI
 
-    CPTCLI(args)
-    return None
+        CPTCLI([verb, *args])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from functools import cached_property
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ import lightning as L
 from torch import Generator
 from torch.utils.data import DataLoader
 
+from cpt_lightning.data.checks import check_numbers, check_stages, check_trainer
 from cpt_lightning.data.collate import Collate, Processor
 from cpt_lightning.data.loader import KeptRows, StageLoader, StreamBatches
 from cpt_lightning.data.replay import Replay, ReplaySampler
@@ -100,7 +100,7 @@ class TaskStream(L.LightningDataModule):
         if rollouts is not None:
             self.everything |= {name: _on_rollouts(self.everything[name], name, rollouts) for name in tasks}
         self.stages = [[stage] if isinstance(stage, str) else list(stage) for stage in (stages or tasks)]
-        self._check_stages(list(tasks), given=stages)
+        check_stages(self.stages, list(tasks), given=stages)
         self.prompts_per_step = prompts_per_step
         self.passes = passes
         self.steps = steps
@@ -112,7 +112,7 @@ class TaskStream(L.LightningDataModule):
         self.replay = replay
         self.num_workers = num_workers
         self.seed = seed
-        self._check_numbers()
+        check_numbers(self)
         self.choose_rows: Callable[[int], Mapping[str, Sequence[int]] | None] | None = None
         """Says which training rows of a stage are kept, by task (``None`` for all); asked when the stage begins."""
         self._processor: Processor | None = None
@@ -194,7 +194,7 @@ class TaskStream(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Opens the sources that ``fit``, ``validate``, ``test`` or ``predict`` needs; empty ones are refused here."""
         if stage == "fit":
-            self._check_trainer()
+            check_trainer(self)
             for name in self.task_names:
                 self.examples(name, "train")
         split = {"test": "test", "predict": self.predict_on}.get(stage, self.evaluate_on)
@@ -288,55 +288,6 @@ class TaskStream(L.LightningDataModule):
         """Whose rows of a split are asked: probes are never learned, and need not have training rows."""
         return self.task_names if split == "train" else [*self.task_names, *self.probe_names]
 
-    def _check_stages(self, tasks: list[str], given: Sequence[str | list[str]] | None) -> None:
-        if given is not None and (not given or not all(self.stages)):
-            raise ValueError(f"data.stages={given} has nothing to learn; leave it out to learn every task in turn")
-        for stage in self.stages:
-            for name in stage:
-                _check_known(name, tasks, "data.stages")
-            if len(set(stage)) < len(stage):
-                raise ValueError(
-                    f"data.stages: the mixed stage {stage} names a task twice; use `mixing` to weigh tasks"
-                )
-
-    def _check_numbers(self) -> None:
-        for option in ("passes", "steps"):
-            value = getattr(self, option)
-            by_stage = value if isinstance(value, Mapping) else {"every stage": value}
-            for name, number in by_stage.items():
-                if isinstance(value, Mapping):
-                    _check_known(name, [*self.stage_names, *self.probe_names], f"data.{option}")
-                if number is not None and not number > 0:
-                    raise ValueError(f"data.{option} of {name} is {number}; it must be positive")
-        if isinstance(self.steps, int) and self.passes is not None:
-            raise ValueError(
-                f"data.passes={self.passes} and data.steps={self.steps} both say how long a stage lasts; "
-                "to use passes, set data.steps=null"
-            )
-        for option in ("prompts_per_step", "eval_prompts_per_step", "max_prompt_tokens"):
-            number = getattr(self, option)
-            if number is not None and number < 1:
-                raise ValueError(f"data.{option}={number} must be at least 1")
-        if not isinstance(self.mixing, str) and not self.mixing > 0:
-            raise ValueError(f"data.mixing={self.mixing}: a temperature must be positive")
-        if self.seed < 0:
-            raise ValueError(f"data.seed={self.seed} must be 0 or more")
-
-    def _check_trainer(self) -> None:
-        """Settings of a Trainer with which the stream would silently be another one."""
-        trainer = self.trainer
-        if trainer is None or trainer.fast_dev_run:
-            return
-        stages = f"the stream has {self.num_stages} stages, and an epoch is a stage"
-        if trainer.max_epochs is None or not 0 <= trainer.max_epochs <= self.num_stages:
-            raise ValueError(f"trainer.max_epochs={trainer.max_epochs}: {stages}; set it to {self.num_stages}")
-        if self.num_stages > 1 and trainer.reload_dataloaders_every_n_epochs != 1:
-            raise ValueError(f"trainer.reload_dataloaders_every_n_epochs must be 1: {stages}")
-        if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
-            raise ValueError(
-                "trainer.use_distributed_sampler must be false: the stream splits batches over ranks itself"
-            )
-
 
 def _on_rollouts(task: Task, name: str, file: str) -> Task:
     """The task, with a file of rollouts for its training rows; the file has the rows that were drawn for it."""
@@ -344,11 +295,3 @@ def _on_rollouts(task: Task, name: str, file: str) -> Task:
         return replace(task, source=RolloutRows(file, name, task.source), target=None, num_train=None)
     except ValueError as error:
         raise ValueError(f"data.rollouts: {error}") from error
-
-
-def _check_known(name: str, known: Sequence[str], where: str) -> None:
-    if name in known:
-        return
-    close = get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
-    raise ValueError(f"{where} names {name!r}, which the stream does not have; {hint}")

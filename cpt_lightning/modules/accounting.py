@@ -93,7 +93,11 @@ class StepAccount:
         """
         now = time.perf_counter()
         seconds = 0.0 if self._start is None else now - self._start
-        measured = {"time/step_s": seconds, "perf/rollouts": self._rollouts, "perf/host_rss_gb": host_rss() / 1e9}
+        measured = {
+            "time/step_s": seconds,
+            "perf/rollouts": float(self._rollouts),
+            "perf/host_rss_gb": host_rss() / 1e9,
+        }
         if seconds > 0:
             measured["perf/tokens_per_s"] = self._tokens / seconds
             if peak := self.peak_flops or peak_flops_of(device):
@@ -134,9 +138,12 @@ class Accounted(L.LightningModule):
         self.account.start()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Logs what the step cost this rank: ``time/step_s`` and ``perf/*``, its rows among them."""
+        """Logs what the step cost: ``time/step_s`` and ``perf/*`` of this rank, its rows and rollouts of all ranks."""
+        measured = self.account.end(self.device)
+        counts = {"perf/rows": float(len(batch)), "perf/rollouts": measured.pop("perf/rollouts")}
+        self.log_dict(counts, batch_size=1, sync_dist=True, reduce_fx="sum")
         shown = {"perf/tokens_per_s", "perf/mfu", "perf/peak_memory_gb" if self.on_gpu else "perf/host_rss_gb"}
-        for name, value in {"perf/rows": len(batch), **self.account.end(self.device)}.items():
+        for name, value in measured.items():
             self.log(name, value, prog_bar=name in shown, batch_size=1)
 
     @contextmanager

@@ -6,7 +6,7 @@ from cpt_lightning.rewards.grading import grade, permutation_hits
 from cpt_lightning.rewards.lengths import OverlongPenalty
 from cpt_lightning.rewards.letters import with_option_text
 from cpt_lightning.rewards.normalization import normalize_text
-from cpt_lightning.rewards.rewards import Reward, RewardPart, score
+from cpt_lightning.rewards.rewards import Reward, RewardPart, is_right, score
 from cpt_lightning.rewards.yes_no import YES_NO_COUNTS, with_ratios
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "extract_answer",
     "grade",
     "has_format",
+    "is_right",
     "normalize_text",
     "permutation_hits",
     "score",

@@ -140,6 +140,15 @@ def score(
     return scores
 
 
+def is_right(scores: dict[str, float], threshold: float = 1.0) -> bool:
+    """Whether an answer is accurate enough, and in the format that was asked for: without it RIF-RFT calls it wrong.
+
+    >>> is_right({"accuracy": 1.0, "format": 0.0}), is_right({"accuracy": 0.6}, threshold=0.5)
+    (False, True)
+    """
+    return scores["accuracy"] >= threshold and scores.get("format", 1.0) == 1.0
+
+
 def _score(completion: str, example: Example) -> dict[str, float]:
     where = f"task '{example.task}', {example.row_id}"
     try:

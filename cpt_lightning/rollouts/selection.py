@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from cpt_lightning.rewards import is_right
 from cpt_lightning.tasks.prompts import SPECIAL_TOKEN
 
 Verdict = Literal["kept", "unfinished", "incorrect", "short", "long", "special_token", "duplicate", "surplus"]
@@ -85,7 +86,7 @@ class Selection:
         """What a completion is by itself, whatever its siblings are."""
         if self.finished_only and not ended:
             return "unfinished"
-        if self.correct_only and (score["accuracy"] < self.threshold or score.get("format", 1.0) < 1):
+        if self.correct_only and not is_right(score, self.threshold):
             return "incorrect"
         if length < self.min_tokens:
             return "short"

@@ -16,6 +16,7 @@ from cpt_lightning.callbacks import RolloutFilter, TaskProgressBar
 from cpt_lightning.callbacks.signals import Stopped
 from cpt_lightning.cli import main
 from cpt_lightning.data import Replay
+from cpt_lightning.data.sampler import RowRef
 from cpt_lightning.modules import PostTraining
 from cpt_lightning.rollouts import Sampling
 from cpt_lightning.rollouts.sampling import row_generators
@@ -341,8 +342,12 @@ def test_rows_that_cannot_be_learned_from_are_not_tried_and_say_why(tmp_path):
 
 def test_answers_count_as_right_from_the_threshold_on_and_in_the_format_only():
     judge = RolloutFilter("solvable", threshold=0.6).judge
-    assert judge._passes({"accuracy": 0.6}) and not judge._passes({"accuracy": 0.3})
-    assert judge._passes({"accuracy": 1.0, "format": 1.0}) and not judge._passes({"accuracy": 1.0, "format": 0.0})
+
+    def passes(**scores: float) -> bool:
+        return judge._verdict(RowRef("a", 0), "row", None, [("text", {"total": 1.0, **scores})]).pass_count == 1
+
+    assert passes(accuracy=0.6) and not passes(accuracy=0.3)
+    assert passes(accuracy=1.0, format=1.0) and not passes(accuracy=1.0, format=0.0)
 
 
 @pytest.mark.parametrize(
