@@ -21,7 +21,7 @@ from pathlib import Path
 
 from record import circumstances
 
-from cpt_lightning.callbacks.matrix import AccuracyMatrix
+from cpt_lightning.records.matrix import AccuracyMatrix
 from cpt_lightning.report import Comparison, figures_of
 
 ROOT = Path(__file__).resolve().parent.parent

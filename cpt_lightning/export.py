@@ -11,12 +11,12 @@ from jsonargparse import ArgumentParser
 from cpt_lightning.callbacks.cards import Kind, config_of, model_card
 from cpt_lightning.callbacks.continual import FILENAME
 from cpt_lightning.callbacks.exports import EXPORTS, merged_model, weights_of_model
-from cpt_lightning.callbacks.matrix import AccuracyMatrix
 from cpt_lightning.checkpoint_files import checkpoints_in
 from cpt_lightning.checkpoint_io import read_checkpoint
 from cpt_lightning.models import Backbone
 from cpt_lightning.models.adapters import has_adapters
 from cpt_lightning.models.folders import lasting_name, load_weights, refuse_filled, save_folder
+from cpt_lightning.records.matrix import AccuracyMatrix
 
 TASK_CHECKPOINT = re.compile(r"(?P<stage>\d+)_(?P<name>.+)\.ckpt")
 

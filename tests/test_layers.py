@@ -24,6 +24,8 @@ LAYERS = [
     ["sharded_checkpoints"],
     ["checkpoint_io"],
     ["strategy"],
+    ["records"],
+    ["pictures"],
     ["data"],
     ["callbacks"],
     ["modules"],

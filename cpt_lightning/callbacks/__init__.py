@@ -5,7 +5,6 @@ from cpt_lightning.callbacks.continual import ContinualLearning
 from cpt_lightning.callbacks.ewc import EWC
 from cpt_lightning.callbacks.exports import TaskExport
 from cpt_lightning.callbacks.l2 import L2
-from cpt_lightning.callbacks.matrix import AccuracyMatrix
 from cpt_lightning.callbacks.merging import ModelMerging
 from cpt_lightning.callbacks.progress import SkippedRows, TaskProgressBar
 from cpt_lightning.callbacks.rollout_filter import RolloutFilter
@@ -16,7 +15,6 @@ from cpt_lightning.callbacks.scores import TestScores
 __all__ = [
     "EWC",
     "L2",
-    "AccuracyMatrix",
     "ContinualLearning",
     "ModelMerging",
     "RolloutFilter",

@@ -9,8 +9,8 @@ from typing import Literal
 import yaml
 
 from cpt_lightning import __version__
-from cpt_lightning.callbacks.matrix import AccuracyMatrix
 from cpt_lightning.models.adapters import AlongStream
+from cpt_lightning.records.matrix import AccuracyMatrix
 
 Kind = Literal["adapter", "merged", "full"]
 """What a folder holds: a LoRA adapter, the base with it merged in, or a model of which everything was tuned."""

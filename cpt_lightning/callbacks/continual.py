@@ -9,7 +9,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from cpt_lightning.callbacks.matrix import AccuracyMatrix, Scores, logged_cell
+from cpt_lightning.records.matrix import AccuracyMatrix, Scores, logged_cell
 
 FILENAME = "accuracy_matrix.json"
 

@@ -14,8 +14,8 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from PIL.Image import Image
 
-from cpt_lightning.callbacks.files import append_lines
 from cpt_lightning.models.fingerprint import model_fingerprint
+from cpt_lightning.records.files import append_lines
 from cpt_lightning.rollouts.selection import VERDICTS, Selection, Verdict
 from cpt_lightning.types import Batch, Evaluation
 

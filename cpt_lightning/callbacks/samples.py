@@ -8,7 +8,7 @@ from pathlib import Path
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from cpt_lightning.callbacks.files import append_lines, keep_lines, replace_text
+from cpt_lightning.records.files import append_lines, keep_lines, replace_text
 from cpt_lightning.types import Evaluation, Example
 
 BASE_FILENAME = "validate.jsonl"

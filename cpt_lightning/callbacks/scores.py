@@ -9,8 +9,8 @@ from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 
-from cpt_lightning.callbacks.files import replace_text
-from cpt_lightning.callbacks.matrix import Cell, logged_cell
+from cpt_lightning.records.files import replace_text
+from cpt_lightning.records.matrix import Cell, logged_cell
 
 FILENAME = "test_scores.json"
 

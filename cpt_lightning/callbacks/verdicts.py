@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from cpt_lightning.callbacks.files import append_lines, keep_lines, replace_text
+from cpt_lightning.records.files import append_lines, keep_lines, replace_text
 
 
 @dataclass

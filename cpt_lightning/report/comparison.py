@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cpt_lightning.callbacks.files import replace_text
+from cpt_lightning.records.files import replace_text
 from cpt_lightning.report.figures import FIGURES
 
 Figures = Mapping[str, float | None]

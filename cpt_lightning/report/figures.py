@@ -9,7 +9,7 @@ from typing import Literal
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
-from cpt_lightning.callbacks.matrix import AccuracyMatrix
+from cpt_lightning.records.matrix import AccuracyMatrix
 
 MATRIX = "accuracy_matrix.json"
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from cpt_lightning.callbacks import AccuracyMatrix, ContinualLearning, SampleLog
-from cpt_lightning.callbacks.files import keep_lines
-from cpt_lightning.callbacks.matrix import FURTHER, Cell
+from cpt_lightning.callbacks import ContinualLearning, SampleLog
 from cpt_lightning.functional.accuracy_matrix import forgetting_measure, forward_transfer
+from cpt_lightning.records import AccuracyMatrix
+from cpt_lightning.records.files import keep_lines
+from cpt_lightning.records.matrix import FURTHER, Cell
 from cpt_lightning.rewards.yes_no import YES_NO_RATIOS
 from cpt_lightning.tasks import Prompt
 from tests.fakes import LinearModule, make_trainer, number_stream

@@ -5,7 +5,7 @@ import json
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from cpt_lightning.callbacks.matrix import AccuracyMatrix
+from cpt_lightning.records.matrix import AccuracyMatrix
 from cpt_lightning.report import FIGURES, Comparison, figures_of
 from cpt_lightning.report.figures import MATRIX
 

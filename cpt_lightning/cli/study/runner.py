@@ -14,8 +14,8 @@ from queue import SimpleQueue
 
 from rich.console import Console
 
-from cpt_lightning.callbacks.files import replace_text
 from cpt_lightning.cli.study.arms import Run
+from cpt_lightning.records.files import replace_text
 
 DONE = "study.json"
 """In the folder of a run: those of its commands that have come to their end, and the seconds they took."""

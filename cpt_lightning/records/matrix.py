@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from cpt_lightning.callbacks.files import replace_text
 from cpt_lightning.functional import accuracy_matrix as metrics
+from cpt_lightning.records.files import replace_text
 
 VERSION = 1
 """Of the JSON form."""
