@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from cpt_lightning.checkpoint_files import standing
 from cpt_lightning.checkpoint_io import AtomicCheckpointIO, read_checkpoint
+from cpt_lightning.models.qwen_vl import QwenVL
 from cpt_lightning.models.sharding import (
     all_whole,
     backbones_of,
@@ -96,10 +97,14 @@ class FSDP2(ModelParallelStrategy):
         self.precision_plugin.convert_module(self.lightning_module)  # in place
         for backbone in backbones_of(self.lightning_module):
             if not is_sharded(backbone):
-                mesh = self.device_mesh["data_parallel"]
-                shard(backbone, mesh, COMPUTE_DTYPES[precision], self.cpu_offload)
+                self.spread(backbone)
         exchange_block_by_block(self.lightning_module.model, self.lightning_module.ranks_go_back_alike)
         super().setup(trainer)
+
+    def spread(self, backbone: QwenVL) -> None:
+        """Spreads a backbone over the ranks, in place; rank 0 has its weights."""
+        dtype = COMPUTE_DTYPES[self.precision_plugin.precision]
+        shard(backbone, self.device_mesh["data_parallel"], dtype, self.cpu_offload)
 
     def model_to_device(self) -> None:
         """Moves what is not sharded; shards are where they belong."""

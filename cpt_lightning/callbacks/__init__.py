@@ -2,6 +2,7 @@
 
 from cpt_lightning.callbacks.checkpoints import TaskCheckpoint
 from cpt_lightning.callbacks.continual import ContinualLearning
+from cpt_lightning.callbacks.drift import Drift
 from cpt_lightning.callbacks.ewc import EWC
 from cpt_lightning.callbacks.exports import TaskExport
 from cpt_lightning.callbacks.l2 import L2
@@ -16,6 +17,7 @@ __all__ = [
     "EWC",
     "L2",
     "ContinualLearning",
+    "Drift",
     "ModelMerging",
     "RolloutFilter",
     "RolloutWriter",

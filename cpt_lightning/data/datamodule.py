@@ -15,7 +15,7 @@ from cpt_lightning.data.checks import check_numbers, check_stages, check_trainer
 from cpt_lightning.data.collate import Collate, Processor
 from cpt_lightning.data.loader import KeptRows, StageLoader, StreamBatches
 from cpt_lightning.data.replay import Replay, ReplaySampler
-from cpt_lightning.data.sampler import EvaluationSampler, Mixing, Share, StageSampler, num_steps
+from cpt_lightning.data.sampler import EvaluationSampler, Mixing, RowRef, Share, StageSampler, num_steps
 from cpt_lightning.tasks import RolloutRows, Split, Task
 from cpt_lightning.tasks.fingerprint import fingerprint
 from cpt_lightning.tasks.prompts import Style
@@ -221,6 +221,14 @@ class TaskStream(L.LightningDataModule):
         sampler = StageSampler(sizes, num_rows, 1, (self.seed, stage), self.mixing)
         batches = StreamBatches(rows, Collate(self.processor, self.max_prompt_tokens))
         return batches[sampler.batch(0)]
+
+    def rows_of_evaluation(self, name: str, num_rows: int) -> Batch:
+        """Rows of a task or probe that is evaluated, evenly spaced, as one batch; the same on every rank."""
+        rows = self._split(self.evaluate_on, [name])
+        total = len(rows[name])
+        count = min(num_rows, total)
+        refs = [RowRef(name, number * total // count) for number in range(count)]
+        return StreamBatches(rows, Collate(self.processor, with_targets=False))[refs]
 
     def val_dataloader(self) -> DataLoader:
         """All tasks and probes, one task per batch."""

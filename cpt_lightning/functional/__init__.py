@@ -11,17 +11,19 @@ from cpt_lightning.functional.advantages import (
     whitened_advantages,
     zero_signal_fraction,
 )
-from cpt_lightning.functional.kl import forward_kl, kl_full, kl_k1, kl_k2, kl_k3
+from cpt_lightning.functional.kl import Divergences, divergences, forward_kl, kl_full, kl_k1, kl_k2, kl_k3
 from cpt_lightning.functional.policy_loss import PolicyStats, RatioLevel, clipped_policy_loss, clipped_weight_loss
 from cpt_lightning.functional.reductions import Reduction, masked_mean, token_weights, weighted_sum
 
 __all__ = [
     "AdvantageScale",
+    "Divergences",
     "PolicyStats",
     "RatioLevel",
     "Reduction",
     "clipped_policy_loss",
     "clipped_weight_loss",
+    "divergences",
     "forward_kl",
     "greedy_baseline_advantages",
     "group_normalized_advantages",

@@ -11,6 +11,7 @@ of .06.
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -106,6 +107,45 @@ def forward_kl(
     return _by_chunks(lambda p, q: _kl(q, p), hidden, weight, ref_hidden, ref_weight, temperature, chunk_logits)
 
 
+class Divergences(NamedTuple):
+    """How far the policy is from the reference at each of M positions, over the whole vocabulary.
+
+    Args:
+        forward_kl: ``[M]`` KL(reference || policy) in nats.
+        reverse_kl: ``[M]`` KL(policy || reference) in nats.
+        total_variation: ``[M]`` half the sum of the differences of probabilities, in [0, 1].
+        top1_agreement: ``[M]`` 1 where both find the same token the most probable, else 0.
+    """
+
+    forward_kl: Tensor
+    reverse_kl: Tensor
+    total_variation: Tensor
+    top1_agreement: Tensor
+
+
+def divergences(
+    hidden: Float[Tensor, "M H"],
+    weight: Float[Tensor, "V H"],
+    ref_hidden: Float[Tensor, "M R"],
+    ref_weight: Float[Tensor, "V R"],
+    temperature: float = 1.0,
+    chunk_logits: int = CHUNK_LOGITS,
+) -> Divergences:
+    """Both divergences, total variation and agreement from one pass over the logits.
+
+    Arguments as in :func:`kl_full`.
+    """
+    table = _by_chunks(_divergences, hidden, weight, ref_hidden, ref_weight, temperature, chunk_logits)
+    return Divergences(*table.unbind(dim=1))
+
+
+def _divergences(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """``[rows, 4]`` from log-probabilities ``[rows, V]``."""
+    variation = (logps.exp() - ref_logps.exp()).abs().sum(dim=-1) / 2
+    agreement = (logps.argmax(dim=-1) == ref_logps.argmax(dim=-1)).to(logps.dtype)
+    return torch.stack([_kl(ref_logps, logps), _kl(logps, ref_logps), variation, agreement], dim=-1)
+
+
 def _kl(logps: Tensor, other_logps: Tensor) -> Tensor:
     return (logps.exp() * (logps - other_logps)).sum(dim=-1)
 
@@ -119,7 +159,7 @@ def _by_chunks(
     temperature: float,
     chunk_logits: int,
 ) -> Tensor:
-    """``[M]`` divergence of policy and reference from their log-probabilities ``[rows, V]``, chunk by chunk."""
+    """``[M]`` or ``[M, D]`` divergences of policy and reference from log-probabilities ``[rows, V]``, by chunks."""
 
     def of_chunk(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor) -> Tensor:
         logits = hidden @ weight.T, ref_hidden @ ref_weight.T

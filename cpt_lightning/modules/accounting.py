@@ -82,6 +82,14 @@ class StepAccount:
             self._start = time.perf_counter()
             self._clear()
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is done within is no part of the step."""
+        start = time.perf_counter()
+        yield
+        if self._start is not None:
+            self._start += time.perf_counter() - start
+
     def end(self, device: torch.device) -> dict[str, float]:
         """A step has ended.
 

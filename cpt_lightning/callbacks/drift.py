@@ -1,0 +1,279 @@
+"""Drift: how far the model has gone from the base, on prompts that it is not trained on."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from cpt_lightning.callbacks.files import replace_text
+from cpt_lightning.functional import divergences
+from cpt_lightning.models.adapters import adapters_off, has_adapters
+from cpt_lightning.models.qwen_vl import output_weight
+from cpt_lightning.models.sharding import gather, release
+from cpt_lightning.rollouts import Sampling, completion_hidden, run_prompts, sample_groups
+from cpt_lightning.rollouts.sampling import row_generators, sampling_mode
+from cpt_lightning.strategy import FSDP2
+from cpt_lightning.types import Completions, Prompts
+
+if TYPE_CHECKING:
+    from cpt_lightning.models.qwen_vl import QwenVL
+
+FILENAME = "drift.json"
+VERSION = 1
+SHOWN = ("forward_kl", "reverse_kl", "total_variation", "top1_agreement")
+"""What is logged of a measurement; the file has all of it."""
+
+
+@dataclass
+class Asked:
+    """The fixed prompts of a task or probe, and what the base answered.
+
+    Args:
+        num_rows: Prompts, over all ranks.
+        mine: Numbers of those that this rank measures.
+        prompts: These, if there are any.
+        answers: The base's, one each.
+    """
+
+    num_rows: int
+    mine: list[int]
+    prompts: Prompts | None = None
+    answers: Completions | None = None
+
+
+class Drift(Callback):
+    """Measures the divergence between the base and the current model, after every task and every ``n`` steps.
+
+    On fixed prompts of the current task, of the tasks before it and of the probes, all from the split that is evaluated
+    (``data.evaluate_on``), evenly spaced. At each token of an answer the divergence is that of the whole vocabulary:
+
+    - ``forward_kl``: KL(base || current) on answers that the base gave, which are drawn once (temperature 1);
+    - ``reverse_kl``: KL(current || base) on answers that the current model gives;
+    - ``total_variation`` and ``top1_agreement``: on the base's answers.
+
+    They are means over tokens, in nats per token. Summed over an answer and averaged over answers, the divergences are
+    estimates of those of whole answers, cut off at ``max_new_tokens``: ``forward_kl_per_answer`` and
+    ``reverse_kl_per_answer``, in nats. A row draws with the same random numbers whenever it is asked, so that figures
+    of different steps differ by what was learned and little by luck.
+
+    Writes ``drift.json`` beside ``config.yaml``: an entry for each measurement, with ``stage`` (1 is the first) and
+    ``step`` (batches of that stage so far). Logs ``drift/<task>/forward_kl`` and so on, and ``time/drift_s``, which is
+    no part of ``time/step_s``. Ranks share the rows. Nothing that training draws or computes is changed.
+
+    The base is the backbone as ``backbone.path`` has it, without an adapter. With LoRA it is the model with its adapter
+    switched off and costs no memory; with full tuning, and with ``along_stream: renewed``, a frozen second copy of the
+    weights is held in their dtype (under ``fsdp2`` in shards, and gathered for each measurement).
+
+    Args:
+        num_rows: Prompts of each task and probe. They are one batch: as many images and answers must fit.
+        max_new_tokens: Longest answer.
+        every_n_steps: Also measure after so many batches within a task; at its end alone by default.
+
+    Raises:
+        ValueError: A count below 1, or a checkpoint that was measured otherwise.
+    """
+
+    def __init__(self, num_rows: int = 8, max_new_tokens: int = 64, every_n_steps: int | None = None) -> None:
+        counts = {"num_rows": num_rows, "max_new_tokens": max_new_tokens, "every_n_steps": every_n_steps}
+        for name, count in counts.items():
+            if count is not None and count < 1:
+                raise ValueError(f"Drift: {name}={count} must be at least 1")
+        self.num_rows = num_rows
+        self.sampling = Sampling(max_new_tokens)
+        self.every_n_steps = every_n_steps
+        self.measurements: list[dict] = []
+        self._asked: dict[str, Asked] = {}
+        self._copy: QwenVL | None = None
+        self._seconds, self._start = 0.0, 0.0
+
+    # -- when --------------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses a Trainer that has no stream to take prompts from."""
+        if trainer.datamodule is None:
+            raise ValueError("Drift needs a stream of tasks: call trainer.fit(module, datamodule=stream)")
+
+    @torch.no_grad()
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Asks the base; a resumed run gets the same answers."""
+        self._start = time.perf_counter()
+        if not has_adapters(pl_module.model) or pl_module.along_stream == "renewed":
+            self._copy = _load_base(trainer, pl_module)
+        stream = trainer.datamodule
+        with self._gathered(trainer, pl_module):
+            for name in [*stream.task_names, *stream.probe_names]:
+                self._asked[name] = self._ask(trainer, pl_module, name)
+        self._seconds = time.perf_counter() - self._start
+        self._save(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int, *_
+    ) -> None:
+        """Measures within a task; its end follows the validation."""
+        if self.every_n_steps and (batch_idx + 1) % self.every_n_steps == 0 and not trainer.is_last_batch:
+            self.measure(trainer, pl_module, batch_idx + 1)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measures what the task did; before its checkpoint is saved."""
+        self.measure(trainer, pl_module, int(trainer.num_training_batches))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Says what all of it cost, and gives the copy's memory back."""
+        share = self._seconds / (time.perf_counter() - self._start)
+        rank_zero_info(f"Drift: took {self._seconds:.1f} s, {share:.1%} of the time of training and evaluation")
+        self._copy = None
+        self._asked = {}
+
+    # -- measuring ---------------------------------------------------------------------------------------------------
+
+    def measure(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+        """Adds a measurement of each task so far and of each probe to the record; all ranks must ask.
+
+        Args:
+            trainer: Whose stream and stage it is.
+            module: Whose model.
+            step: Batches of the stage so far.
+        """
+        stream, stage = trainer.datamodule, trainer.current_epoch
+        names = [name for name in stream.task_names if any(name in tasks for tasks in stream.stages[: stage + 1])]
+        start = time.perf_counter()
+        with module.account.aside(), self._gathered(trainer, module):
+            found = {name: self._measure(trainer, module, name) for name in [*names, *stream.probe_names]}
+        seconds = time.perf_counter() - start
+        self._seconds += seconds
+        self.measurements = [
+            *self.measurements,
+            *({"stage": stage + 1, "step": step, "name": name, **values} for name, values in found.items()),
+        ]
+        shown = {f"drift/{name}/{key}": values[key] for name, values in found.items() for key in SHOWN}
+        self.log_dict({**shown, "time/drift_s": seconds}, batch_size=1, sync_dist=True)
+        self._save(trainer)
+
+    def _ask(self, trainer: Trainer, module: LightningModule, name: str) -> Asked:
+        every = trainer.datamodule.rows_of_evaluation(name, self.num_rows).prompts
+        mine = list(range(trainer.global_rank, len(every), trainer.world_size))
+        if not mine:
+            return Asked(len(every), mine)
+        prompts = every.select(mine)
+        here = trainer.strategy.batch_to_device(prompts)
+        with self._base(module) as base:
+            return Asked(len(every), mine, prompts, self._answers(base, module, here).to("cpu"))
+
+    @torch.no_grad()
+    def _measure(self, trainer: Trainer, module: LightningModule, name: str) -> dict[str, float]:
+        """One task or probe, over all ranks."""
+        asked = self._asked[name]
+        rows = torch.zeros(asked.num_rows, 6, dtype=torch.float64, device=module.device)
+        if asked.prompts is not None and asked.answers is not None:
+            prompts, answers = (trainer.strategy.batch_to_device(each) for each in (asked.prompts, asked.answers))
+            rows[asked.mine] = self._rows(module, name, prompts, answers)
+        # A row is one rank's, so that sums do not depend on their number.
+        sums = trainer.strategy.reduce(rows, reduce_op="sum").sum(dim=0).tolist()
+        forward, variation, agreement, base_tokens, reverse, own_tokens = sums
+        return {
+            "forward_kl": forward / base_tokens,
+            "reverse_kl": reverse / own_tokens,
+            "forward_kl_per_answer": forward / asked.num_rows,
+            "reverse_kl_per_answer": reverse / asked.num_rows,
+            "total_variation": variation / base_tokens,
+            "top1_agreement": agreement / base_tokens,
+            "num_rows": asked.num_rows,
+        }
+
+    def _rows(self, module: LightningModule, name: str, prompts: Prompts, answers: Completions) -> Tensor:
+        """``[B, 6]`` sums over each row's tokens: of the base's answer, of the model's own, and how many there are."""
+        model = module.model
+        with sampling_mode(model), module.adapters_of(name):
+            known = replace(prompts, state=run_prompts(model, prompts))
+            own = self._answers(model, module, known)
+            both = _in_turn(answers, own, module.processor.pad_token_id)
+            hidden = completion_hidden(model, known, both)
+        with self._base(module) as base:
+            ref_hidden = completion_hidden(base, prompts, both)
+            ref_weight = output_weight(base)
+        found = divergences(hidden, output_weight(model), ref_hidden, ref_weight)
+        forward, reverse, variation, agreement = (both.unpacked(each).double().sum(dim=1) for each in found)
+        base, ours = slice(0, None, 2), slice(1, None, 2)
+        return torch.stack(
+            [
+                forward[base], variation[base], agreement[base], both.lengths[base].double(),
+                reverse[ours], both.lengths[ours].double(),
+            ],
+            dim=1,
+        )  # fmt: skip
+
+    def _answers(self, model: QwenVL, module: LightningModule, prompts: Prompts) -> Completions:
+        generators = row_generators(module.device, prompts, module.seed)
+        return sample_groups(model, module.processor, prompts, 1, self.sampling, generators)
+
+    # -- the base ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _base(self, module: LightningModule) -> Iterator[QwenVL]:
+        model = module.model if self._copy is None else self._copy
+        with sampling_mode(model), adapters_off(model) if has_adapters(model) else nullcontext():
+            yield model
+
+    @contextmanager
+    def _gathered(self, trainer: Trainer, module: LightningModule) -> Iterator[None]:
+        """Both models whole, in the precision of a training step."""
+        models = [module.model] if self._copy is None else [module.model, self._copy]
+        for model in models:
+            gather(model)
+        with trainer.precision_plugin.forward_context():
+            yield
+        for model in models:
+            release(model)
+
+    # -- the record --------------------------------------------------------------------------------------------------
+
+    @property
+    def _settings(self) -> dict[str, int]:
+        return {"num_rows": self.num_rows, "max_new_tokens": self.sampling.max_new_tokens}
+
+    def state_dict(self) -> dict:
+        """The record, as plain lists and numbers."""
+        return {**self._settings, "measurements": self.measurements}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Goes on with the record of a checkpoint."""
+        for name, now in self._settings.items():
+            if state_dict[name] != now:
+                raise ValueError(
+                    f"Drift: the checkpoint was measured with {name}={state_dict[name]}, now it is {now}, and its "
+                    "figures would not compare; restore it, or begin a new run"
+                )
+        self.measurements = list(state_dict["measurements"])
+
+    def _save(self, trainer: Trainer) -> None:
+        folder = trainer.log_dir  # a broadcast: all ranks must ask
+        if trainer.is_global_zero and folder is not None and not trainer.fast_dev_run:
+            record = {"version": VERSION, **self.state_dict()}
+            replace_text(Path(folder) / FILENAME, json.dumps(record, indent=2) + "\n")
+
+
+def _load_base(trainer: Trainer, module: LightningModule) -> QwenVL:
+    """The backbone once more, as it was before training; laid out as the one that is trained."""
+    with torch.random.fork_rng(devices=[]):  # fresh adapters draw their weights
+        base = module.load_model().requires_grad_(False)
+    trainer.precision_plugin.convert_module(base)
+    if isinstance(trainer.strategy, FSDP2):
+        trainer.strategy.spread(base)
+        return base
+    return base.to(module.device)
+
+
+def _in_turn(one: Completions, other: Completions, pad_id: int) -> Completions:
+    """``[2 B]`` completions: a prompt's first, then its second."""
+    size = len(one)
+    return Completions.cat([one, other], pad_id).select([row for pair in range(size) for row in (pair, size + pair)])
