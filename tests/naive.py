@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -12,8 +14,17 @@ from cpt_lightning.types import Completions, Prompts
 def naive_logprobs(model: QwenVL, prompts: Prompts, completions: Completions) -> Tensor:
     """``[N, T]`` log-probabilities, prompt and image computed anew for every completion, with transformers' own
     forward."""
-    group_size = len(completions) // len(prompts)
     rows = []
+    for number, logits in enumerate(naive_logits(model, prompts, completions)):
+        ids = completions.ids[number, : len(logits), None]
+        logps = logits.log_softmax(dim=-1).gather(1, ids).squeeze(1)
+        rows.append(torch.nn.functional.pad(logps, (0, completions.ids.shape[1] - len(logits))))
+    return torch.stack(rows)
+
+
+def naive_logits(model: QwenVL, prompts: Prompts, completions: Completions) -> Iterator[Tensor]:
+    """``[length, V]`` logits that predict the tokens of each completion."""
+    group_size = len(completions) // len(prompts)
     for number, length in enumerate(completions.lengths.tolist()):
         prompt = prompts.select([number // group_size])
         ids = torch.cat([prompt.input_ids, completions.ids[number : number + 1, :length]], dim=1)
@@ -24,10 +35,7 @@ def naive_logprobs(model: QwenVL, prompts: Prompts, completions: Completions) ->
             image_grid_thw=prompt.image_grid_thw,
             mm_token_type_ids=(ids == model.config.image_token_id).int(),
         )
-        start = prompt.input_ids.shape[1]
-        logps = output.logits[0, start - 1 : -1].log_softmax(dim=-1).gather(1, ids[0, start:, None]).squeeze(1)
-        rows.append(torch.nn.functional.pad(logps, (0, completions.ids.shape[1] - length)))
-    return torch.stack(rows)
+        yield output.logits[0, prompt.input_ids.shape[1] - 1 : -1]
 
 
 def random_completions(num: int, length: int, vocabulary: int, generator: torch.Generator) -> Completions:

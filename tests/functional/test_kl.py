@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpt_lightning.functional import kl_full, kl_k1, kl_k2, kl_k3
+from cpt_lightning.functional import divergences, kl_full, kl_k1, kl_k2, kl_k3
 
 
 def test_hand_worked_estimates():
@@ -102,3 +102,15 @@ def test_hand_worked_full_kl():
     """Policy 3/4 and 1/4, reference 1/2 and 1/2: 3/4 log 3/2 + 1/4 log 1/2 = .130812."""
     result = kl_full(torch.eye(1), torch.tensor([[math.log(3.0)], [0.0]]), torch.eye(1), torch.zeros(2, 1))
     torch.testing.assert_close(result, torch.tensor([0.130812]))
+
+
+def test_divergences_of_two_tokens_by_hand():
+    """Policy (.4, .6), reference (.75, .25): KL(reference || policy) = .75 ln(.75/.4) + .25 ln(.25/.6) = .252589,
+    KL(policy || reference) = .4 ln(.4/.75) + .6 ln(.6/.25) = .273838, total variation .35, other favourites. Then twice
+    the same distribution, whose logits differ by a constant."""
+    logits = torch.tensor([[0.4, 0.6], [0.2, 0.8], [0.5, 0.5]]).log()
+    ref_logits = torch.tensor([[0.75, 0.25], [0.2, 0.8], [0.5, 0.5]]).log() + torch.tensor([[0.0], [3.0], [0.0]])
+    for chunk_logits in (2, 4, 100):
+        found = divergences(logits, torch.eye(2), ref_logits, torch.eye(2), chunk_logits=chunk_logits)
+        expected = [[0.252589, 0, 0], [0.273838, 0, 0], [0.35, 0, 0], [0, 1, 1]]
+        torch.testing.assert_close(torch.stack(found), torch.tensor(expected), atol=1e-6, rtol=0)
