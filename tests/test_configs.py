@@ -14,7 +14,8 @@ from cpt_lightning.cli import main
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name != "studies")  # see test_study.py
-PARTS = ("analysis", 
+PARTS = (
+    "analysis",
     "backbone",
     "filter",
     "methods",
