@@ -24,7 +24,7 @@ from tests.naive import naive_logits
 TUNINGS = {
     "full": {},
     "lora": {"tuning": "lora"},
-    "renewed": {"tuning": "lora", "lora": Lora(along_stream="renewed")},
+    "renewed": {"tuning": "lora", "lora": Lora(dropout=0.3, along_stream="renewed")},
     "per_task": {"tuning": "lora", "lora": Lora(along_stream="per_task")},
 }
 
