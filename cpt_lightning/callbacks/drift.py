@@ -14,9 +14,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from cpt_lightning.callbacks.base_model import BaseModel
-from cpt_lightning.callbacks.files import replace_text
 from cpt_lightning.functional import divergences
 from cpt_lightning.models.qwen_vl import output_weight
+from cpt_lightning.records.files import replace_text
 from cpt_lightning.rollouts import Sampling, completion_hidden, run_prompts, sample_groups
 from cpt_lightning.rollouts.sampling import row_generators, sampling_mode
 from cpt_lightning.types import Completions, Prompts
