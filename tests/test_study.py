@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 from cpt_lightning.cli import main
 from cpt_lightning.cli.study.arms import Study
 from cpt_lightning.cli.study.runner import DONE, Runner, is_finished
+from cpt_lightning.report import figures_of
 from tests.test_configs import ROOT, resolved
 
 STUDIES = sorted((ROOT / "configs/studies").glob("*.yaml"))
@@ -148,6 +150,41 @@ def test_an_arm_of_a_shipped_study_parses(command, capsys, monkeypatch):
 def test_every_arm_of_a_study_differs_from_the_others(path):
     commands = list(Study.load(path).arms.values())
     assert len({json.dumps(command) for command in commands}) == len(commands)
+
+
+class Here(Runner):
+    """Runs commands in this process: starting Python takes longer than a step."""
+
+    def _execute(self, command, log, gpu):
+        main(list(command))
+        return 0
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings(
+    "ignore:.*callbacks used to create the checkpoint need to be provided"
+)  # predict has no Drift
+def test_every_arm_on_the_toy_stream_learns_a_step_of_two_tasks(tmp_path, monkeypatch):
+    """The commands of the shipped study as they are, but for their length: all come to their end and are compared."""
+    monkeypatch.chdir(ROOT)
+    toy = replace(Study.load(ROOT / "configs/studies/toy.yaml"), out=tmp_path, seeds=[0])
+    names = ("word2", "bars2", "polygon2", "single", "digit2")
+    sizes = [
+        f"--data.tasks.{name}.num_{split}={count}" for name in names for split, count in (("train", 8), ("test", 2))
+    ]
+    short = [*sizes, "--data.passes=null", "--data.steps=1", "--data.prompts_per_step=2", "--data.probes=null"]
+    runs = []
+    for run in toy.runs():
+        more = short if "multitask" in run.arm else [*short, "--data.stages=[[bars2],[word2]]"]
+        commands = tuple((*words, *(more if words[0] == "fit" else sizes)) for words in run.commands)
+        runs.append(replace(run, commands=commands))
+    assert Here()(runs) == []
+    found = {run.arm: figures_of(run.folder) for run in runs}
+    assert list(found) == list(toy.arms)
+    assert {arm for arm, figures in found.items() if not figures["rollouts"]} == {
+        "sft", "sft_house", "lora_sft", "replay", "ewc", "lwf", "rollout_sft", "multitask_sft",
+    }  # fmt: skip
+    assert all(figures["KL"] > 0 for figures in found.values())
 
 
 def test_a_real_study_runs_resumes_and_compares(tmp_path, monkeypatch, capsys):

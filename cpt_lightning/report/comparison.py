@@ -19,6 +19,8 @@ AXES = {
     "probes": "probes, points against the base (left: more is lost)",
 }
 """What learning is drawn against."""
+DIGITS = {"KL": 2}
+"""After the point, where one is too few."""
 
 
 @dataclass
@@ -56,7 +58,7 @@ class Comparison:
         columns = self.columns
         lines = [f"# {title}", "", "| arm | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
         for arm, seeds in self.arms.items():
-            cells = [spread(self.values(arm, column)) for column in columns]
+            cells = [spread(self.values(arm, column), DIGITS.get(column, 1)) for column in columns]
             lines.append(f"| {arm} | {len(seeds)} | " + " | ".join(cells) + " |")
         meanings = [f"- **{column}**: {FIGURES[column]}." for column in columns]
         return "\n".join([*lines, "", "Mean ± standard deviation over seeds.", "", *meanings]) + "\n"
@@ -107,16 +109,16 @@ class Comparison:
         axes.set(xlabel=label, ylabel="learning, %")
 
 
-def spread(values: Sequence[float]) -> str:
-    """A mean and its standard deviation.
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """A mean and its standard deviation, with so many digits after the point.
 
     >>> spread([1.0, 2.0, 3.0]), spread([2.0]), spread([])
     ('2.0 ± 1.0', '2.0', '')
     """
     if not values:
         return ""
-    mean = f"{statistics.mean(values):.1f}"
-    return f"{mean} ± {deviation(values):.1f}" if len(values) > 1 else mean
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {deviation(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def deviation(values: Sequence[float]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from cpt_lightning.records.matrix import AccuracyMatrix
 
 MATRIX = "accuracy_matrix.json"
+DRIFT = "drift.json"
 
 FIGURES = {
     "learning": "accuracy on a task right after it, mean over tasks, in %",
@@ -22,6 +24,7 @@ FIGURES = {
     "probes": "accuracy on the probes after the last task minus the base's, mean over probes, in points",
     "probes, lowest": "the same after the task where it is lowest",
     "probes, forced": "as `probes`, where answers are made to begin in the base's style",
+    "KL": "KL(base || model) on prompts of the learned tasks after the last one, mean over tasks, in nats per answer",
     "rows": "training rows gone through, in thousands",
     "rollouts": "completions sampled to learn from or to filter by, in thousands",
     "minutes": "wall-clock minutes, evaluations included",
@@ -57,6 +60,7 @@ def figures_of(folder: str | Path, seconds: float | None = None) -> dict[str, fl
         "probes": _percent(_last(probe_changes(matrix))),
         "probes, lowest": _percent(min(probe_changes(matrix), default=None)),
         "probes, forced": _percent(_last(probe_changes(matrix, "forced_accuracy"))),
+        "KL": _last_drift(Path(folder), matrix.tasks),
         "rows": _thousands(logged.get("perf/rows")),
         "rollouts": _thousands(logged.get("perf/rollouts", 0.0) + _filtered(Path(folder))),
         "minutes": None if seconds is None else seconds / 60,
@@ -77,6 +81,17 @@ def _logged(folder: Path) -> dict[str, float]:
     events.Reload()
     wanted = {"perf/rows", "perf/rollouts"}.intersection(events.Tags()["scalars"])
     return {name: sum(event.value for event in events.Scalars(name)) for name in wanted}
+
+
+def _last_drift(folder: Path, tasks: Collection[str]) -> float | None:
+    """The divergence from the base, on the base's own answers, when it was measured last."""
+    path = folder / DRIFT
+    if not path.exists():
+        return None
+    measured = json.loads(path.read_text(encoding="utf-8"))["measurements"]
+    last = [row for row in measured if (row["stage"], row["step"]) == (measured[-1]["stage"], measured[-1]["step"])]
+    values = [row["forward_kl_per_answer"] for row in last if row["name"] in tasks]
+    return statistics.mean(values) if values else None
 
 
 def _filtered(folder: Path) -> int:

@@ -31,12 +31,30 @@ def run(tmp_path):
     return tmp_path
 
 
+def write_drift(run) -> None:
+    """After the last task 2 nats on a and 4 on b, mean 3; before that, and on probes, other figures."""
+    measured = [
+        (1, 3, "a", 9.0),
+        (1, 3, "p", 9.0),
+        (2, 2, "a", 8.0),
+        (2, 3, "a", 2.0),
+        (2, 3, "b", 4.0),
+        (2, 3, "p", 7.0),
+    ]
+    rows = [
+        {"stage": stage, "step": step, "name": name, "forward_kl_per_answer": value}
+        for stage, step, name, value in measured
+    ]
+    (run / "drift.json").write_text(json.dumps({"version": 1, "measurements": rows}))
+
+
 def test_figures_are_those_of_the_hand(run):
+    write_drift(run)
     found = figures_of(run, seconds=90.0)
     assert list(found) == list(FIGURES)
     expected = {
         "learning": 80.0, "AvgAcc": 75.0, "forgetting": 10.0, "worst dip": 10.0, "BWT": -10.0, "probes": -10.0,
-        "probes, lowest": -40.0, "probes, forced": -10.0, "rows": 0.048, "rollouts": 0.384, "minutes": 1.5,
+        "probes, lowest": -40.0, "probes, forced": -10.0, "KL": 3.0, "rows": 0.048, "rollouts": 0.384, "minutes": 1.5,
     }  # fmt: skip
     assert found == pytest.approx(expected)
 
@@ -54,7 +72,8 @@ def test_a_run_without_probes_or_base_has_no_such_figure(run):
     matrix.zero_shot = None
     matrix.save(run / MATRIX)
     found = figures_of(run)
-    assert found["probes"] is found["probes, forced"] is found["minutes"] is None and found["AvgAcc"] == 75
+    assert found["probes"] is found["probes, forced"] is found["minutes"] is found["KL"] is None
+    assert found["AvgAcc"] == 75
 
 
 def test_what_is_no_finished_run_is_refused(run, tmp_path):
