@@ -26,7 +26,7 @@ FIGURES = {
     "probes, forced": "as `probes`, where answers are made to begin in the base's style",
     "KL": "KL(base || model) on prompts of the learned tasks after the last one, mean over tasks, in nats per answer",
     "rows": "training rows gone through, in thousands",
-    "rollouts": "completions sampled to learn from or to filter by, in thousands",
+    "rollouts": "completions sampled to learn from, to filter by or to collect, in thousands",
     "minutes": "wall-clock minutes, evaluations included",
 }
 """What is compared: a name, and what it is."""
@@ -62,7 +62,7 @@ def figures_of(folder: str | Path, seconds: float | None = None) -> dict[str, fl
         "probes, forced": _percent(_last(probe_changes(matrix, "forced_accuracy"))),
         "KL": _last_drift(Path(folder), matrix.tasks),
         "rows": _thousands(logged.get("perf/rows")),
-        "rollouts": _thousands(logged.get("perf/rollouts", 0.0) + _filtered(Path(folder))),
+        "rollouts": _thousands(logged.get("perf/rollouts", 0.0) + _filtered(Path(folder)) + _collected(Path(folder))),
         "minutes": None if seconds is None else seconds / 60,
     }
 
@@ -101,6 +101,12 @@ def _filtered(folder: Path) -> int:
         header, *verdicts = map(json.loads, path.read_text(encoding="utf-8").splitlines())
         total += header["completions_per_row"] * sum(verdict["refused"] is None for verdict in verdicts)
     return total
+
+
+def _collected(folder: Path) -> int:
+    """Completions that ``cpt predict`` sampled into the folder or one within it."""
+    summaries = folder.glob("**/*_summary.json")
+    return sum(json.loads(path.read_text(encoding="utf-8"))["num_completions"] for path in summaries)
 
 
 def _last(values: list[float]) -> float | None:
