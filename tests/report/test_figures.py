@@ -6,7 +6,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from cpt_lightning.records.matrix import AccuracyMatrix
-from cpt_lightning.report import FIGURES, Comparison, figures_of
+from cpt_lightning.report import FIGURES, Comparison, figures_of, scores_of
 from cpt_lightning.report.figures import MATRIX
 
 
@@ -57,6 +57,9 @@ def test_figures_are_those_of_the_hand(run):
         "probes, lowest": -40.0, "probes, forced": -10.0, "KL": 3.0, "rows": 0.048, "rollouts": 0.384, "minutes": 1.5,
     }  # fmt: skip
     assert found == pytest.approx(expected)
+    scores = scores_of(AccuracyMatrix.load(run / MATRIX))
+    assert scores == {name: found[name] for name in scores}
+    assert list(scores) == list(FIGURES)[:8]
 
 
 def test_a_filter_s_completions_are_counted(run):
