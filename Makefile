@@ -22,7 +22,7 @@ TORCH_INDEX = $(eval TORCH_INDEX := $(shell [ "$$(uname)" != Linux ] || command 
 	echo --extra-index-url $(CPU_WHEELS)))$(TORCH_INDEX)
 
 # The tiny model is faster on one thread than on two that have to share a busy machine.
-demo demo-% test: export OMP_NUM_THREADS ?= 1
+demo demo-% test notebooks: export OMP_NUM_THREADS ?= 1
 
 .PHONY: help
 help:  ## show this list
@@ -37,6 +37,10 @@ demo-%: $(VENV)/.project  ## the same stream with another objective: demo-sft, d
 .PHONY: test
 test: $(VENV)/.dev  ## all tests, doctests included
 	$(RUN)/pytest $(PYTEST_ARGS)
+
+.PHONY: notebooks
+notebooks: $(VENV)/.dev  ## runs the notebooks and stores what they show
+	$(RUN)/python -m tests.notebooks
 
 .PHONY: lint
 lint: $(VENV)/.dev  ## style, format and types, changing nothing

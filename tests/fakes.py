@@ -132,11 +132,7 @@ def make_trainer(folder, stream: TaskStream, callbacks=(), continual=None, check
     continual = continual or ContinualLearning(print_table=False)
     checkpoint = checkpoint or TaskCheckpoint(every_n_steps=1)
     defaults = {
-        "max_epochs": stream.num_stages,
-        "reload_dataloaders_every_n_epochs": 1,
-        "use_distributed_sampler": False,
-        "inference_mode": False,
-        "num_sanity_val_steps": 0,
+        **stream.trainer_options,
         "default_root_dir": str(folder),
         "logger": False,
         "accelerator": "cpu",

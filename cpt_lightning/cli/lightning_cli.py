@@ -29,17 +29,9 @@ from cpt_lightning.checkpoint_io import check_resumable, next_step, read_checkpo
 from cpt_lightning.cli import VERBS
 from cpt_lightning.cli.errors import refusal
 from cpt_lightning.cli.run_directory import last_checkpoint, run_directory
-from cpt_lightning.data import TaskStream
+from cpt_lightning.data import TRAINER_OPTIONS, TaskStream
 from cpt_lightning.modules import PostTraining  # its strategy registers itself as fsdp2
 from cpt_lightning.modules.resumable import check_ours
-
-TRAINER_DEFAULTS = {
-    "reload_dataloaders_every_n_epochs": 1,  # an epoch is a task
-    "use_distributed_sampler": False,  # the stream splits batches over ranks
-    "inference_mode": False,  # a validation must not leave inference tensors in what trains on
-    "num_sanity_val_steps": 0,  # the zero-shot evaluation comes first anyway
-    "log_every_n_steps": 1,
-}
 
 PARSER_OPTIONS = {"prog": "cpt", "description": "Continual post-training of multimodal language models."}
 
@@ -77,7 +69,7 @@ class CPTCLI(LightningCLI):
             model_class=PostTraining,
             subclass_mode_model=True,
             datamodule_class=TaskStream,
-            trainer_defaults=dict(TRAINER_DEFAULTS),
+            trainer_defaults=dict(TRAINER_OPTIONS),
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},  # a resumed run goes on in its folder
             seed_everything_default=0,

@@ -1,4 +1,4 @@
-"""What a stream refuses: stages, numbers and Trainers with which it would be another one, or none."""
+"""What a stream wants of a Trainer; and stages, numbers and Trainers with which it would be another one, or none."""
 
 from __future__ import annotations
 
@@ -8,6 +8,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cpt_lightning.data.datamodule import TaskStream
+
+TRAINER_OPTIONS = {
+    "reload_dataloaders_every_n_epochs": 1,  # an epoch is a task
+    "use_distributed_sampler": False,  # the stream splits batches over ranks
+    "inference_mode": False,  # a validation must not leave inference tensors in what trains on
+    "num_sanity_val_steps": 0,  # the zero-shot evaluation comes first anyway
+    "log_every_n_steps": 1,
+}
+"""What every stream wants of a Trainer."""
 
 
 def check_stages(stages: Sequence[Sequence[str]], tasks: Sequence[str], given: object) -> None:

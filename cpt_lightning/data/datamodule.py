@@ -11,7 +11,7 @@ import lightning as L
 from torch import Generator
 from torch.utils.data import DataLoader
 
-from cpt_lightning.data.checks import check_numbers, check_stages, check_trainer
+from cpt_lightning.data.checks import TRAINER_OPTIONS, check_numbers, check_stages, check_trainer
 from cpt_lightning.data.collate import Collate, Processor
 from cpt_lightning.data.loader import KeptRows, StageLoader, StreamBatches
 from cpt_lightning.data.replay import Replay, ReplaySampler
@@ -26,8 +26,7 @@ class TaskStream(L.LightningDataModule):
     """Tasks that are learned one after another, each for an epoch of the Trainer, and evaluated all together.
 
     A stage of the stream is one task, or several that are mixed; sequential, single-task and joint multi-task training
-    differ in ``stages`` only. The Trainer needs ``max_epochs`` = number of stages,
-    ``reload_dataloaders_every_n_epochs=1`` and ``use_distributed_sampler=False``, which ``cpt`` sets.
+    differ in ``stages`` only. The Trainer needs the options of :attr:`trainer_options`, which ``cpt`` sets.
 
     Args:
         tasks: What is learned, by name.
@@ -130,6 +129,11 @@ class TaskStream(L.LightningDataModule):
     def stage_names(self) -> list[str]:
         """Name of each stage: its task's, or ``a+b`` for a mixed one."""
         return ["+".join(stage) for stage in self.stages]
+
+    @property
+    def trainer_options(self) -> dict[str, Any]:
+        """What this stream wants of its Trainer: ``Trainer(**stream.trainer_options, callbacks=...)``."""
+        return {**TRAINER_OPTIONS, "max_epochs": self.num_stages}
 
     @cached_property
     def task_names(self) -> list[str]:

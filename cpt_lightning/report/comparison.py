@@ -8,9 +8,13 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cpt_lightning.records.files import replace_text
 from cpt_lightning.report.figures import FIGURES
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Figures = Mapping[str, float | None]
 
@@ -43,6 +47,23 @@ class Comparison:
         """A figure of all seeds of an arm."""
         found = (figures.get(column) for figures in self.arms[arm].values())
         return [value for value in found if value is not None]
+
+    @classmethod
+    def load(cls, path: str | Path) -> Comparison:
+        """Reads a ``comparison.csv`` that :meth:`save` wrote; figures have four digits after the point there.
+
+        Raises:
+            ValueError: Another kind of file.
+        """
+        arms: dict[str, dict[int, dict[str, float | None]]] = {}
+        with Path(path).open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                if not {"arm", "seed"} <= set(row):
+                    raise ValueError(f"{path} has no columns arm and seed: it is no comparison.csv of `cpt study`")
+                arm, seed = row.pop("arm"), int(row.pop("seed"))
+                figures = {name: float(value) if value else None for name, value in row.items()}
+                arms.setdefault(arm, {})[seed] = figures
+        return cls(arms)
 
     def save(self, folder: str | Path, title: str) -> None:
         """Writes ``comparison.md``, ``comparison.csv`` (a line per run) and ``comparison.png``."""
@@ -77,13 +98,13 @@ class Comparison:
 
     # -- picture -----------------------------------------------------------------------------------------------------
 
-    def draw(self, path: Path, title: str) -> None:
+    def figure(self, title: str) -> Figure | None:
         """Learning against forgetting, and against what became of the probes; nothing where neither was measured."""
         from matplotlib.figure import Figure  # slow to import
 
         shown = {column: label for column, label in AXES.items() if column in self.columns}
         if not shown:
-            return
+            return None
         figure = Figure(figsize=(6 * len(shown), 5.5), layout="constrained")
         for axes, (column, label) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
             self._scatter(axes, column, label)
@@ -92,6 +113,13 @@ class Comparison:
         }
         figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
         figure.suptitle(title)
+        return figure
+
+    def draw(self, path: Path, title: str) -> None:
+        """Writes the figure, if there is one."""
+        figure = self.figure(title)
+        if figure is None:
+            return
         part = path.with_name(path.name + ".part")
         figure.savefig(part, dpi=150, format="png")
         part.replace(path)

@@ -49,8 +49,19 @@ def figures_of(folder: str | Path, seconds: float | None = None) -> dict[str, fl
     matrix = AccuracyMatrix.load(path)
     if len(matrix.rows) < len(matrix.stages):
         raise ValueError(f"{path}: {len(matrix.rows)} of {len(matrix.stages)} stages are learned; let the run finish")
-    metrics = matrix.metrics()
     logged = _logged(Path(folder))
+    return {
+        **scores_of(matrix),
+        "KL": _last_drift(Path(folder), matrix.tasks),
+        "rows": _thousands(logged.get("perf/rows")),
+        "rollouts": _thousands(logged.get("perf/rollouts", 0.0) + _filtered(Path(folder)) + _collected(Path(folder))),
+        "minutes": None if seconds is None else seconds / 60,
+    }
+
+
+def scores_of(matrix: AccuracyMatrix) -> dict[str, float | None]:
+    """Those of the figures that an accuracy matrix tells alone."""
+    metrics = matrix.metrics()
     return {
         "learning": _percent(metrics.get("learning")),
         "AvgAcc": _percent(metrics.get("average_accuracy")),
@@ -60,10 +71,6 @@ def figures_of(folder: str | Path, seconds: float | None = None) -> dict[str, fl
         "probes": _percent(_last(probe_changes(matrix))),
         "probes, lowest": _percent(min(probe_changes(matrix), default=None)),
         "probes, forced": _percent(_last(probe_changes(matrix, "forced_accuracy"))),
-        "KL": _last_drift(Path(folder), matrix.tasks),
-        "rows": _thousands(logged.get("perf/rows")),
-        "rollouts": _thousands(logged.get("perf/rollouts", 0.0) + _filtered(Path(folder)) + _collected(Path(folder))),
-        "minutes": None if seconds is None else seconds / 60,
     }
 
 

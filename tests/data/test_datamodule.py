@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cpt_lightning.data import TaskStream
+from cpt_lightning.data import TRAINER_OPTIONS, TaskStream
 from cpt_lightning.tasks import Task
 from tests.fakes import LinearModule, NumberSource, WordProcessor, make_trainer, number_stream
 
@@ -159,6 +159,15 @@ def test_over_long_rows_are_left_out_of_training_but_not_of_evaluation(tmp_path)
 def test_mistakes_are_named_at_once(options, message):
     with pytest.raises(ValueError, match=message):
         number_stream(**options)
+
+
+def test_the_stream_says_what_it_wants_of_a_trainer():
+    """An epoch a stage; and what ``cpt`` sets for every stream (the fakes' Trainer is made of nothing else)."""
+    options = number_stream().trainer_options
+    assert options["max_epochs"] == 3
+    assert {name: value for name, value in options.items() if name != "max_epochs"} == TRAINER_OPTIONS
+    options["inference_mode"] = True
+    assert number_stream().trainer_options["inference_mode"] is False, "the constant itself is not handed out"
 
 
 def test_an_empty_task_is_refused_at_setup(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from cpt_lightning.records.matrix import AccuracyMatrix
-from cpt_lightning.report import FIGURES, Comparison, figures_of
+from cpt_lightning.report import FIGURES, Comparison, figures_of, scores_of
 from cpt_lightning.report.figures import MATRIX
 
 
@@ -57,6 +57,9 @@ def test_figures_are_those_of_the_hand(run):
         "probes, lowest": -40.0, "probes, forced": -10.0, "KL": 3.0, "rows": 0.048, "rollouts": 0.384, "minutes": 1.5,
     }  # fmt: skip
     assert found == pytest.approx(expected)
+    scores = scores_of(AccuracyMatrix.load(run / MATRIX))
+    assert scores == {name: found[name] for name in scores}
+    assert list(scores) == list(FIGURES)[:8]
 
 
 def test_completions_of_a_filter_and_of_a_collection_are_counted(run):
@@ -99,3 +102,26 @@ def test_a_comparison_averages_seeds_and_leaves_out_what_no_run_has(tmp_path):
     )
     comparison.save(tmp_path, "title")
     assert {path.name for path in tmp_path.iterdir()} == {"comparison.md", "comparison.csv", "comparison.png"}
+
+
+def test_a_comparison_is_read_back_from_its_table(tmp_path):
+    """Two seeds of one arm, and an arm without probes; a figure that one has and the other lacks stays ``None``."""
+    arms = {
+        "sft": {0: {"learning": 50.0, "probes": -1.25}, 7: {"learning": 52.0}},
+        "joint, all": {0: {"learning": 49.0}},
+    }
+    Comparison(arms).save(tmp_path, "")
+    found = Comparison.load(tmp_path / "comparison.csv")
+    assert found.arms == {
+        "sft": {0: {"learning": 50.0, "probes": -1.25}, 7: {"learning": 52.0, "probes": None}},
+        "joint, all": {0: {"learning": 49.0, "probes": None}},
+    }
+    assert found.csv() == Comparison(arms).csv()
+    (axes,) = found.figure("title").axes
+    assert axes.get_legend_handles_labels()[1] == ["sft"]
+
+
+def test_another_table_is_no_comparison(tmp_path):
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=r"other.csv has no columns arm and seed"):
+        Comparison.load(tmp_path / "other.csv")
