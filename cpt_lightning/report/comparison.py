@@ -1,4 +1,4 @@
-"""Runs of several arms and seeds side by side: a table for people, one for programs, and a picture."""
+"""The figures of several arms and seeds side by side, as tables for people, papers and programs."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import csv
 import io
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from cpt_lightning.pictures.comparison import Point, trade_off
+from cpt_lightning.pictures.files import save_png
 from cpt_lightning.records.files import replace_text
-from cpt_lightning.report.figures import FIGURES
-
-Figures = Mapping[str, float | None]
+from cpt_lightning.report.figures import FIGURES, Figures
 
 AXES = {
     "forgetting": "forgetting, points (right: more is lost)",
     "probes": "probes, points against the base (left: more is lost)",
 }
 """What learning is drawn against."""
-DIGITS = {"KL": 2}
+DIGITS = {"KL": 2, "GPU memory": 2, "host memory": 2}
 """After the point, where one is too few."""
 
 
@@ -29,9 +29,11 @@ class Comparison:
 
     Args:
         arms: For each arm the figures of each of its seeds.
+        intervals: For each arm those of its means, by figure, where they are known.
     """
 
-    arms: Mapping[str, Mapping[int, Figures]]
+    arms: Mapping[str, Mapping[int | str, Figures]]
+    intervals: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
 
     @property
     def columns(self) -> list[str]:
@@ -44,24 +46,49 @@ class Comparison:
         found = (figures.get(column) for figures in self.arms[arm].values())
         return [value for value in found if value is not None]
 
+    def mean(self, arm: str, column: str) -> float | None:
+        """A figure of an arm, averaged over its seeds."""
+        values = self.values(arm, column)
+        return statistics.mean(values) if values else None
+
+    def cell(self, arm: str, column: str) -> tuple[str, str]:
+        """The mean with its spread over seeds, and the interval of the mean; empty where not known."""
+        digits = DIGITS.get(column, 1)
+        interval = self.intervals.get(arm, {}).get(column)
+        return spread(self.values(arm, column), digits), bounds(interval, digits)
+
     def save(self, folder: str | Path, title: str) -> None:
-        """Writes ``comparison.md``, ``comparison.csv`` (a line per run) and ``comparison.png``."""
+        """Writes ``comparison.md``, ``.csv`` (a line per run), ``.tex`` and ``.png``."""
         folder = Path(folder)
         replace_text(folder / "comparison.md", self.markdown(title))
         replace_text(folder / "comparison.csv", self.csv())
-        self.draw(folder / "comparison.png", title)
+        replace_text(folder / "comparison.tex", self.latex())
+        if points := self.points:
+            save_png(trade_off(points, title), folder / "comparison.png")
 
     # -- tables ------------------------------------------------------------------------------------------------------
 
     def markdown(self, title: str) -> str:
-        """A line per arm: means over seeds, and standard deviations where there are several."""
-        columns = self.columns
-        lines = [f"# {title}", "", "| arm | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+        """A line per arm under a heading, and what the figures are."""
+        meanings = [f"- **{column}**: {FIGURES[column]}." for column in self.columns]
+        return "\n".join([f"# {title}", "", self.markdown_table(), "", self.legend, "", *meanings]) + "\n"
+
+    def markdown_table(self, columns: Sequence[str] | None = None) -> str:
+        """A line per arm."""
+        columns = self.columns if columns is None else columns
+        lines = ["| arm | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
         for arm, seeds in self.arms.items():
-            cells = [spread(self.values(arm, column), DIGITS.get(column, 1)) for column in columns]
-            lines.append(f"| {arm} | {len(seeds)} | " + " | ".join(cells) + " |")
-        meanings = [f"- **{column}**: {FIGURES[column]}." for column in columns]
-        return "\n".join([*lines, "", "Mean ± standard deviation over seeds.", "", *meanings]) + "\n"
+            cells = [" ".join(filter(None, self.cell(arm, column))) for column in columns]
+            lines.append(f"| {arm.replace('|', chr(92) + '|')} | {len(seeds)} | " + " | ".join(cells) + " |")
+        return "\n".join(lines)
+
+    @property
+    def legend(self) -> str:
+        """What stands in a cell."""
+        legend = "Mean ± standard deviation over seeds"
+        if self.intervals:
+            legend += "; in brackets the 95 % interval of the mean over test rows"
+        return legend + "."
 
     def csv(self) -> str:
         """A line per run."""
@@ -75,38 +102,28 @@ class Comparison:
                 writer.writerow([arm, seed, *("" if value is None else f"{value:.4f}" for value in values)])
         return text.getvalue()
 
+    def latex(self) -> str:
+        """A line per arm, for ``\\usepackage{booktabs}``."""
+        columns = self.columns
+        lines = [r"% \usepackage{booktabs}", f"% {latex_text(self.legend)}"]
+        lines += [r"\begin{tabular}{l" + "r" * (len(columns) + 1) + "}", r"\toprule"]
+        lines += [" & ".join(map(latex_text, ["arm", "seeds", *columns])) + r" \\", r"\midrule"]
+        for arm, seeds in self.arms.items():
+            cells = [_latex_cell(*self.cell(arm, column)) for column in columns]
+            lines.append(" & ".join([latex_text(arm), str(len(seeds)), *cells]) + r" \\")
+        return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
     # -- picture -----------------------------------------------------------------------------------------------------
 
-    def draw(self, path: Path, title: str) -> None:
-        """Learning against forgetting, and against what became of the probes; nothing where neither was measured."""
-        from matplotlib.figure import Figure  # slow to import
-
+    @property
+    def points(self) -> dict[str, list[Point]]:
+        """Where each arm lies, by the label of the axis: learning, and what was lost."""
         shown = {column: label for column, label in AXES.items() if column in self.columns}
-        if not shown:
-            return
-        figure = Figure(figsize=(6 * len(shown), 5.5), layout="constrained")
-        for axes, (column, label) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
-            self._scatter(axes, column, label)
-        handles = {
-            name: mark for axes in figure.axes for mark, name in zip(*axes.get_legend_handles_labels(), strict=True)
+        found = {
+            label: [Point(arm, self.values(arm, column), self.values(arm, "learning")) for arm in self.arms]
+            for column, label in shown.items()
         }
-        figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
-        figure.suptitle(title)
-        part = path.with_name(path.name + ".part")
-        figure.savefig(part, dpi=150, format="png")
-        part.replace(path)
-
-    def _scatter(self, axes, column: str, label: str) -> None:
-        markers = "osD^vP*X<>"
-        for number, arm in enumerate(self.arms):
-            x, y = self.values(arm, column), self.values(arm, "learning")
-            if x and y:
-                axes.errorbar(
-                    statistics.mean(x), statistics.mean(y), xerr=deviation(x), yerr=deviation(y), label=arm,
-                    color=f"C{number % 10}", marker=markers[number // 10 % len(markers)], capsize=2, linestyle="none",
-                )  # fmt: skip
-        axes.axvline(0, color="grey", linewidth=0.5)
-        axes.set(xlabel=label, ylabel="learning, %")
+        return {label: [point for point in points if point.lost and point.learned] for label, points in found.items()}
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
@@ -118,9 +135,28 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
     if not values:
         return ""
     mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} ± {deviation(values):.{digits}f}" if len(values) > 1 else mean
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-def deviation(values: Sequence[float]) -> float:
-    """Standard deviation of a sample; 0 of a single value."""
-    return statistics.stdev(values) if len(values) > 1 else 0.0
+def bounds(interval: tuple[float, float] | None, digits: int = 1) -> str:
+    """An interval in brackets.
+
+    >>> bounds((-1.04, 2.0)), bounds(None)
+    ('[-1.0, 2.0]', '')
+    """
+    return "" if interval is None else f"[{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]"
+
+
+def latex_text(text: str) -> str:
+    r"""Text as LaTeX prints it.
+
+    >>> latex_text("lr_1e-3 & 50 %")
+    'lr\\_1e-3 \\& 50 \\%'
+    """
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
+    return "".join(special.get(letter, rf"\{letter}" if letter in "&%$#_{}" else letter) for letter in text)
+
+
+def _latex_cell(mean: str, interval: str) -> str:
+    small = rf" {{\scriptsize {interval}}}" if interval else ""
+    return latex_text(mean).replace("-", "$-$") + small.replace("-", "$-$")
