@@ -11,6 +11,7 @@ import yaml
 from cpt_lightning.cli import main
 from cpt_lightning.cli.study.arms import Study
 from cpt_lightning.cli.study.runner import DONE, Runner, is_finished
+from cpt_lightning.records import RunFolder
 from cpt_lightning.report import figures_of
 from tests.test_configs import ROOT, resolved
 
@@ -179,7 +180,7 @@ def test_every_arm_on_the_toy_stream_learns_a_step_of_two_tasks(tmp_path, monkey
         commands = tuple((*words, *(more if words[0] == "fit" else sizes)) for words in run.commands)
         runs.append(replace(run, commands=commands))
     assert Here()(runs) == []
-    found = {run.arm: figures_of(run.folder) for run in runs}
+    found = {run.arm: figures_of(RunFolder(run.folder)) for run in runs}
     assert list(found) == list(toy.arms)
     assert {arm for arm, figures in found.items() if not figures["rollouts"]} == {
         "sft", "sft_house", "lora_sft", "replay", "ewc", "lwf", "rollout_sft", "multitask_sft",

@@ -10,9 +10,7 @@ from jaxtyping import Float
 from cpt_lightning.functional.accuracy_matrix import check_level
 
 
-def resampled_means(
-    scores: Float[np.ndarray, "R n"], num_draws: int, key: Sequence[int]
-) -> Float[np.ndarray, "D R"]:
+def resampled_means(scores: Float[np.ndarray, "R n"], num_draws: int, key: Sequence[int]) -> Float[np.ndarray, "D R"]:
     """Means of R series over the same n test rows, drawn anew with replacement, D times.
 
     A draw takes the same rows for all series, and equal keys give equal draws: what two models scored on the same rows
@@ -43,8 +41,8 @@ def percentile_interval(values: Float[np.ndarray, " D"], level: float = 0.95) ->
         values: ``[D]`` a figure in each draw.
         level: Share of the draws within.
 
-    >>> percentile_interval(np.arange(101.0), level=0.9)
-    (5.0, 95.0)
+    >>> percentile_interval(np.arange(5.0), level=0.5)
+    (1.0, 3.0)
     """
     check_level(level)
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])

@@ -153,7 +153,7 @@ class RunFolder:
         """
         path = self.path / SAMPLES
         number = 0
-        for number, row in enumerate(_lines(path), start=1):  # noqa: B007
+        for number, row in enumerate(_lines(path), start=1):
             if missing := {"row_id", "task", "stage", "accuracy", "completion"} - set(row):
                 raise _broken(path, f"line {number} has no {', '.join(sorted(missing))}")
             yield row

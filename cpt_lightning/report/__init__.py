@@ -2,7 +2,7 @@
 
 from cpt_lightning.report.arms import Arm, arms_of
 from cpt_lightning.report.comparison import Comparison
-from cpt_lightning.report.figures import FIGURES, figures_of
+from cpt_lightning.report.figures import FIGURES, Figures, figures_of
 from cpt_lightning.report.page import Report
 
-__all__ = ["FIGURES", "Arm", "Comparison", "Report", "arms_of", "figures_of"]
+__all__ = ["FIGURES", "Arm", "Comparison", "Figures", "Report", "arms_of", "figures_of"]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import TypeVar
+import json
+from collections.abc import Hashable, Iterator, Sequence
 
 from cpt_lightning.records import AccuracyMatrix, RunFolder
 from cpt_lightning.report.arms import Arm
 from cpt_lightning.report.settings import leaves
-
-T = TypeVar("T")
 
 MEASURE = {
     "model.init_args.backbone.min_pixels": "pixels",
@@ -45,24 +43,27 @@ def _unfinished(runs: Sequence[tuple[str, RunFolder]]) -> Iterator[str]:
 
 
 def _streams(scored: Sequence[tuple[str, AccuracyMatrix]]) -> Iterator[str]:
-    yield from _differ("learn other tasks, or in another order", scored, lambda matrix: str(matrix.stages))
-    yield from _differ("have other probes", scored, lambda matrix: str(sorted(matrix.probes)))
+    stages = [(run, json.dumps(matrix.stages)) for run, matrix in scored]
+    yield from _apart("learn other tasks, or in another order", _groups(stages))
+    probes = [(run, frozenset(matrix.probes)) for run, matrix in scored]
+    yield from _apart("have other probes", _groups(probes))
 
 
 def _asked(scored: Sequence[tuple[str, AccuracyMatrix]]) -> Iterator[str]:
-    """Prompts, references, graders and rows."""
+    """Prompts, references, graders and rows; tasks in which the same runs are apart share a sentence."""
+    prints: dict[tuple, list[str]] = {}
+    counts: dict[tuple, list[str]] = {}
     for name in dict.fromkeys(name for _, matrix in scored for name in matrix.names):
         having = [(run, matrix) for run, matrix in scored if name in matrix.names]
-        prints = [(run, matrix) for run, matrix in having if name in matrix.fingerprints]
-        yield from _differ(
-            f"ask or grade {name} otherwise (fingerprints differ), so its scores do not compare",
-            prints, lambda matrix, name=name: matrix.fingerprints[name],
-        )  # fmt: skip
-        counts = [(run, matrix) for run, matrix in having if matrix.rows]
-        yield from _differ(
-            f"were scored on another number of rows of {name}",
-            counts, lambda matrix, name=name: matrix.rows[-1][name]["num_samples"],
-        )  # fmt: skip
+        marked = [(run, matrix.fingerprints[name]) for run, matrix in having if name in matrix.fingerprints]
+        counted = [(run, matrix.rows[-1][name]["num_samples"]) for run, matrix in having if matrix.rows]
+        prints.setdefault(_groups(marked), []).append(name)
+        counts.setdefault(_groups(counted), []).append(name)
+    for groups, names in prints.items():
+        what = f"ask or grade {', '.join(names)} otherwise (fingerprints differ), so these scores do not compare"
+        yield from _apart(what, groups)
+    for groups, names in counts.items():
+        yield from _apart(f"were scored on another number of rows of {', '.join(names)}", groups)
     if unmarked := [run for run, matrix in scored if not matrix.fingerprints]:
         yield f"{', '.join(unmarked)}: written before fingerprints, so whether prompts and graders agree is not known."
 
@@ -73,17 +74,21 @@ def _measured(runs: Sequence[tuple[str, RunFolder]]) -> Iterator[str]:
     for option, meaning in MEASURE.items():
         names = sorted({name for _, options in told for name in options if f"{name}.".startswith(f"{option}.")})
         for name in names:
-            having = [(run, options) for run, options in told if name in options]
-            yield from _differ(f"differ in {meaning} ({name})", having, lambda options, name=name: options[name])
+            values = [(run, options[name]) for run, options in told if name in options]
+            shown = ", ".join(dict.fromkeys(value for _, value in values))
+            yield from _apart(f"differ in {meaning} ({name}: {shown})", _groups(values))
 
 
 def _bases(scored: Sequence[tuple[str, AccuracyMatrix]]) -> Iterator[str]:
-    based = [(run, matrix.zero_shot) for run, matrix in scored if matrix.zero_shot is not None]
-    shared = sorted(set.intersection(*(set(scores) for _, scores in based))) if based else []
-    yield from _differ(
-        "began from another base, as its scores before training show, so that changes since the base do not compare",
-        based, lambda scores: tuple(round(scores[name]["accuracy"], 4) for name in shared),
-    )  # fmt: skip
+    """On what all were asked alike."""
+    based = [(run, matrix, matrix.zero_shot) for run, matrix in scored if matrix.zero_shot is not None]
+    names = [name for name in (based[0][1].names if based else []) if all(
+        name in scores and matrix.fingerprints.get(name) == based[0][1].fingerprints.get(name)
+        for _, matrix, scores in based
+    )]  # fmt: skip
+    shown = [(run, tuple(round(scores[name]["accuracy"], 4) for name in names)) for run, _, scores in based]
+    what = "began from another base, as its scores before training show, so that changes since the base do not compare"
+    yield from _apart(what, _groups(shown))
 
 
 def _seeds(arms: Sequence[Arm]) -> Iterator[str]:
@@ -91,16 +96,16 @@ def _seeds(arms: Sequence[Arm]) -> Iterator[str]:
         yield f"One seed: {', '.join(single)}. Intervals hold for other test rows, not for other seeds."
 
 
-def _differ(what: str, runs: Sequence[tuple[str, T]], key: Callable[[T], Hashable]) -> Iterator[str]:
-    """A sentence that names who is apart from the first, if anyone is."""
+def _groups(values: Sequence[tuple[str, Hashable]]) -> tuple[tuple[str, ...], ...]:
+    """Runs that have the same value, beginning with the first's."""
     groups: dict[Hashable, list[str]] = {}
-    for name, thing in runs:
-        groups.setdefault(key(thing), []).append(name)
+    for name, value in values:
+        groups.setdefault(value, []).append(name)
+    return tuple(map(tuple, groups.values()))
+
+
+def _apart(what: str, groups: Sequence[Sequence[str]]) -> Iterator[str]:
+    """A sentence that names who is apart from the first, if anyone is."""
     if len(groups) > 1:
-        first, *others = groups.items()
-        apart = "; ".join(f"{', '.join(names)}{_value(value)}" for value, names in others)
-        yield f"Some {what}: {apart}, against {first[1][0]}{_value(first[0])}."
-
-
-def _value(value: Hashable) -> str:
-    return f" ({value})" if isinstance(value, str | int) else ""
+        first, *others = map(", ".join, groups)
+        yield f"Some {what}: {'; '.join(others)}, against {first}."

@@ -12,7 +12,7 @@ from pathlib import Path
 from cpt_lightning.pictures.comparison import Point, trade_off
 from cpt_lightning.pictures.files import save_png
 from cpt_lightning.records.files import replace_text
-from cpt_lightning.report.figures import FIGURES, Figures
+from cpt_lightning.report.figures import COSTS, FIGURES, Figures
 
 AXES = {
     "forgetting": "forgetting, points (right: more is lost)",
@@ -103,10 +103,13 @@ class Comparison:
         return text.getvalue()
 
     def latex(self) -> str:
-        """A line per arm, for ``\\usepackage{booktabs}``."""
-        columns = self.columns
-        lines = [r"% \usepackage{booktabs}", f"% {latex_text(self.legend)}"]
-        lines += [r"\begin{tabular}{l" + "r" * (len(columns) + 1) + "}", r"\toprule"]
+        """Scores and costs, a table each with a line per arm, for the package booktabs."""
+        groups = [name for name in self.columns if name not in COSTS], [name for name in self.columns if name in COSTS]
+        head = [r"% \usepackage{booktabs}", f"% {self.legend}", ""]
+        return "\n".join([*head, *(self._tabular(columns) for columns in groups if columns)])
+
+    def _tabular(self, columns: Sequence[str]) -> str:
+        lines = [r"\begin{tabular}{l" + "r" * (len(columns) + 1) + "}", r"\toprule"]
         lines += [" & ".join(map(latex_text, ["arm", "seeds", *columns])) + r" \\", r"\midrule"]
         for arm, seeds in self.arms.items():
             cells = [_latex_cell(*self.cell(arm, column)) for column in columns]
@@ -134,8 +137,8 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
     """
     if not values:
         return ""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+    mean = number(statistics.mean(values), digits)
+    return f"{mean} ± {number(statistics.stdev(values), digits)}" if len(values) > 1 else mean
 
 
 def bounds(interval: tuple[float, float] | None, digits: int = 1) -> str:
@@ -144,7 +147,16 @@ def bounds(interval: tuple[float, float] | None, digits: int = 1) -> str:
     >>> bounds((-1.04, 2.0)), bounds(None)
     ('[-1.0, 2.0]', '')
     """
-    return "" if interval is None else f"[{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]"
+    return "" if interval is None else f"[{number(interval[0], digits)}, {number(interval[1], digits)}]"
+
+
+def number(value: float, digits: int = 1) -> str:
+    """A number, and no minus before a zero.
+
+    >>> number(-0.04), number(-0.06), number(1.234, 2)
+    ('0.0', '-0.1', '1.23')
+    """
+    return f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 def latex_text(text: str) -> str:

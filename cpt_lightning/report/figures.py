@@ -20,8 +20,8 @@ SCORES = {
     "forgetting / T": "the same sum divided by all T tasks, in points",
     "worst dip": "the largest fall of a learned task below its best on the way, in points",
     "BWT": "final minus just-learned accuracy, mean over earlier tasks (Lopez-Paz and Ranzato 2017), in points",
-    "FWT": "accuracy on a task right before it is learned minus the base's, mean over the tasks after the first (Lopez-Paz "
-    "and Ranzato 2017, with the base for their random model), in points",
+    "FWT": "accuracy on a task right before it is learned minus the base's, mean over the tasks after the first "
+    "(Lopez-Paz and Ranzato 2017, with the base for their random model), in points",
     "probes": "accuracy on the probes after the last task minus the base's, mean over probes, in points",
     "probes, lowest": "the same after the task where it is lowest",
     "probes, forced": "as `probes`, where answers are made to begin in the base's style",
@@ -35,8 +35,8 @@ COSTS = {
     "rows": "training rows gone through, in thousands",
     "rollouts": "completions sampled to learn from or to filter by, in thousands",
     "tokens": "prompt and completion tokens learned from by the first process, in thousands",
-    "minutes": "wall-clock minutes, evaluations included: of the commands as `cpt study` timed them, else from the first "
-    "to the last entry of the logs",
+    "minutes": "wall-clock minutes, evaluations included: of the commands as `cpt study` timed them, else from the "
+    "first to the last entry of the logs",
     "GPU memory": "the most that the first process held on its GPU, in GB",
     "host memory": "the most that the first process held in main memory, in GB",
 }
@@ -45,14 +45,9 @@ FIGURES = {**SCORES, **DISTANCES, **COSTS}
 """What is compared: a name, and what it is."""
 
 
-def figures_of(run: RunFolder, seconds: float | None = None) -> Figures:
-    """The figures of a run, as far as it came.
-
-    Args:
-        run: Its folder.
-        seconds: How long it took, if that was measured and is not written there.
-    """
-    return {**scores_of(run.matrix), **_distances(run), **_costs(run, seconds)}
+def figures_of(run: RunFolder) -> Figures:
+    """The figures of a run, as far as it came."""
+    return {**scores_of(run.matrix), **_distances(run), **_costs(run)}
 
 
 def scores_of(matrix: AccuracyMatrix | None) -> Figures:
@@ -95,10 +90,10 @@ def _distances(run: RunFolder) -> Figures:
     return {"KL": statistics.mean(values) if values else None}
 
 
-def _costs(run: RunFolder, seconds: float | None) -> Figures:
+def _costs(run: RunFolder) -> Figures:
     logged = run.logged
     filtered = sum(verdicts.num_completions for verdicts in run.verdicts.values())
-    seconds = next((known for known in (seconds, run.seconds, logged.seconds) if known is not None), None)
+    seconds = logged.seconds if run.seconds is None else run.seconds
     return {
         "rows": _thousands(logged.total("perf/rows")),
         "rollouts": _thousands((logged.total("perf/rollouts") or 0.0) + filtered),

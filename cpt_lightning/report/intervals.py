@@ -12,6 +12,7 @@ import numpy as np
 from cpt_lightning.functional.bootstrap import percentile_interval, resampled_means
 from cpt_lightning.records import AccuracyMatrix, RunFolder
 from cpt_lightning.records.matrix import Cell, Scores
+from cpt_lightning.records.run import MATRIX, SAMPLES
 from cpt_lightning.report.arms import Arm
 from cpt_lightning.report.figures import scores_of
 
@@ -23,6 +24,10 @@ Part = Literal["accuracy", "forced_accuracy"]
 PARTS: tuple[Part, ...] = ("accuracy", "forced_accuracy")
 Draws = dict[str, np.ndarray]
 """``[D]`` values of each figure, over draws of test rows."""
+
+
+class Disagreement(ValueError):
+    """What a run said does not come to what it scored."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,8 @@ def row_scores(run: RunFolder) -> RowScores | None:
     """Reads them from what the run said; ``None`` without a file of that, or without scores.
 
     Raises:
-        ValueError: The file lacks answers that the matrix counts, or says other than it.
+        Disagreement: The file lacks answers that the matrix counts, or says other than it.
+        ValueError: It is broken.
     """
     matrix = run.matrix
     if matrix is None or not matrix.rows:
@@ -74,9 +80,9 @@ def _check(run: RunFolder, name: str, part: Part, scores: np.ndarray, matrix: Ac
     for found, cells in zip(scores, _measured(matrix), strict=True):
         number, expected = cells[name]["num_samples"], cells[name][part]
         if len(found) != number or not abs(found.mean() - expected) < 1e-3:  # a nan is not
-            raise ValueError(
-                f"{run.path}/samples.jsonl has {np.isfinite(found).sum()} answers on {name} with mean {part} "
-                f"{found.mean():.3f} where accuracy_matrix.json has {number} with {expected:.3f}; they are not of one run"
+            raise Disagreement(
+                f"{run.path}/{SAMPLES} has {np.isfinite(found).sum()} answers on {name} with mean {part} "
+                f"{found.mean():.3f}, but {MATRIX} {number} with {expected:.3f}: they do not belong together"
             )
 
 
@@ -125,7 +131,7 @@ class Resampled:
         for arm in arms:
             try:
                 rows = [(run, row_scores(run)) for run in arm.runs.values() if run.num_stages]
-            except ValueError as error:
+            except Disagreement as error:
                 unknown.append(f"{arm.name} has no intervals: {error}.")
                 continue
             if lacking := [run for run, scores in rows if scores is None]:

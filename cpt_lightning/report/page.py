@@ -21,7 +21,7 @@ from cpt_lightning.report.examples import Changes, changes_of
 from cpt_lightning.report.figures import COSTS, FIGURES, SCORES, figures_of
 from cpt_lightning.report.filters import filtered
 from cpt_lightning.report.intervals import NUM_DRAWS, Resampled
-from cpt_lightning.report.matrices import matrices_csv, matrices_of, mean_matrix, table_of
+from cpt_lightning.report.matrices import Entry, matrices_csv, matrices_of, mean_matrix, table_of
 from cpt_lightning.report.settings import differing_circumstances, differing_options
 from cpt_lightning.report.templates import render
 
@@ -37,11 +37,13 @@ class Picture:
         name: Of its files.
         meaning: What it shows, for those who cannot see it.
         figure: The drawing.
+        is_wide: Whether it needs the whole width of the page.
     """
 
     name: str
     meaning: str
     figure: Figure
+    is_wide: bool = False
 
     @cached_property
     def svg(self) -> bytes:
@@ -81,18 +83,17 @@ class Section:
             for figure in ("learning", "AvgAcc", "forgetting", "worst dip", "probes")
         )
         if learned is None or end is None:
-            return "nothing was measured after a task yet."
-        said = f"reached {learned:.1f} % on its tasks when each had just been learned, and ends at {end:.1f} %"
+            return "has not learned a task yet."
+        said = f"stood at {learned:.1f} % when each task had just been learned, and stands at {end:.1f} % in the end"
         if lost is not None and dip is not None:
-            change = f"forgot {lost:.1f} points" if lost >= 0 else f"gained {-lost:.1f} points"
-            said += f"; on earlier tasks it {change} of the best, {dip:.1f} in the worst dip"
+            change = f"{lost:.1f} points below" if lost >= 0 else f"{-lost:.1f} points above"
+            said += f"; earlier tasks end {change} their best ({dip:.1f} below in the worst dip)"
         if probes is not None:
-            interval = self.comparison.cell(self.arm.name, "probes")[1]
-            said += f"; the probes changed by {probes:+.1f} points {interval}".rstrip()
-        return said + "."
+            said += f"; probes changed by {probes:+.1f} points {self.comparison.cell(self.arm.name, 'probes')[1]}"
+        return said.rstrip() + "."
 
     @property
-    def table(self):
+    def table(self) -> tuple[list[str], dict[str, list[Entry]]]:
         """Names of the stages, and an entry of each task and probe for each."""
         return table_of(self.matrices)
 
@@ -104,6 +105,8 @@ class Section:
     @cached_property
     def pictures(self) -> list[Picture]:
         """The matrix as files have it, and the curves."""
+        if not self.matrices:
+            return []
         mean, name = mean_matrix(self.matrices), self.arm.name
         return [
             Picture(f"matrix_{self.number}", f"Accuracy matrix of {name}", heatmap(mean)),
@@ -189,7 +192,7 @@ class Report:
             yield Picture(f"learning_{what}", f"Learning against {what}", trade_off({label: points}))
         if len(scored := [section for section in self.sections if section.matrices]) > 1:
             curves = task_curves({section.arm.name: mean_matrix(section.matrices) for section in scored})
-            yield Picture("tasks", "Accuracy on every task over the stream, a line per arm", curves)
+            yield Picture("tasks", "Accuracy on every task over the stream, a line per arm", curves, is_wide=True)
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
@@ -204,7 +207,7 @@ class Report:
         """
         path = Path(path)
         files = path.with_name(f"{path.stem}_files")
-        for picture in [*self.pictures, *(each for section in self.sections if section.matrices for each in section.pictures)]:
+        for picture in (*self.pictures, *(each for section in self.sections for each in section.pictures)):
             picture.save(files)
         replace_text(files / "matrices.csv", matrices_csv(self.arms))
         replace_text(path.with_suffix(".csv"), self.comparison.csv())
