@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cpt_lightning.functional.pareto import pareto_front
 from cpt_lightning.pictures.matrix import columns_of
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class Point:
 
     Args:
         name: For the legend.
-        lost: What each of its seeds lost.
+        lost: What each of its seeds lost, as the axis has it.
         learned: What each of them learned.
     """
 
@@ -35,29 +36,57 @@ class Point:
     learned: Sequence[float]
 
 
+@dataclass(frozen=True)
+class Panel:
+    """What learning is drawn against.
+
+    Args:
+        label: Of the axis.
+        points: The arms.
+        right_is_worse: Whether more is lost to the right.
+    """
+
+    label: str
+    points: Sequence[Point]
+    right_is_worse: bool = True
+
+
 def style_of(number: int) -> dict[str, Any]:
     """How an arm is drawn, by its number: seventy look different."""
     return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
 
 
-def trade_off(panels: Mapping[str, Sequence[Point]], title: str = "") -> Figure:
-    """Learning against what was lost, by the label of its axis: means, and standard deviations over seeds."""
+def trade_off(panels: Sequence[Panel], title: str = "") -> Figure:
+    """Learning against what was lost: means, and standard deviations over seeds.
+
+    A grey line goes through the arms that no other beats in both, the Pareto front.
+    """
     from matplotlib.figure import Figure  # slow to import
 
-    names = list(dict.fromkeys(point.name for points in panels.values() for point in points))
+    names = list(dict.fromkeys(point.name for panel in panels for point in panel.points))
     figure = Figure(figsize=(5 * len(panels), 4.4 + 0.22 * -(-len(names) // 2)), layout="constrained")
-    for axes, (label, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        for point in points:
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        _front(axes, panel)
+        for point in panel.points:
             axes.errorbar(
                 statistics.mean(point.lost), statistics.mean(point.learned), label=point.name, capsize=2,
                 xerr=_deviation(point.lost), yerr=_deviation(point.learned), linestyle="none",
                 **style_of(names.index(point.name)),
             )  # fmt: skip
         axes.axvline(0, color="grey", linewidth=0.5)
-        axes.set(xlabel=label, ylabel="learning, %")
-    _legend(figure)
+        axes.set(xlabel=panel.label, ylabel="learning, %")
+    legend_below(figure)
     figure.suptitle(title)
     return figure
+
+
+def _front(axes: Axes, panel: Panel) -> None:
+    lost = [statistics.mean(point.lost) for point in panel.points]
+    learned = [statistics.mean(point.learned) for point in panel.points]
+    front = pareto_front(learned, lost if panel.right_is_worse else [-value for value in lost])
+    if len(front) > 1:
+        x, y = [lost[place] for place in front], [learned[place] for place in front]
+        axes.plot(x, y, color="silver", linewidth=4, drawstyle="steps-post", alpha=0.6, zorder=0, label="Pareto front")
 
 
 def task_curves(arms: Mapping[str, AccuracyMatrix]) -> Figure:
@@ -79,7 +108,7 @@ def task_curves(arms: Mapping[str, AccuracyMatrix]) -> Figure:
         axes.remove()
     for axes in figure.axes[::width]:
         axes.set_ylabel("accuracy, %")
-    _legend(figure)
+    legend_below(figure)
     return figure
 
 
@@ -101,8 +130,8 @@ def _curves(axes: Axes, arms: Mapping[str, AccuracyMatrix], task: str | None) ->
     axes.set(title="probes, mean" if task is None else task, ylim=(-3, 103))
 
 
-def _legend(figure: Figure) -> None:
-    """One for all panels, below them: a phone has no room beside them."""
+def legend_below(figure: Figure) -> None:
+    """One for all panels: a phone has no room beside them."""
     marks = {name: mark for axes in figure.axes for mark, name in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(list(marks.values()), list(marks), loc="outside lower center", ncols=2, fontsize=8)
 

@@ -9,16 +9,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cpt_lightning.pictures.comparison import Point, trade_off
+from cpt_lightning.pictures.comparison import Panel, Point, trade_off
 from cpt_lightning.pictures.files import save_png
 from cpt_lightning.records.files import replace_text
 from cpt_lightning.report.figures import COSTS, FIGURES, Figures
 
 AXES = {
-    "forgetting": "forgetting, points (right: more is lost)",
-    "probes": "probes, points against the base (left: more is lost)",
+    "forgetting": ("forgetting, points (right: more is lost)", True),
+    "probes": ("probes, points against the base (left: more is lost)", False),
 }
-"""What learning is drawn against."""
+"""What learning is drawn against, and whether more is lost to the right."""
 DIGITS = {"KL": 2, "GPU memory": 2, "host memory": 2}
 """After the point, where one is too few."""
 
@@ -63,8 +63,8 @@ class Comparison:
         replace_text(folder / "comparison.md", self.markdown(title))
         replace_text(folder / "comparison.csv", self.csv())
         replace_text(folder / "comparison.tex", self.latex())
-        if points := self.points:
-            save_png(trade_off(points, title), folder / "comparison.png")
+        if panels := self.panels:
+            save_png(trade_off(list(panels.values()), title), folder / "comparison.png")
 
     # -- tables ------------------------------------------------------------------------------------------------------
 
@@ -119,14 +119,14 @@ class Comparison:
     # -- picture -----------------------------------------------------------------------------------------------------
 
     @property
-    def points(self) -> dict[str, list[Point]]:
-        """Where each arm lies, by the label of the axis: learning, and what was lost."""
-        shown = {column: label for column, label in AXES.items() if column in self.columns}
-        found = {
-            label: [Point(arm, self.values(arm, column), self.values(arm, "learning")) for arm in self.arms]
-            for column, label in shown.items()
-        }
-        return {label: [point for point in points if point.lost and point.learned] for label, points in found.items()}
+    def panels(self) -> dict[str, Panel]:
+        """By figure, where each arm lies: learning, and what was lost."""
+        found = {}
+        for column, (label, right_is_worse) in AXES.items():
+            points = [Point(arm, self.values(arm, column), self.values(arm, "learning")) for arm in self.arms]
+            if known := [point for point in points if point.lost and point.learned]:
+                found[column] = Panel(label, known, right_is_worse)
+        return found
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
@@ -150,13 +150,13 @@ def bounds(interval: tuple[float, float] | None, digits: int = 1) -> str:
     return "" if interval is None else f"[{number(interval[0], digits)}, {number(interval[1], digits)}]"
 
 
-def number(value: float, digits: int = 1) -> str:
+def number(value: float, digits: int = 1, sign: str = "-") -> str:
     """A number, and no minus before a zero.
 
-    >>> number(-0.04), number(-0.06), number(1.234, 2)
-    ('0.0', '-0.1', '1.23')
+    >>> number(-0.04), number(-0.06), number(1.234, 2), number(1.0, sign="+")
+    ('0.0', '-0.1', '1.23', '+1.0')
     """
-    return f"{round(value, digits) + 0.0:.{digits}f}"
+    return f"{round(value, digits) + 0.0:{sign}.{digits}f}"
 
 
 def latex_text(text: str) -> str:

@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING
 from cpt_lightning.pictures import heatmap, stream_curves
 from cpt_lightning.pictures.comparison import task_curves, trade_off
 from cpt_lightning.pictures.files import save_png, svg
+from cpt_lightning.pictures.law import law
 from cpt_lightning.records import AccuracyMatrix
 from cpt_lightning.records.files import replace_text
 from cpt_lightning.report.arms import Arm
 from cpt_lightning.report.cautions import cautions
-from cpt_lightning.report.comparison import Comparison, bounds
+from cpt_lightning.report.comparison import Comparison, bounds, number
 from cpt_lightning.report.examples import Changes, changes_of
 from cpt_lightning.report.figures import COSTS, FIGURES, SCORES, figures_of
 from cpt_lightning.report.filters import filtered
 from cpt_lightning.report.intervals import NUM_DRAWS, Resampled
+from cpt_lightning.report.law import Law, laws_of
 from cpt_lightning.report.matrices import Entry, matrices_csv, matrices_of, mean_matrix, table_of
 from cpt_lightning.report.settings import differing_circumstances, differing_options
 from cpt_lightning.report.templates import render
@@ -84,10 +86,11 @@ class Section:
         )
         if learned is None or end is None:
             return "has not learned a task yet."
-        said = f"stood at {learned:.1f} % when each task had just been learned, and stands at {end:.1f} % in the end"
+        now = "in the end" if self.arm.first.is_finished else "so far"
+        said = f"stood at {learned:.1f} % when each task had just been learned, and stands at {end:.1f} % {now}"
         if lost is not None and dip is not None:
             change = f"{lost:.1f} points below" if lost >= 0 else f"{-lost:.1f} points above"
-            said += f"; earlier tasks end {change} their best ({dip:.1f} below in the worst dip)"
+            said += f"; earlier tasks are {change} their best ({dip:.1f} below in the worst dip)"
         if probes is not None:
             said += f"; probes changed by {probes:+.1f} points {self.comparison.cell(self.arm.name, 'probes')[1]}"
         return said.rstrip() + "."
@@ -172,7 +175,7 @@ class Report:
     def _difference(self, arm: str, first: str, figure: str) -> tuple[str, str, bool]:
         one, two = self.comparison.mean(arm, figure), self.comparison.mean(first, figure)
         interval = self.resampled.difference(arm, first, figure)
-        shown = "" if one is None or two is None else f"{one - two:+.1f}"
+        shown = "" if one is None or two is None else number(one - two, sign="+")
         return shown, bounds(interval), interval is not None and not interval[0] <= 0 <= interval[1]
 
     @property
@@ -187,12 +190,20 @@ class Report:
         return list(self._pictures())
 
     def _pictures(self) -> Iterator[Picture]:
-        for label, points in self.comparison.points.items():
-            what = label.partition(",")[0]
-            yield Picture(f"learning_{what}", f"Learning against {what}", trade_off({label: points}))
+        for what, panel in self.comparison.panels.items():
+            yield Picture(f"learning_{what}", f"Learning against {what}", trade_off([panel]))
         if len(scored := [section for section in self.sections if section.matrices]) > 1:
             curves = task_curves({section.arm.name: mean_matrix(section.matrices) for section in scored})
             yield Picture("tasks", "Accuracy on every task over the stream, a line per arm", curves, is_wide=True)
+
+    @cached_property
+    def law_pictures(self) -> list[Picture]:
+        """Losses against distances from the base."""
+        return [
+            Picture(f"law_{each.distance.partition('_')[0]}_{each.loss}", _described(each),
+                    law(each.points, each.labels, each.fit))
+            for each in laws_of(self.arms)
+        ]  # fmt: skip
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
@@ -207,7 +218,11 @@ class Report:
         """
         path = Path(path)
         files = path.with_name(f"{path.stem}_files")
-        for picture in (*self.pictures, *(each for section in self.sections for each in section.pictures)):
+        for picture in (
+            *self.pictures,
+            *self.law_pictures,
+            *(each for section in self.sections for each in section.pictures),
+        ):
             picture.save(files)
         replace_text(files / "matrices.csv", matrices_csv(self.arms))
         replace_text(path.with_suffix(".csv"), self.comparison.csv())
@@ -215,3 +230,11 @@ class Report:
         replace_text(path.with_suffix(".md"), render("report.md.j2", report=self, files=files.name))
         replace_text(path, render("report.html.j2", report=self))
         return [path, *(path.with_suffix(suffix) for suffix in (".md", ".csv", ".tex")), files]
+
+
+def _described(law: Law) -> str:
+    distance, loss = law.labels
+    fit = (
+        "too few for a fit" if law.fit is None else f"a parabola explains {law.fit.r_squared:.2f} of the variance (R²)"
+    )
+    return f"{loss.capitalize()}, against {distance}: {law.num_points} runs and stages, {fit}"

@@ -88,7 +88,7 @@ def test_the_page_says_what_was_learned_and_lost(report):
     """plain: a .75 then b 1 just learned, mean 87.5; a ends at .5 and .75: lost 25 and 0 points, mean 12.5."""
     text = " ".join(read(report / "page.html").text.split())
     assert "plain stood at 87.5 % when each task had just been learned, and stands at 81.2 % in the end" in text
-    assert "earlier tasks end 12.5 points below their best" in text and "probes changed by -25.0 points" in text
+    assert "earlier tasks are 12.5 points below their best" in text and "probes changed by -25.0 points" in text
     assert "12.5 ± 17.7" in text, "forgetting over two seeds"
     for heading in (
         "Learned and lost",
