@@ -207,3 +207,9 @@ def test_a_real_study_runs_resumes_and_compares(tmp_path, monkeypatch, capsys):
     main(["study", str(path)])
     assert (out / "grpo/seed_0" / DONE).stat().st_mtime == stamp
     assert "2 finished already" in capsys.readouterr().out
+    main(["report", *map(str, out.glob("*/seed_*")), "--images", "-o", str(tmp_path / "page.html")])
+    page = (tmp_path / "page.html").read_text()
+    assert "samples.jsonl" not in page, "what was said adds up to what was scored"
+    assert "model.class_path" in page and "cpt_lightning.modules.RFT" in page
+    with (tmp_path / "page.csv").open() as file:
+        assert {row["arm"]: row["AvgAcc"] for row in csv.DictReader(file)} == {a: found[a]["AvgAcc"] for a in found}

@@ -35,9 +35,9 @@ def report_command(args: list[str]) -> None:
     from cpt_lightning.report import Report, arms_of  # after --help, for it takes seconds
 
     try:
-        report = Report(arms_of(options.runs), options.title)
+        report = Report(arms_of(options.runs), options.title, options.images)
         written = report.save(options.output)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError) as error:  # of a run's files, of its data, or of the page's
         _refuse(str(error))
     for section in report.sections:
         print(f"{section.arm.name} {section.sentence}")
@@ -57,5 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or ARM=FOLDER")
     parser.add_argument("-o", "--output", default="report.html", metavar="FILE.html", help="default: report.html")
+    parser.add_argument(
+        "--images", action="store_true", help="show the images of examples: opens the data that the configs name"
+    )
     parser.add_argument("--title", default="What was learned, and what was lost", help="heading of the page")
     return parser

@@ -22,17 +22,21 @@ class Change:
 
     Args:
         row_id: Its name.
+        position: Of the row among those of its task.
         prompt: What was asked.
         gold: The reference answer.
         before: The completion before.
         after: The completion at the end.
+        images: Addresses of what was asked about, if they were looked up.
     """
 
     row_id: str
+    position: int
     prompt: str
     gold: str
     before: str
     after: str
+    images: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -69,31 +73,31 @@ def changes_of(run: RunFolder) -> list[Changes]:
     last = len(matrix.rows)
     learned = {task: at + 1 for task, at in zip(matrix.tasks, matrix.learned_at, strict=True) if at < last}
     found: list[Changes] = []
-    picked: list[tuple[list[Change], Cell, str]] = []
+    picked: list[tuple[list[Change], Cell, str, int]] = []
     for name in matrix.names:
         since, base = learned.get(name, 0), scores.get((name, 0), {})
         end, before = scores.get((name, last), {}), scores.get((name, since), {})
-        gained = [row for row in end if end[row] - base.get(row, 1.0) >= STEP]
-        lost = [row for row in end if before.get(row, 0.0) - end[row] >= STEP]
+        gained = [(row, at) for at, row in enumerate(end) if end[row] - base.get(row, 1.0) >= STEP]
+        lost = [(row, at) for at, row in enumerate(end) if before.get(row, 0.0) - end[row] >= STEP]
         changes = Changes(name, "learned" if since else "base", len(end), len(gained), len(lost))
-        picked += [(changes.gained, (name, 0), row) for row in gained[:NUM_SHOWN]]
-        picked += [(changes.lost, (name, since), row) for row in lost[:NUM_SHOWN]]
+        picked += [(changes.gained, (name, 0), *row) for row in gained[:NUM_SHOWN]]
+        picked += [(changes.lost, (name, since), *row) for row in lost[:NUM_SHOWN]]
         found.append(changes)
     _fill_in(picked, run, last)
     return found
 
 
-def _fill_in(picked: list[tuple[list[Change], Cell, str]], run: RunFolder, last: int) -> None:
+def _fill_in(picked: list[tuple[list[Change], Cell, str, int]], run: RunFolder, last: int) -> None:
     """Reads the answers that are shown, and these alone: all of them may not fit into memory."""
-    wanted = {(name, at, row) for _, (name, stage), row in picked for at in (stage, last)}
+    wanted = {(name, at, row) for _, (name, stage), row, _ in picked for at in (stage, last)}
     said: dict[tuple[str, int, str], dict[str, Any]] = {}
     for row in run.samples():
         if (key := (row["task"], row["stage"], row["row_id"])) in wanted:
             said[key] = row
-    for changes, (name, stage), row_id in picked:
+    for changes, (name, stage), row_id, position in picked:
         before, after = said[name, stage, row_id], said[name, last, row_id]
         texts = before["completion"], after["completion"]
-        changes.append(Change(row_id, after.get("prompt", ""), _text(after.get("gold")), *texts))
+        changes.append(Change(row_id, position, after.get("prompt", ""), _text(after.get("gold")), *texts))
 
 
 def _text(gold: Any) -> str:

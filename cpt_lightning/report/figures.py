@@ -81,6 +81,14 @@ def probe_changes(matrix: AccuracyMatrix, part: Literal["accuracy", "forced_accu
     return [mean - means[0] for mean in means[1:]]
 
 
+def changes_by_probe(matrix: AccuracyMatrix) -> dict[str, float]:
+    """What each probe scored after the last task minus the base's, in points; nothing without a base."""
+    if matrix.zero_shot is None or not matrix.rows:
+        return {}
+    last, base = matrix.rows[-1], matrix.zero_shot
+    return {probe: 100 * (last[probe]["accuracy"] - base[probe]["accuracy"]) for probe in matrix.probes}
+
+
 def _distances(run: RunFolder) -> Figures:
     """On the base's own answers, when it was measured last."""
     measured = run.drift or []

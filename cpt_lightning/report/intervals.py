@@ -14,7 +14,7 @@ from cpt_lightning.records import AccuracyMatrix, RunFolder
 from cpt_lightning.records.matrix import Cell, Scores
 from cpt_lightning.records.run import MATRIX, SAMPLES
 from cpt_lightning.report.arms import Arm
-from cpt_lightning.report.figures import scores_of
+from cpt_lightning.report.figures import Figures, changes_by_probe, scores_of
 
 NUM_DRAWS = 1000
 LEVEL = 0.95
@@ -23,7 +23,7 @@ Interval = tuple[float, float]
 Part = Literal["accuracy", "forced_accuracy"]
 PARTS: tuple[Part, ...] = ("accuracy", "forced_accuracy")
 Draws = dict[str, np.ndarray]
-"""``[D]`` values of each figure, over draws of test rows."""
+"""``[D]`` values of each score, and of the change of each probe, over draws of test rows."""
 
 
 class Disagreement(ValueError):
@@ -96,8 +96,17 @@ def draws_of(run: RunFolder, rows: RowScores) -> Draws:
         key = [zlib.crc32("\n".join([name, *rows.rows[name]]).encode())]
         means[name, part] = resampled_means(scores, NUM_DRAWS, key).tolist()
     assert run.matrix is not None
-    found = [scores_of(matrix) for matrix in _drawn(run.matrix, means)]
+    found = [{**scores_of(matrix), **_probes(matrix)} for matrix in _drawn(run.matrix, means)]
     return {name: np.array([each[name] for each in found]) for name, value in found[0].items() if value is not None}
+
+
+def probe_figure(name: str) -> str:
+    """What the change of a probe is called among the figures."""
+    return f"probe/{name}"
+
+
+def _probes(matrix: AccuracyMatrix) -> Figures:
+    return {probe_figure(name): change for name, change in changes_by_probe(matrix).items()}
 
 
 def _drawn(matrix: AccuracyMatrix, means: Mapping[tuple[str, Part], list[list[float]]]) -> Iterator[AccuracyMatrix]:
@@ -143,7 +152,7 @@ class Resampled:
         return cls(found, unknown)
 
     def interval(self, arm: str, figure: str) -> Interval | None:
-        """Of a figure of an arm."""
+        """Of a score of an arm, or of the change of a probe."""
         draws = self.arms.get(arm, {}).get(figure)
         return None if draws is None else percentile_interval(draws, LEVEL)
 

@@ -5,13 +5,18 @@ import html.parser
 import json
 
 import pytest
+import yaml
 
 from cpt_lightning.cli import main
 from cpt_lightning.records import RunFolder
 from cpt_lightning.report import Report, arms_of
 from cpt_lightning.report.cautions import cautions
 from cpt_lightning.report.examples import changes_of
+from cpt_lightning.report.images import address
 from cpt_lightning.report.settings import differing_circumstances, differing_options
+from cpt_lightning.rewards import Reward
+from cpt_lightning.tasks import Task, ToyWorld
+from cpt_lightning.tasks.images import load_image
 from tests.report.made_runs import SCORES, log, made_run
 
 HOSTILE = "</pre><script>alert(1)</script><img src=https://evil.example/x> ``` | "
@@ -104,6 +109,13 @@ def test_the_page_says_what_was_learned_and_lost(report):
     assert "One seed: hostile." in text
 
 
+def test_each_probe_has_its_change_since_the_base(tmp_path, monkeypatch):
+    """One of four rows is lost: 25 points; of a draw 0 to 75, for it may come up never, or three times in four."""
+    monkeypatch.setattr("cpt_lightning.report.intervals.NUM_DRAWS", 400)
+    report = Report(arms_of([str(made_run(tmp_path / "x"))]))
+    assert report.probes == ["p"] and report.probe_changes == {"x": [("-25.0", "[-75.0, 0.0]", False)]}
+
+
 def test_the_files_beside_the_page(report):
     names = {path.name for path in report.iterdir()}
     assert names == {"page.html", "page.md", "page.csv", "page.tex", "page_files"}
@@ -174,6 +186,50 @@ def test_rows_gained_since_the_base_and_lost_since_learned(tmp_path):
     (lost,) = found["a"].lost
     assert (lost.row_id, lost.before, lost.after, lost.gold) == ("a/2", "1", "0", "yes")
     assert [change.row_id for change in found["b"].gained] == ["b/0", "b/1"], "two are shown"
+
+
+@pytest.fixture
+def toy_run(tmp_path):
+    """Task a asks rows of the toy world; b and p have nothing to show, for they did not change."""
+    task = {
+        "source": {"class_path": "cpt_lightning.tasks.ToyWorld", "init_args": {"family": "bars2", "num_test": 9}},
+        "reward": {"kind": "text"},
+        "num_test": 4,
+    }
+    source = ToyWorld(family="bars2", num_test=9)
+    rows = [example.row_id for example in Task(source, reward=Reward(kind="text"), num_test=4).examples("test", "a")]
+    run = made_run(tmp_path / "x", {**SCORES, "b": [[0] * 4] * 3, "p": [[1] * 4] * 3})
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"]["tasks"] = {"a": task}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    text = (run / "samples.jsonl").read_text()
+    for number, row in enumerate(rows):
+        text = text.replace(f'"a/{number}"', f'"{row}"')
+    (run / "samples.jsonl").write_text(text)
+    return run
+
+
+def test_examples_show_the_images_of_their_rows(toy_run, tmp_path):
+    """Two gained and one lost: the three images are those of the rows, small."""
+    main(["report", str(toy_run), "--images", "-o", str(tmp_path / "page.html")])
+    found = [each for each in read(tmp_path / "page.html").references if each.startswith("data:image/png;base64,")]
+    changes = changes_of(RunFolder(toy_run))[0]
+    names = [change.row_id for change in (*changes.gained, *changes.lost)]
+    rows = {row.row_id: row for row in ToyWorld(family="bars2", num_test=9).split("test")}
+    assert len(names) == 3 and found == [address(load_image(rows[name].images[0])) for name in names]
+
+
+def test_images_of_other_rows_are_not_shown(toy_run, tmp_path, capsys):
+    path = toy_run / "config.yaml"
+    path.write_text(path.read_text().replace("num_test: 9", "num_test: 8"))
+    for message in (
+        "row 1 of a was toy/bars2/test/1, now the data has toy/bars2/test/2",
+        "config.yaml: a cannot be opened",
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(["report", str(toy_run), "--images", "-o", str(tmp_path / "page.html")])
+        assert message in capsys.readouterr().err
+        path.write_text(path.read_text().replace("bars2", "no_such_family"))
 
 
 def test_cautions_name_what_does_not_compare(tmp_path):
