@@ -195,6 +195,7 @@ MODELS = {
         "--model=RFT", "--model.group_size=4", "--model.kl_coef=0.05", "--model.updates_per_rollout=2",
         "--model.sampling.max_new_tokens=12",
     ],
+    "on-policy sft": ["--model=OnPolicySFT", "--model.group_size=4", "--model.sampling.max_new_tokens=16"],
 }  # fmt: skip
 
 

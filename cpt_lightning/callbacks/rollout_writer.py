@@ -15,10 +15,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL.Image import Image
 
 from cpt_lightning.models.fingerprint import model_fingerprint
-from cpt_lightning.records.files import append_lines
+from cpt_lightning.records.files import append_lines, replace_text
 from cpt_lightning.rollouts.selection import VERDICTS, Selection, Verdict
 from cpt_lightning.types import Batch, Evaluation
 
+VERSION = 1
+"""Of the summary."""
 SUFFIXES = (".jsonl", ".parquet")
 
 
@@ -32,7 +34,8 @@ class RolloutWriter(Callback):
     the row's completions), ``model`` (fingerprint of the weights that answered), ``sampling`` and ``seed``. Rows come
     in the order of the data, on any number of ranks.
 
-    The file appears when it is complete; until then it is called ``<file>.part``.
+    The file appears when it is complete; until then it is called ``<file>.part``. Beside it ``<name>_summary.json``
+    says how many completions were sampled, kept and left out for which reason, and whether all rows were asked.
 
     Args:
         file: Name in the run directory, or a path; ``.jsonl`` or ``.parquet``.
@@ -116,9 +119,23 @@ class RolloutWriter(Callback):
             raise ValueError(
                 f"no completion is kept for {path}: {told or 'there was none'}; loosen the selection of RolloutWriter"
             )
+        whole = trainer.limit_predict_batches == 1.0
         if trainer.is_global_zero:
+            self._summarise(path, total, whole)
             finish(_part(path), path)
-        rank_zero_info(f"rollouts: {path} ({told})")
+        limited = "" if whole else f"; trainer.limit_predict_batches={trainer.limit_predict_batches} left out the rest"
+        rank_zero_info(f"rollouts: {path} ({told}{limited})")
+
+    def _summarise(self, path: Path, counts: Counter[Verdict], whole: bool) -> None:
+        summary = {
+            "version": VERSION,
+            "file": path.name,
+            "all_rows": whole,
+            "num_completions": counts.total(),
+            "verdicts": {verdict: counts[verdict] for verdict in VERDICTS},
+            **self._about,
+        }
+        replace_text(summary_of(path), json.dumps(summary, indent=2) + "\n")
 
     def _path(self, trainer: Trainer) -> Path:
         return Path(trainer.log_dir or trainer.default_root_dir) / self.file  # log_dir is a broadcast: all ranks ask
@@ -140,6 +157,11 @@ class RolloutWriter(Callback):
                 if verdict == "kept":
                     row = _row(outputs, start + draw, path)
                     yield {**row, "finished": ends[start + draw], "draw": draw, **self._about}
+
+
+def summary_of(path: Path) -> Path:
+    """The file that tells how rollouts came about."""
+    return path.with_name(f"{path.stem}_summary.json")
 
 
 def _row(outputs: Evaluation, index: int, path: Path) -> dict:

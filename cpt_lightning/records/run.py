@@ -140,6 +140,11 @@ class RunFolder:
         paths = sorted(self.path.glob("filter/*.jsonl"), key=lambda path: path.stat().st_mtime)
         return {path.name.split(".")[0]: _verdicts(path) for path in paths if path.stat().st_size}
 
+    @property
+    def num_collected(self) -> int:
+        """Completions that ``cpt predict`` sampled into the folder or one within it."""
+        return sum(_json(path)["num_completions"] for path in self.path.glob("**/*_summary.json"))
+
     @cached_property
     def logged(self) -> Logged:
         """The scalars of its event files."""
@@ -162,12 +167,14 @@ class RunFolder:
 
     def _json(self, name: str) -> Any:
         path = self.path / name
-        if not path.exists():
-            return None
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise _broken(path, error) from None
+        return _json(path) if path.exists() else None
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _broken(path, error) from None
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -33,7 +33,7 @@ DISTANCES = {
 """How far the model has gone."""
 COSTS = {
     "rows": "training rows gone through, in thousands",
-    "rollouts": "completions sampled to learn from or to filter by, in thousands",
+    "rollouts": "completions sampled to learn from, to filter by or to collect, in thousands",
     "tokens": "prompt and completion tokens learned from by the first process, in thousands",
     "minutes": "wall-clock minutes, evaluations included: of the commands as `cpt study` timed them, else from the "
     "first to the last entry of the logs",
@@ -101,10 +101,11 @@ def _distances(run: RunFolder) -> Figures:
 def _costs(run: RunFolder) -> Figures:
     logged = run.logged
     filtered = sum(verdicts.num_completions for verdicts in run.verdicts.values())
+    rollouts = (logged.total("perf/rollouts") or 0.0) + filtered + run.num_collected
     seconds = logged.seconds if run.seconds is None else run.seconds
     return {
         "rows": _thousands(logged.total("perf/rows")),
-        "rollouts": _thousands((logged.total("perf/rollouts") or 0.0) + filtered),
+        "rollouts": _thousands(rollouts),
         "tokens": _thousands(logged.tokens),
         "minutes": None if seconds is None else seconds / 60,
         "GPU memory": logged.highest("perf/peak_memory_gb"),

@@ -15,6 +15,7 @@ from cpt_lightning.models import Backbone
 from cpt_lightning.models.fingerprint import model_fingerprint
 from cpt_lightning.modules import SFT
 from cpt_lightning.rollouts import Attempts, Hint, Sampling, Selection
+from cpt_lightning.rollouts.selection import VERDICTS
 from cpt_lightning.tasks import Columns, FileRows, Prompt, RolloutRows, Task, ToyWorld
 from tests.training import sgd
 
@@ -104,6 +105,21 @@ def test_a_row_says_all_that_is_known_of_it_and_rows_come_in_order(small_folder,
         assert row["logprob_mean"] * row["num_tokens"] == pytest.approx(row["logprob_sum"])
         assert row["model"] == model_fingerprint(module.model) and row["sampling"]["max_new_tokens"] == 6
     assert len(list((tmp_path / "rollouts_images").iterdir())) == 3, "one picture per row, not per completion"
+
+
+def test_a_summary_counts_what_was_sampled_and_says_if_rows_were_left_out(small_folder, tmp_path):
+    """6 rows, 3 completions each of which the first is kept; then the first 3 rows alone."""
+    for name, limit, num in (("all", 1.0, 6), ("some", 2, 3)):
+        trainer = trainer_for(tmp_path, RolloutWriter(f"{name}.jsonl", replace(ALL, per_row=1)))
+        trainer.limit_predict_batches = limit
+        trainer.predict(module_on(small_folder), stream(eval_prompts_per_step=2))
+        summary = json.loads((tmp_path / f"{name}_summary.json").read_text())
+        rows = TaskRows(tmp_path / f"{name}.jsonl")
+        assert (summary["num_completions"], summary["all_rows"]) == (3 * num, limit == 1.0)
+        assert (
+            summary["verdicts"] == dict.fromkeys(VERDICTS, 0) | {"kept": num, "surplus": 2 * num} and len(rows) == num
+        )
+        assert summary["model"] == rows[0]["model"] and summary["sampling"] == rows[0]["sampling"]
 
 
 def test_rollouts_do_not_depend_on_the_size_of_batches(small_folder, tmp_path):

@@ -66,12 +66,15 @@ def test_figures_are_those_of_the_hand(run):
     assert found == pytest.approx(expected)
 
 
-def test_a_filter_s_completions_are_counted(run):
+def test_completions_of_a_filter_and_of_a_collection_are_counted(run):
     (run / "filter").mkdir()
     verdicts = [{"refused": refused, "pass_count": 0} for refused in (None, "too small", None)]
     lines = [json.dumps(line) for line in ({"completions_per_row": 8}, *verdicts)]
     (run / "filter" / "a.jsonl").write_text("\n".join(lines) + "\n")
     assert figures_of(RunFolder(run))["rollouts"] == pytest.approx(0.384 + 0.016)
+    (run / "collected").mkdir()
+    (run / "collected" / "rollouts_summary.json").write_text(json.dumps({"num_completions": 24}))
+    assert figures_of(RunFolder(run))["rollouts"] == pytest.approx(0.384 + 0.016 + 0.024)
 
 
 def test_a_run_without_probes_or_base_has_no_such_figure(run):
