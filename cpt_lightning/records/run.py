@@ -112,27 +112,22 @@ class RunFolder:
     @cached_property
     def environment(self) -> Any:
         """Versions, device, commit: where it ran."""
-        return self._json(ENVIRONMENT)
+        path = self.path / ENVIRONMENT
+        return _json(path) if path.exists() else None
 
     # -- what it wrote on the way --------------------------------------------------------------------------------------
 
     @cached_property
     def seconds(self) -> float | None:
         """How long its commands took, where ``cpt study`` gave them."""
-        found = self._json(STUDY)
-        try:
-            return None if found is None else float(found["seconds"])
-        except (KeyError, TypeError) as error:
-            raise _broken(self.path / STUDY, error) from None
+        path = self.path / STUDY
+        return _part(path, "seconds") if path.exists() else None
 
     @cached_property
     def drift(self) -> list[dict[str, Any]] | None:
         """Measured divergences from the base, in their order."""
-        found = self._json(DRIFT)
-        try:
-            return None if found is None else list(found["measurements"])
-        except (KeyError, TypeError) as error:
-            raise _broken(self.path / DRIFT, error) from None
+        path = self.path / DRIFT
+        return _part(path, "measurements") if path.exists() else None
 
     @cached_property
     def verdicts(self) -> dict[str, Verdicts]:
@@ -143,7 +138,7 @@ class RunFolder:
     @property
     def num_collected(self) -> int:
         """Completions that ``cpt predict`` sampled into the folder or one within it."""
-        return sum(_json(path)["num_completions"] for path in self.path.glob("**/*_summary.json"))
+        return sum(_part(path, "num_completions") for path in self.path.glob("**/*_summary.json"))
 
     @cached_property
     def logged(self) -> Logged:
@@ -165,15 +160,18 @@ class RunFolder:
         if path.exists() and number == 0 and self.num_stages:
             raise _broken(path, f"it is empty, but {MATRIX} has scores of {self.num_stages} stages")
 
-    def _json(self, name: str) -> Any:
-        path = self.path / name
-        return _json(path) if path.exists() else None
-
 
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
+        raise _broken(path, error) from None
+
+
+def _part(path: Path, key: str) -> Any:
+    try:
+        return _json(path)[key]
+    except (KeyError, TypeError) as error:
         raise _broken(path, error) from None
 
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from cpt_lightning.cli import main
-from cpt_lightning.records import RunFolder
+from cpt_lightning.records import AccuracyMatrix, RunFolder
 from cpt_lightning.report import Report, arms_of
 from cpt_lightning.report.cautions import cautions
 from cpt_lightning.report.examples import changes_of
@@ -147,6 +147,40 @@ def test_one_run_alone_is_compared_with_nothing(tmp_path):
     assert (report.differences, report.options, report.circumstances) == ({}, {}, {})
     report.save(tmp_path / "x.html")
     assert "Against" not in read(tmp_path / "x.html").text
+
+
+def test_streams_of_every_shape_are_reported_together(tmp_path):
+    """Joint training, no base, no probes, other tasks without fingerprints and answers, nothing learned yet."""
+
+    def changed(name: str, change, **options):
+        run = made_run(tmp_path / name, **options)
+        matrix = AccuracyMatrix.load(run / "accuracy_matrix.json")
+        change(matrix)
+        matrix.save(run / "accuracy_matrix.json")
+        return run
+
+    def rename(matrix):
+        matrix.tasks, matrix.stages, matrix.fingerprints = ["c", "d"], [["c"], ["d"]], {}
+        for scores in (matrix.zero_shot, *matrix.rows):
+            scores["c"], scores["d"] = scores.pop("a"), scores.pop("b")
+
+    runs = [
+        changed("joint", lambda matrix: setattr(matrix, "stages", [["a", "b"]]), num_stages=1),
+        changed("no_base", lambda matrix: setattr(matrix, "zero_shot", None)),
+        changed("no_probes", lambda matrix: setattr(matrix, "probes", []), lr=1),
+        changed("other", rename, lr=2),
+        made_run(tmp_path / "begun", num_stages=0),
+    ]
+    (runs[3] / "samples.jsonl").unlink()
+    report = Report(arms_of(list(map(str, runs))))
+    report.save(tmp_path / "page.html")
+    text = " ".join(read(tmp_path / "page.html").text.split())
+    assert "joint stood at 50.0 % when each task had just been learned, and stands at 50.0 % in the end; probes" in text
+    assert "begun (0 of 2 stages) has not learned a task yet" in text
+    assert "Some learn other tasks, or in another order: " in text and "Some have other probes: no_probes" in text
+    assert {arm: figures[next(iter(figures))]["FWT"] for arm, figures in report.comparison.arms.items()} == {
+        "joint": None, "no_base": None, "no_probes": 25.0, "other": 25.0, "begun (0 of 2 stages)": None,
+    }  # fmt: skip
 
 
 def test_unfinished_runs_are_reported_as_such(tmp_path, capsys):
