@@ -21,7 +21,7 @@ from pathlib import Path
 
 from record import circumstances
 
-from cpt_lightning.records.matrix import AccuracyMatrix
+from cpt_lightning.records import AccuracyMatrix, RunFolder
 from cpt_lightning.report import Comparison, figures_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,7 +60,8 @@ class Run:
     @property
     def figures(self) -> dict[str, float | None]:
         """What is compared."""
-        return figures_of(self.folder, float((self.folder / "seconds.txt").read_text()))
+        minutes = float((self.folder / "seconds.txt").read_text()) / 60
+        return {**figures_of(RunFolder(self.folder)), "minutes": minutes}
 
     @property
     def is_done(self) -> bool:

@@ -63,7 +63,7 @@ def test_cli_commands_parse(command, monkeypatch, capsys):
 
     monkeypatch.chdir(ROOT)
     args = shlex.split(command)[1:]
-    if args[0] in ("export", "study"):  # have no configuration of their own
+    if args[0] in ("export", "report", "study"):  # have no configuration of their own
         with pytest.raises(SystemExit):
             main([args[0], "--help"])
         text = capsys.readouterr().out

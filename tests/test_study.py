@@ -11,6 +11,7 @@ import yaml
 from cpt_lightning.cli import main
 from cpt_lightning.cli.study.arms import Study
 from cpt_lightning.cli.study.runner import DONE, Runner, is_finished
+from cpt_lightning.records import RunFolder
 from cpt_lightning.report import figures_of
 from tests.test_configs import ROOT, resolved
 
@@ -179,7 +180,7 @@ def test_every_arm_on_the_toy_stream_learns_a_step_of_two_tasks(tmp_path, monkey
         commands = tuple((*words, *(more if words[0] == "fit" else sizes)) for words in run.commands)
         runs.append(replace(run, commands=commands))
     assert Here()(runs) == []
-    found = {run.arm: figures_of(run.folder) for run in runs}
+    found = {run.arm: figures_of(RunFolder(run.folder)) for run in runs}
     assert list(found) == list(toy.arms)
     assert {arm for arm, figures in found.items() if not figures["rollouts"]} == {
         "sft", "sft_house", "lora_sft", "replay", "ewc", "lwf", "multitask_sft",
@@ -206,3 +207,9 @@ def test_a_real_study_runs_resumes_and_compares(tmp_path, monkeypatch, capsys):
     main(["study", str(path)])
     assert (out / "grpo/seed_0" / DONE).stat().st_mtime == stamp
     assert "2 finished already" in capsys.readouterr().out
+    main(["report", *map(str, out.glob("*/seed_*")), "--images", "-o", str(tmp_path / "page.html")])
+    page = (tmp_path / "page.html").read_text()
+    assert "samples.jsonl" not in page, "what was said adds up to what was scored"
+    assert "model.class_path" in page and "cpt_lightning.modules.RFT" in page
+    with (tmp_path / "page.csv").open() as file:
+        assert {row["arm"]: row["AvgAcc"] for row in csv.DictReader(file)} == {a: found[a]["AvgAcc"] for a in found}

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cpt_lightning.cli import main
+from cpt_lightning.records import RunFolder
 from cpt_lightning.report import figures_of
 
 ROOT = Path(__file__).parents[1]
@@ -144,7 +145,9 @@ def test_ranks_with_and_without_images_and_rollouts_wait_for_each_other_and_stay
     assert {cell["num_samples"] for row in rows for cell in row["scores"].values()} == {3}
     one, two = verdicts(filtered), verdicts(tmp_path / "run")
     assert two["facts"] == one["facts"]
-    assert [figures_of(run)["rows"] for run in (filtered, tmp_path / "run")] == [0.016] * 2, "8 steps of 2 rows"
+    assert [figures_of(RunFolder(run))["rows"] for run in (filtered, tmp_path / "run")] == [0.016] * 2, (
+        "8 steps of 2 rows"
+    )
     assert [row["row_id"] for row in two["bars2+facts"][1:]] == [row["row_id"] for row in one["bars2+facts"][1:]]
     assert {row["pass_count"] for row in one["facts"][1:]} == {1, 2}, "otherwise little was compared"
     one, two = drift(filtered), drift(tmp_path / "run")

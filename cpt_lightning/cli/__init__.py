@@ -1,4 +1,4 @@
-"""The command line: ``cpt fit|validate|test|predict|inspect|plan|study|export``."""
+"""The command line: ``cpt fit|validate|test|predict|inspect|plan|study|report|export``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ VERBS = {
     "inspect": "show what the model will be asked: rows, lengths, answers, examples; needs no weights and no GPU",
     "plan": "say what memory a run needs, and whether a GPU has it; needs no weights and no GPU",
     "study": "run a list of arms with several seeds, and compare what they learned, lost and cost",
+    "report": "compare runs on one page: what they learned, lost and cost, with intervals and examples",
     "export": "make a folder for transformers or PEFT from a run's checkpoint",
 }
 
@@ -30,6 +31,7 @@ for example:
   cpt inspect -c configs/demo/grpo.yaml                                    look at the data first
   cpt plan -c configs/demo/grpo.yaml --plan.gpu 80GB                       will it fit?
   cpt study configs/studies/toy.yaml --jobs 2                              all arms, compared
+  cpt report runs/demo_sft runs/demo_grpo -o compared.html                 runs, on a page
   cpt export runs/demo_grpo --task word2                                   the model after that task, for transformers
   cpt fit --help                                                           all options of a verb
   cpt fit --model.help RFT                                                 those of a model, or other class
@@ -81,6 +83,10 @@ def _run(verb: str, *args: str) -> None:
         from cpt_lightning.cli.study.command import study_command
 
         study_command(list(args))
+    elif verb == "report":
+        from cpt_lightning.cli.report import report_command
+
+        report_command(list(args))
     elif verb == "export":
         from cpt_lightning.cli.export import export_command
 

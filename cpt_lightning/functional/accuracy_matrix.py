@@ -202,13 +202,18 @@ def wilson_interval(accuracy: float, num_samples: int, level: float = 0.95) -> t
         raise ValueError(f"accuracy={accuracy} must lie in [0, 1]")
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples}: an interval needs at least one sample")
-    if not 0 < level < 1:
-        raise ValueError(f"level={level} must lie between 0 and 1, e.g. 0.95")
+    check_level(level)
     z = NormalDist().inv_cdf((1 + level) / 2)
     shrink = 1 + z**2 / num_samples
     center = (accuracy + z**2 / (2 * num_samples)) / shrink
     half = z / shrink * math.sqrt(accuracy * (1 - accuracy) / num_samples + z**2 / (4 * num_samples**2))
     return max(0.0, center - half), min(1.0, center + half)
+
+
+def check_level(level: float) -> None:
+    """Refuses a level of confidence that is no probability."""
+    if not 0 < level < 1:
+        raise ValueError(f"level={level} must lie between 0 and 1, e.g. 0.95")
 
 
 class _Table:

@@ -1,4 +1,4 @@
-"""Runs of several arms and seeds side by side: a table for people, one for programs, and a picture."""
+"""The figures of several arms and seeds side by side, as tables for people, papers and programs."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import csv
 import io
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cpt_lightning.pictures.comparison import Panel, Point, trade_off
+from cpt_lightning.pictures.files import save_png
 from cpt_lightning.records.files import replace_text
-from cpt_lightning.report.figures import FIGURES
+from cpt_lightning.report.figures import COSTS, FIGURES, Figures
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Figures = Mapping[str, float | None]
-
 AXES = {
-    "forgetting": "forgetting, points (right: more is lost)",
-    "probes": "probes, points against the base (left: more is lost)",
+    "forgetting": ("forgetting, points (right: more is lost)", True),
+    "probes": ("probes, points against the base (left: more is lost)", False),
 }
-"""What learning is drawn against."""
-DIGITS = {"KL": 2}
+"""What learning is drawn against, and whether more is lost to the right."""
+DIGITS = {"KL": 2, "GPU memory": 2, "host memory": 2}
 """After the point, where one is too few."""
 
 
@@ -33,9 +33,11 @@ class Comparison:
 
     Args:
         arms: For each arm the figures of each of its seeds.
+        intervals: For each arm those of its means, by figure, where they are known.
     """
 
-    arms: Mapping[str, Mapping[int, Figures]]
+    arms: Mapping[str, Mapping[int | str, Figures]]
+    intervals: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
 
     @property
     def columns(self) -> list[str]:
@@ -55,34 +57,59 @@ class Comparison:
         Raises:
             ValueError: Another kind of file.
         """
-        arms: dict[str, dict[int, dict[str, float | None]]] = {}
+        arms: dict[str, dict[int | str, Figures]] = {}
         with Path(path).open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 if not {"arm", "seed"} <= set(row):
                     raise ValueError(f"{path} has no columns arm and seed: it is no comparison.csv of `cpt study`")
-                arm, seed = row.pop("arm"), int(row.pop("seed"))
+                arm, seed = row.pop("arm"), row.pop("seed")
                 figures = {name: float(value) if value else None for name, value in row.items()}
-                arms.setdefault(arm, {})[seed] = figures
+                arms.setdefault(arm, {})[int(seed) if seed.isdecimal() else seed] = figures
         return cls(arms)
 
+    def mean(self, arm: str, column: str) -> float | None:
+        """A figure of an arm, averaged over its seeds."""
+        values = self.values(arm, column)
+        return statistics.mean(values) if values else None
+
+    def cell(self, arm: str, column: str) -> tuple[str, str]:
+        """The mean with its spread over seeds, and the interval of the mean; empty where not known."""
+        digits = DIGITS.get(column, 1)
+        interval = self.intervals.get(arm, {}).get(column)
+        return spread(self.values(arm, column), digits), bounds(interval, digits)
+
     def save(self, folder: str | Path, title: str) -> None:
-        """Writes ``comparison.md``, ``comparison.csv`` (a line per run) and ``comparison.png``."""
+        """Writes ``comparison.md``, ``.csv`` (a line per run), ``.tex`` and ``.png``."""
         folder = Path(folder)
         replace_text(folder / "comparison.md", self.markdown(title))
         replace_text(folder / "comparison.csv", self.csv())
-        self.draw(folder / "comparison.png", title)
+        replace_text(folder / "comparison.tex", self.latex())
+        if (figure := self.figure(title)) is not None:
+            save_png(figure, folder / "comparison.png")
 
     # -- tables ------------------------------------------------------------------------------------------------------
 
     def markdown(self, title: str) -> str:
-        """A line per arm: means over seeds, and standard deviations where there are several."""
-        columns = self.columns
-        lines = [f"# {title}", "", "| arm | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+        """A line per arm under a heading, and what the figures are."""
+        meanings = [f"- **{column}**: {FIGURES[column]}." for column in self.columns]
+        return "\n".join([f"# {title}", "", self.markdown_table(), "", self.legend, "", *meanings]) + "\n"
+
+    def markdown_table(self, columns: Sequence[str] | None = None) -> str:
+        """A line per arm."""
+        columns = self.columns if columns is None else columns
+        lines = ["| arm | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
         for arm, seeds in self.arms.items():
-            cells = [spread(self.values(arm, column), DIGITS.get(column, 1)) for column in columns]
-            lines.append(f"| {arm} | {len(seeds)} | " + " | ".join(cells) + " |")
-        meanings = [f"- **{column}**: {FIGURES[column]}." for column in columns]
-        return "\n".join([*lines, "", "Mean ± standard deviation over seeds.", "", *meanings]) + "\n"
+            cells = [" ".join(filter(None, self.cell(arm, column))) for column in columns]
+            lines.append(f"| {arm.replace('|', chr(92) + '|')} | {len(seeds)} | " + " | ".join(cells) + " |")
+        return "\n".join(lines)
+
+    @property
+    def legend(self) -> str:
+        """What stands in a cell."""
+        legend = "Mean ± standard deviation over seeds"
+        if self.intervals:
+            legend += "; in brackets the 95 % interval of the mean over test rows"
+        return legend + "."
 
     def csv(self) -> str:
         """A line per run."""
@@ -96,45 +123,36 @@ class Comparison:
                 writer.writerow([arm, seed, *("" if value is None else f"{value:.4f}" for value in values)])
         return text.getvalue()
 
+    def latex(self) -> str:
+        """Scores and costs, a table each with a line per arm, for the package booktabs."""
+        groups = [name for name in self.columns if name not in COSTS], [name for name in self.columns if name in COSTS]
+        head = [r"% \usepackage{booktabs}", f"% {self.legend}", ""]
+        return "\n".join([*head, *(self._tabular(columns) for columns in groups if columns)])
+
+    def _tabular(self, columns: Sequence[str]) -> str:
+        lines = [r"\begin{tabular}{l" + "r" * (len(columns) + 1) + "}", r"\toprule"]
+        lines += [" & ".join(map(latex_text, ["arm", "seeds", *columns])) + r" \\", r"\midrule"]
+        for arm, seeds in self.arms.items():
+            cells = [_latex_cell(*self.cell(arm, column)) for column in columns]
+            lines.append(" & ".join([latex_text(arm), str(len(seeds)), *cells]) + r" \\")
+        return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
     # -- picture -----------------------------------------------------------------------------------------------------
 
     def figure(self, title: str) -> Figure | None:
         """Learning against forgetting, and against what became of the probes; nothing where neither was measured."""
-        from matplotlib.figure import Figure  # slow to import
+        panels = list(self.panels.values())
+        return trade_off(panels, title) if panels else None
 
-        shown = {column: label for column, label in AXES.items() if column in self.columns}
-        if not shown:
-            return None
-        figure = Figure(figsize=(6 * len(shown), 5.5), layout="constrained")
-        for axes, (column, label) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
-            self._scatter(axes, column, label)
-        handles = {
-            name: mark for axes in figure.axes for mark, name in zip(*axes.get_legend_handles_labels(), strict=True)
-        }
-        figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
-        figure.suptitle(title)
-        return figure
-
-    def draw(self, path: Path, title: str) -> None:
-        """Writes the figure, if there is one."""
-        figure = self.figure(title)
-        if figure is None:
-            return
-        part = path.with_name(path.name + ".part")
-        figure.savefig(part, dpi=150, format="png")
-        part.replace(path)
-
-    def _scatter(self, axes, column: str, label: str) -> None:
-        markers = "osD^vP*X<>"
-        for number, arm in enumerate(self.arms):
-            x, y = self.values(arm, column), self.values(arm, "learning")
-            if x and y:
-                axes.errorbar(
-                    statistics.mean(x), statistics.mean(y), xerr=deviation(x), yerr=deviation(y), label=arm,
-                    color=f"C{number % 10}", marker=markers[number // 10 % len(markers)], capsize=2, linestyle="none",
-                )  # fmt: skip
-        axes.axvline(0, color="grey", linewidth=0.5)
-        axes.set(xlabel=label, ylabel="learning, %")
+    @property
+    def panels(self) -> dict[str, Panel]:
+        """By figure, where each arm lies: learning, and what was lost."""
+        found = {}
+        for column, (label, right_is_worse) in AXES.items():
+            points = [Point(arm, self.values(arm, column), self.values(arm, "learning")) for arm in self.arms]
+            if known := [point for point in points if point.lost and point.learned]:
+                found[column] = Panel(label, known, right_is_worse)
+        return found
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
@@ -145,10 +163,38 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
     """
     if not values:
         return ""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} ± {deviation(values):.{digits}f}" if len(values) > 1 else mean
+    mean = number(statistics.mean(values), digits)
+    return f"{mean} ± {number(statistics.stdev(values), digits)}" if len(values) > 1 else mean
 
 
-def deviation(values: Sequence[float]) -> float:
-    """Standard deviation of a sample; 0 of a single value."""
-    return statistics.stdev(values) if len(values) > 1 else 0.0
+def bounds(interval: tuple[float, float] | None, digits: int = 1) -> str:
+    """An interval in brackets.
+
+    >>> bounds((-1.04, 2.0)), bounds(None)
+    ('[-1.0, 2.0]', '')
+    """
+    return "" if interval is None else f"[{number(interval[0], digits)}, {number(interval[1], digits)}]"
+
+
+def number(value: float, digits: int = 1, sign: str = "-") -> str:
+    """A number, and no minus before a zero.
+
+    >>> number(-0.04), number(-0.06), number(1.234, 2), number(1.0, sign="+")
+    ('0.0', '-0.1', '1.23', '+1.0')
+    """
+    return f"{round(value, digits) + 0.0:{sign}.{digits}f}"
+
+
+def latex_text(text: str) -> str:
+    r"""Text as LaTeX prints it.
+
+    >>> latex_text("lr_1e-3 & 50 %")
+    'lr\\_1e-3 \\& 50 \\%'
+    """
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
+    return "".join(special.get(letter, rf"\{letter}" if letter in "&%$#_{}" else letter) for letter in text)
+
+
+def _latex_cell(mean: str, interval: str) -> str:
+    small = rf" {{\scriptsize {interval}}}" if interval else ""
+    return latex_text(mean).replace("-", "$-$") + small.replace("-", "$-$")

@@ -1,77 +1,76 @@
-"""The figures of one run, read from what it left in its folder."""
+"""The figures of one run: what it learned, lost and cost."""
 
 from __future__ import annotations
 
-import json
 import statistics
-from collections.abc import Collection
-from pathlib import Path
 from typing import Literal
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+from cpt_lightning.functional.accuracy_matrix import forgetting_measure
+from cpt_lightning.records import AccuracyMatrix, RunFolder
 
-from cpt_lightning.records.matrix import AccuracyMatrix
+Figures = dict[str, float | None]
+"""By name; ``None`` where a run has no such thing."""
 
-MATRIX = "accuracy_matrix.json"
-DRIFT = "drift.json"
-
-FIGURES = {
-    "learning": "accuracy on a task right after it, mean over tasks, in %",
+SCORES = {
+    "learning": "accuracy on a task right after it, mean over tasks (MFT), in %",
     "AvgAcc": "accuracy after the last task, mean over tasks, in %",
-    "forgetting": "best earlier minus final accuracy, mean over earlier tasks (Chaudhry et al. 2018), in points",
+    "MAA": "accuracy on the tasks learned so far, mean over these and then over stages, in %",
+    "forgetting": "best earlier minus final accuracy, mean over the T-1 earlier tasks (Chaudhry et al. 2018; the "
+    "negative of FM in arXiv 2507.05386), in points",
+    "forgetting / T": "the same sum divided by all T tasks, in points",
     "worst dip": "the largest fall of a learned task below its best on the way, in points",
     "BWT": "final minus just-learned accuracy, mean over earlier tasks (Lopez-Paz and Ranzato 2017), in points",
+    "FWT": "accuracy on a task right before it is learned minus the base's, mean over the tasks after the first "
+    "(Lopez-Paz and Ranzato 2017, with the base for their random model), in points",
     "probes": "accuracy on the probes after the last task minus the base's, mean over probes, in points",
     "probes, lowest": "the same after the task where it is lowest",
     "probes, forced": "as `probes`, where answers are made to begin in the base's style",
+}
+"""What can be said from accuracies alone."""
+DISTANCES = {
     "KL": "KL(base || model) on prompts of the learned tasks after the last one, mean over tasks, in nats per answer",
+}
+"""How far the model has gone."""
+COSTS = {
     "rows": "training rows gone through, in thousands",
     "rollouts": "completions sampled to learn from, to filter by or to collect, in thousands",
-    "minutes": "wall-clock minutes, evaluations included",
+    "tokens": "prompt and completion tokens learned from by the first process, in thousands",
+    "minutes": "wall-clock minutes, evaluations included: of the commands as `cpt study` timed them, else from the "
+    "first to the last entry of the logs",
+    "GPU memory": "the most that the first process held on its GPU, in GB",
+    "host memory": "the most that the first process held in main memory, in GB",
 }
+"""What it took."""
+FIGURES = {**SCORES, **DISTANCES, **COSTS}
 """What is compared: a name, and what it is."""
 
 
-def figures_of(folder: str | Path, seconds: float | None = None) -> dict[str, float | None]:
-    """The figures of a finished run; ``None`` where it has no such thing.
-
-    Args:
-        folder: Of the run.
-        seconds: How long it took, if that was measured.
-
-    Raises:
-        FileNotFoundError: The folder holds no accuracy matrix.
-        ValueError: The run has not learned all of its tasks.
-    """
-    path = Path(folder) / MATRIX
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: {folder} is not the folder of a run that has learned a task")
-    matrix = AccuracyMatrix.load(path)
-    if len(matrix.rows) < len(matrix.stages):
-        raise ValueError(f"{path}: {len(matrix.rows)} of {len(matrix.stages)} stages are learned; let the run finish")
-    logged = _logged(Path(folder))
-    return {
-        **scores_of(matrix),
-        "KL": _last_drift(Path(folder), matrix.tasks),
-        "rows": _thousands(logged.get("perf/rows")),
-        "rollouts": _thousands(logged.get("perf/rollouts", 0.0) + _filtered(Path(folder)) + _collected(Path(folder))),
-        "minutes": None if seconds is None else seconds / 60,
-    }
+def figures_of(run: RunFolder) -> Figures:
+    """The figures of a run, as far as it came."""
+    return {**scores_of(run.matrix), **_distances(run), **_costs(run)}
 
 
-def scores_of(matrix: AccuracyMatrix) -> dict[str, float | None]:
-    """Those of the figures that an accuracy matrix tells alone."""
+def scores_of(matrix: AccuracyMatrix | None) -> Figures:
+    """:data:`SCORES` of a matrix; none of what was not scored yet."""
+    if matrix is None or not matrix.rows:
+        return dict.fromkeys(SCORES)
     metrics = matrix.metrics()
-    return {
-        "learning": _percent(metrics.get("learning")),
-        "AvgAcc": _percent(metrics.get("average_accuracy")),
-        "forgetting": _negative(_percent(metrics.get("forgetting_measure"))),
-        "worst dip": _percent(metrics.get("worst_dip")),
-        "BWT": _percent(metrics.get("backward_transfer")),
-        "probes": _percent(_last(probe_changes(matrix))),
-        "probes, lowest": _percent(min(probe_changes(matrix), default=None)),
-        "probes, forced": _percent(_last(probe_changes(matrix, "forced_accuracy"))),
+    over_all = forgetting_measure(matrix.accuracy(matrix.tasks), "all", matrix.learned_at)
+    probes = probe_changes(matrix)
+    shares = {
+        "learning": metrics.get("learning"),
+        "AvgAcc": metrics.get("average_accuracy"),
+        "MAA": metrics.get("mean_average_accuracy"),
+        "forgetting": _negative(metrics.get("forgetting_measure")),
+        "forgetting / T": -over_all if "forgetting_measure" in metrics else None,
+        "worst dip": metrics.get("worst_dip"),
+        "BWT": metrics.get("backward_transfer"),
+        "FWT": metrics.get("forward_transfer"),
+        "probes": probes[-1] if probes else None,
+        "probes, lowest": min(probes, default=None),
+        "probes, forced": next(reversed(probe_changes(matrix, "forced_accuracy")), None),
     }
+    return {name: None if share is None else 100 * share for name, share in shares.items()}
 
 
 def probe_changes(matrix: AccuracyMatrix, part: Literal["accuracy", "forced_accuracy"] = "accuracy") -> list[float]:
@@ -82,50 +81,40 @@ def probe_changes(matrix: AccuracyMatrix, part: Literal["accuracy", "forced_accu
     return [mean - means[0] for mean in means[1:]]
 
 
-def _logged(folder: Path) -> dict[str, float]:
-    """Sums over the steps of what a run logged at each."""
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    wanted = {"perf/rows", "perf/rollouts"}.intersection(events.Tags()["scalars"])
-    return {name: sum(event.value for event in events.Scalars(name)) for name in wanted}
+def changes_by_probe(matrix: AccuracyMatrix) -> dict[str, float]:
+    """What each probe scored after the last task minus the base's, in points; nothing without a base."""
+    if matrix.zero_shot is None or not matrix.rows:
+        return {}
+    last, base = matrix.rows[-1], matrix.zero_shot
+    return {probe: 100 * (last[probe]["accuracy"] - base[probe]["accuracy"]) for probe in matrix.probes}
 
 
-def _last_drift(folder: Path, tasks: Collection[str]) -> float | None:
-    """The divergence from the base, on the base's own answers, when it was measured last."""
-    path = folder / DRIFT
-    if not path.exists():
-        return None
-    measured = json.loads(path.read_text(encoding="utf-8"))["measurements"]
+def _distances(run: RunFolder) -> Figures:
+    """On the base's own answers, when it was measured last."""
+    measured = run.drift or []
     last = [row for row in measured if (row["stage"], row["step"]) == (measured[-1]["stage"], measured[-1]["step"])]
+    tasks = run.matrix.tasks if run.matrix else []
     values = [row["forward_kl_per_answer"] for row in last if row["name"] in tasks]
-    return statistics.mean(values) if values else None
+    return {"KL": statistics.mean(values) if values else None}
 
 
-def _filtered(folder: Path) -> int:
-    """Completions that a rollout filter sampled."""
-    total = 0
-    for path in folder.glob("filter/*.jsonl"):
-        header, *verdicts = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-        total += header["completions_per_row"] * sum(verdict["refused"] is None for verdict in verdicts)
-    return total
-
-
-def _collected(folder: Path) -> int:
-    """Completions that ``cpt predict`` sampled into the folder or one within it."""
-    summaries = folder.glob("**/*_summary.json")
-    return sum(json.loads(path.read_text(encoding="utf-8"))["num_completions"] for path in summaries)
-
-
-def _last(values: list[float]) -> float | None:
-    return values[-1] if values else None
+def _costs(run: RunFolder) -> Figures:
+    logged = run.logged
+    filtered = sum(verdicts.num_completions for verdicts in run.verdicts.values())
+    rollouts = (logged.total("perf/rollouts") or 0.0) + filtered + run.num_collected
+    seconds = logged.seconds if run.seconds is None else run.seconds
+    return {
+        "rows": _thousands(logged.total("perf/rows")),
+        "rollouts": _thousands(rollouts),
+        "tokens": _thousands(logged.tokens),
+        "minutes": None if seconds is None else seconds / 60,
+        "GPU memory": logged.highest("perf/peak_memory_gb"),
+        "host memory": logged.highest("perf/host_rss_gb"),
+    }
 
 
 def _negative(value: float | None) -> float | None:
     return None if value is None else -value
-
-
-def _percent(value: float | None) -> float | None:
-    return None if value is None else 100 * value
 
 
 def _thousands(value: float | None) -> float | None:

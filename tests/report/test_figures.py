@@ -5,9 +5,10 @@ import json
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from cpt_lightning.records.matrix import AccuracyMatrix
-from cpt_lightning.report import FIGURES, Comparison, figures_of, scores_of
-from cpt_lightning.report.figures import MATRIX
+from cpt_lightning.records import AccuracyMatrix, RunFolder
+from cpt_lightning.records.run import MATRIX
+from cpt_lightning.report import FIGURES, Comparison, figures_of
+from tests.report.made_runs import log, made_run
 
 
 def cell(accuracy: float, forced: float | None = None) -> dict:
@@ -28,6 +29,9 @@ def run(tmp_path):
         for step in range(3):
             writer.add_scalar("perf/rows", 16, step)
             writer.add_scalar("perf/rollouts", 128, step)
+            writer.add_scalar("perf/tokens_per_s", 20, step)
+            writer.add_scalar("time/step_s", 2, step)
+            writer.add_scalar("perf/host_rss_gb", 0.25 * (1 + step), step)
     return tmp_path
 
 
@@ -50,45 +54,52 @@ def write_drift(run) -> None:
 
 def test_figures_are_those_of_the_hand(run):
     write_drift(run)
-    found = figures_of(run, seconds=90.0)
+    (run / "study.json").write_text(json.dumps({"commands": [], "seconds": 90.0}))
+    found = figures_of(RunFolder(run))
     assert list(found) == list(FIGURES)
     expected = {
-        "learning": 80.0, "AvgAcc": 75.0, "forgetting": 10.0, "worst dip": 10.0, "BWT": -10.0, "probes": -10.0,
-        "probes, lowest": -40.0, "probes, forced": -10.0, "KL": 3.0, "rows": 0.048, "rollouts": 0.384, "minutes": 1.5,
+        "learning": 80.0, "AvgAcc": 75.0, "MAA": 72.5, "forgetting": 10.0, "forgetting / T": 5.0, "worst dip": 10.0,
+        "BWT": -10.0, "FWT": 0.0, "probes": -10.0, "probes, lowest": -40.0, "probes, forced": -10.0, "KL": 3.0,
+        "rows": 0.048, "rollouts": 0.384, "tokens": 0.12, "minutes": 1.5, "host memory": 0.75,
     }  # fmt: skip
+    assert found.pop("GPU memory") is None
     assert found == pytest.approx(expected)
-    scores = scores_of(AccuracyMatrix.load(run / MATRIX))
-    assert scores == {name: found[name] for name in scores}
-    assert list(scores) == list(FIGURES)[:8]
 
 
 def test_completions_of_a_filter_and_of_a_collection_are_counted(run):
     (run / "filter").mkdir()
-    verdicts = [{"refused": None}, {"refused": "too small"}, {"refused": None}]
+    verdicts = [{"refused": refused, "pass_count": 0} for refused in (None, "too small", None)]
     lines = [json.dumps(line) for line in ({"completions_per_row": 8}, *verdicts)]
     (run / "filter" / "a.jsonl").write_text("\n".join(lines) + "\n")
-    assert figures_of(run)["rollouts"] == pytest.approx(0.384 + 0.016)
+    assert figures_of(RunFolder(run))["rollouts"] == pytest.approx(0.384 + 0.016)
     (run / "collected").mkdir()
     (run / "collected" / "rollouts_summary.json").write_text(json.dumps({"num_completions": 24}))
-    assert figures_of(run)["rollouts"] == pytest.approx(0.384 + 0.016 + 0.024)
+    assert figures_of(RunFolder(run))["rollouts"] == pytest.approx(0.384 + 0.016 + 0.024)
 
 
 def test_a_run_without_probes_or_base_has_no_such_figure(run):
     matrix = AccuracyMatrix.load(run / MATRIX)
     matrix.zero_shot = None
     matrix.save(run / MATRIX)
-    found = figures_of(run)
-    assert found["probes"] is found["probes, forced"] is found["minutes"] is found["KL"] is None
+    found = figures_of(RunFolder(run))
+    assert found["probes"] is found["probes, forced"] is found["KL"] is found["FWT"] is None
     assert found["AvgAcc"] == 75
 
 
-def test_what_is_no_finished_run_is_refused(run, tmp_path):
-    with pytest.raises(FileNotFoundError, match="not the folder of a run"):
-        figures_of(tmp_path / "other")
+def test_an_unfinished_run_has_the_figures_of_what_it_learned(run):
+    """After a alone: .7 learned, nothing earlier to forget, probes from .7 to .3."""
     data = json.loads((run / MATRIX).read_text())
     (run / MATRIX).write_text(json.dumps({**data, "rows": data["rows"][:2]}))
-    with pytest.raises(ValueError, match="1 of 2 stages are learned"):
-        figures_of(run)
+    found = figures_of(RunFolder(run))
+    assert (found["learning"], found["AvgAcc"], found["probes"]) == pytest.approx((70.0, 70.0, -40.0))
+    assert found["forgetting"] is found["forgetting / T"] is found["worst dip"] is found["BWT"] is found["FWT"] is None
+    (run / MATRIX).write_text(json.dumps({**data, "rows": data["rows"][:1]}))
+    assert figures_of(RunFolder(run))["learning"] is None
+
+
+def test_minutes_are_taken_from_the_logs_where_nobody_timed_the_command(tmp_path):
+    log(made_run(tmp_path / "run"), perf_rows=[16, 16, 16])
+    assert figures_of(RunFolder(tmp_path / "run"))["minutes"] == 2
 
 
 def test_a_comparison_averages_seeds_and_leaves_out_what_no_run_has(tmp_path):
@@ -101,7 +112,17 @@ def test_a_comparison_averages_seeds_and_leaves_out_what_no_run_has(tmp_path):
         comparison.csv() == "arm,seed,learning,forgetting\nx,0,1.0000,0.0000\nx,1,3.0000,2.0000\ny,0,5.0000,-1.0000\n"
     )
     comparison.save(tmp_path, "title")
-    assert {path.name for path in tmp_path.iterdir()} == {"comparison.md", "comparison.csv", "comparison.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {f"comparison.{kind}" for kind in ("md", "csv", "tex", "png")}
+
+
+def test_a_cell_has_its_interval_and_latex_its_escapes():
+    comparison = Comparison({"a_1 & b": {0: {"learning": 1.25, "rows": 2.0}}}, {"a_1 & b": {"learning": (-0.04, 2.0)}})
+    assert comparison.cell("a_1 & b", "learning") == ("1.2", "[0.0, 2.0]")
+    assert "| a_1 & b | 1 | 1.2 [0.0, 2.0] |" in comparison.markdown_table(["learning"])
+    scores, costs = comparison.latex().split(r"\end{tabular}", 1)
+    assert r"a\_1 \& b & 1 & 1.2 {\scriptsize [0.0, 2.0]} \\" in scores and r"rows \\" not in scores
+    assert r"arm & seeds & rows \\" in costs and r"\toprule" in costs
+    assert "interval" in comparison.legend and "interval" not in Comparison({"x": {0: {}}}).legend
 
 
 def test_a_comparison_is_read_back_from_its_table(tmp_path):

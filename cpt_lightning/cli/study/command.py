@@ -8,7 +8,7 @@ import sys
 DESCRIPTION = """\
 Runs a list of arms, each with several seeds, and compares what they learned, what they forgot and what they cost.
 A finished run is skipped, one that was killed goes on from its last checkpoint, so that the same command may be given
-again until all is done. After every call the finished runs are compared: comparison.md, .csv and .png.
+again until all is done. After every call the finished runs are compared: comparison.md, .csv, .tex and .png.
 
 a study's file:
   out: runs/toy_study                 # a folder per arm and seed, and the comparison
@@ -42,8 +42,9 @@ def study_command(args: list[str]) -> None:
     """
     options = _parser().parse_args(args)
     from cpt_lightning.cli.study.arms import Study  # after --help, for it takes seconds
-    from cpt_lightning.cli.study.runner import Runner, is_finished, seconds_of
-    from cpt_lightning.report import Comparison, figures_of
+    from cpt_lightning.cli.study.runner import Runner, is_finished
+    from cpt_lightning.records import RunFolder
+    from cpt_lightning.report import Comparison, Figures, figures_of
 
     try:
         study = Study.load(options.file).chosen(options.arms, options.seeds)
@@ -53,13 +54,14 @@ def study_command(args: list[str]) -> None:
     except ValueError as error:
         print(f"cpt study: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    arms = {arm: {run.seed: figures_of(run.folder, seconds_of(run)) for run in finished if run.arm == arm}
+    arms: dict[str, dict[int | str, Figures]] = {
+            arm: {run.seed: figures_of(RunFolder(run.folder)) for run in finished if run.arm == arm}
             for arm in study.arms}  # fmt: skip
     comparison = Comparison({arm: seeds for arm, seeds in arms.items() if seeds})
     if finished:
         comparison.save(study.out, title=study.path.stem)
         print(comparison.markdown(study.path.stem))
-        print(f"{study.out}/comparison.md, comparison.csv, comparison.png")
+        print(f"{study.out}/comparison.md, .csv, .tex, .png; a page about them all: cpt report {study.out}/*/seed_*")
     else:
         print("no run is finished yet: nothing to compare")
     if lost:

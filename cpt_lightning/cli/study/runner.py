@@ -16,9 +16,11 @@ from rich.console import Console
 
 from cpt_lightning.cli.study.arms import Run
 from cpt_lightning.records.files import replace_text
+from cpt_lightning.records.run import STUDY
 
-DONE = "study.json"
-"""In the folder of a run: those of its commands that have come to their end, and the seconds they took."""
+DONE = STUDY
+"""In the folder of a run: those of its commands that have come to their end, and the seconds they took, but not
+what attempts took that were broken off."""
 LOG = "study.log"
 """What the commands printed."""
 
@@ -102,11 +104,6 @@ def is_finished(run: Run) -> bool:
         ValueError: It was made by other commands.
     """
     return _done(run)[0] == len(run.commands)
-
-
-def seconds_of(run: Run) -> float:
-    """How long the commands of a run took; what attempts took that were broken off is not in it."""
-    return _done(run)[1]
 
 
 def _done(run: Run) -> tuple[int, float]:

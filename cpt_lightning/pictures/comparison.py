@@ -1,0 +1,140 @@
+"""Several arms in one picture."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cpt_lightning.functional.pareto import pareto_front
+from cpt_lightning.pictures.matrix import columns_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from cpt_lightning.records import AccuracyMatrix
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+"""Okabe and Ito's, which the colour-blind tell apart; yellow is left out, for it is lost on white."""
+MARKERS = "osD^vP*X<>"
+
+
+@dataclass(frozen=True)
+class Point:
+    """An arm.
+
+    Args:
+        name: For the legend.
+        lost: What each of its seeds lost, as the axis has it.
+        learned: What each of them learned.
+    """
+
+    name: str
+    lost: Sequence[float]
+    learned: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What learning is drawn against.
+
+    Args:
+        label: Of the axis.
+        points: The arms.
+        right_is_worse: Whether more is lost to the right.
+    """
+
+    label: str
+    points: Sequence[Point]
+    right_is_worse: bool = True
+
+
+def style_of(number: int) -> dict[str, Any]:
+    """How an arm is drawn, by its number: seventy look different."""
+    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+
+
+def trade_off(panels: Sequence[Panel], title: str = "") -> Figure:
+    """Learning against what was lost: means, and standard deviations over seeds.
+
+    A grey line goes through the arms that no other beats in both, the Pareto front.
+    """
+    from matplotlib.figure import Figure  # slow to import
+
+    names = list(dict.fromkeys(point.name for panel in panels for point in panel.points))
+    figure = Figure(figsize=(5 * len(panels), 4.4 + 0.22 * -(-len(names) // 2)), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        _front(axes, panel)
+        for point in panel.points:
+            axes.errorbar(
+                statistics.mean(point.lost), statistics.mean(point.learned), label=point.name, capsize=2,
+                xerr=_deviation(point.lost), yerr=_deviation(point.learned), linestyle="none",
+                **style_of(names.index(point.name)),
+            )  # fmt: skip
+        axes.axvline(0, color="grey", linewidth=0.5)
+        axes.set(xlabel=panel.label, ylabel="learning, %")
+    legend_below(figure)
+    figure.suptitle(title)
+    return figure
+
+
+def _front(axes: Axes, panel: Panel) -> None:
+    lost = [statistics.mean(point.lost) for point in panel.points]
+    learned = [statistics.mean(point.learned) for point in panel.points]
+    front = pareto_front(learned, lost if panel.right_is_worse else [-value for value in lost])
+    if len(front) > 1:
+        x, y = [lost[place] for place in front], [learned[place] for place in front]
+        axes.plot(x, y, color="silver", linewidth=4, drawstyle="steps-post", alpha=0.6, zorder=0, label="Pareto front")
+
+
+def task_curves(arms: Mapping[str, AccuracyMatrix]) -> Figure:
+    """A panel per task, and one for the mean of the probes: accuracy over the stages, a line per arm.
+
+    A vertical line marks where the task is learned; arms whose streams have other tasks are drawn where they have it.
+    """
+    from matplotlib.figure import Figure
+
+    tasks = list(dict.fromkeys(task for matrix in arms.values() for task in matrix.tasks))
+    names: list[str | None] = [*tasks, *([None] if any(matrix.probes for matrix in arms.values()) else [])]
+    width = min(3, len(names))
+    height = -(-len(names) // width)
+    figure = Figure(figsize=(3.1 * width, 2.3 * height + 0.4 + 0.22 * -(-len(arms) // 2)), layout="constrained")
+    panels = figure.subplots(height, width, squeeze=False, sharey=True).flat
+    for axes, name in zip(panels, names, strict=False):
+        _curves(axes, arms, name)
+    for axes in list(panels)[len(names) :]:
+        axes.remove()
+    for axes in figure.axes[::width]:
+        axes.set_ylabel("accuracy, %")
+    legend_below(figure)
+    return figure
+
+
+def _curves(axes: Axes, arms: Mapping[str, AccuracyMatrix], task: str | None) -> None:
+    """One panel: a task, or ``None`` for the mean of the probes."""
+    for number, (arm, matrix) in enumerate(arms.items()):
+        shown = matrix.probes if task is None else [task] if task in matrix.tasks else []
+        if not shown:
+            continue
+        columns = columns_of(matrix)
+        values = [100 * statistics.mean(scores[name]["accuracy"] for name in shown) for _, scores, _ in columns]
+        first = 0 if matrix.zero_shot is not None else 1
+        axes.plot(range(first, first + len(values)), values, label=arm, markersize=4, **style_of(number))
+        if task is not None:
+            axes.axvline(1 + matrix.learned_at[matrix.tasks.index(task)], color="grey", linewidth=0.6, linestyle=":")
+    longest = max(arms.values(), key=lambda matrix: len(matrix.stages))
+    labels = ["base", *(str(number) for number in range(1, len(longest.stages) + 1))]
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set(title="probes, mean" if task is None else task, ylim=(-3, 103))
+
+
+def legend_below(figure: Figure) -> None:
+    """One for all panels: a phone has no room beside them."""
+    marks = {name: mark for axes in figure.axes for mark, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(marks.values()), list(marks), loc="outside lower center", ncols=2, fontsize=8)
+
+
+def _deviation(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0

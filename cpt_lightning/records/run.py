@@ -1,0 +1,207 @@
+"""A run's folder, read: whatever it has, and ``None`` for what an older, shorter or other run has not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cpt_lightning.records.logged import Logged
+from cpt_lightning.records.matrix import AccuracyMatrix
+
+CONFIG = "config.yaml"
+MATRIX = "accuracy_matrix.json"
+SAMPLES = "samples.jsonl"
+DRIFT = "drift.json"
+ENVIRONMENT = "environment.json"
+STUDY = "study.json"
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """What a rollout filter found about the rows of a stage.
+
+    Args:
+        header: What the verdicts depend on, and how rows were chosen.
+        rows: A verdict each.
+        is_finished: Whether all rows were judged, and those to keep chosen.
+    """
+
+    header: dict[str, Any]
+    rows: list[dict[str, Any]]
+    is_finished: bool
+
+    @property
+    def num_completions(self) -> int:
+        """What this run sampled for it: nothing if it took over what another run had judged."""
+        if self.header.get("filter_from") is not None:
+            return 0
+        return self.header["completions_per_row"] * sum(row["refused"] is None for row in self.rows)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """What a run left. Everything is read when it is asked for.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or no run has written to it.
+    """
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        if not self.path.is_dir():
+            raise FileNotFoundError(f"{self.path} is no folder; name the folder of a run, such as runs/demo_grpo")
+        if not any((self.path / name).exists() for name in (CONFIG, MATRIX)):
+            raise FileNotFoundError(
+                f"{self.path} has neither {CONFIG} nor {MATRIX}: it is not the folder of a run that `cpt fit` began"
+            )
+
+    # -- how far it came -----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def matrix(self) -> AccuracyMatrix | None:
+        """What it scored; ``None`` as long as nothing was evaluated."""
+        path = self.path / MATRIX
+        if not path.exists():
+            return None
+        try:
+            return AccuracyMatrix.load(path)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _broken(path, error) from None
+
+    @property
+    def num_stages(self) -> int:
+        """Stages that are learned and evaluated."""
+        return 0 if self.matrix is None else len(self.matrix.rows)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all stages are."""
+        return self.matrix is not None and self.num_stages == len(self.matrix.stages)
+
+    # -- what it was told ----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def config(self) -> dict[str, Any] | None:
+        """Its resolved options."""
+        path = self.path / CONFIG
+        if not path.exists():
+            return None
+        try:
+            found = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        except yaml.YAMLError as error:
+            raise _broken(path, error) from None
+        if not isinstance(found, dict):
+            raise _broken(path, "it holds no options")
+        return found
+
+    @property
+    def seed(self) -> int | None:
+        """Of all that is random."""
+        return (self.config or {}).get("seed_everything")
+
+    @cached_property
+    def environment(self) -> Any:
+        """Versions, device, commit: where it ran."""
+        path = self.path / ENVIRONMENT
+        return _json(path) if path.exists() else None
+
+    # -- what it wrote on the way --------------------------------------------------------------------------------------
+
+    @cached_property
+    def seconds(self) -> float | None:
+        """How long its commands took, where ``cpt study`` gave them."""
+        path = self.path / STUDY
+        return _part(path, "seconds") if path.exists() else None
+
+    @cached_property
+    def drift(self) -> list[dict[str, Any]] | None:
+        """Measured divergences from the base, in their order."""
+        path = self.path / DRIFT
+        return _part(path, "measurements") if path.exists() else None
+
+    @cached_property
+    def verdicts(self) -> dict[str, Verdicts]:
+        """Those of a rollout filter, by the name of the stage."""
+        paths = sorted(self.path.glob("filter/*.jsonl"), key=lambda path: path.stat().st_mtime)
+        return {path.name.split(".")[0]: _verdicts(path) for path in paths if path.stat().st_size}
+
+    @property
+    def num_collected(self) -> int:
+        """Completions that ``cpt predict`` sampled into the folder or one within it."""
+        return sum(_part(path, "num_completions") for path in self.path.glob("**/*_summary.json"))
+
+    @cached_property
+    def logged(self) -> Logged:
+        """The scalars of its event files."""
+        return Logged.load(self.path)
+
+    def samples(self) -> Iterator[dict[str, Any]]:
+        """Every answer of every evaluation, read anew each time, for they may be many; none if none were kept.
+
+        Raises:
+            ValueError: The file is empty though there were evaluations, or a line is no answer.
+        """
+        path = self.path / SAMPLES
+        number = 0
+        for number, row in enumerate(_lines(path), start=1):
+            if missing := {"row_id", "task", "stage", "accuracy", "completion"} - set(row):
+                raise _broken(path, f"line {number} has no {', '.join(sorted(missing))}")
+            yield row
+        if path.exists() and number == 0 and self.num_stages:
+            raise _broken(path, f"it is empty, but {MATRIX} has scores of {self.num_stages} stages")
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _broken(path, error) from None
+
+
+def _part(path: Path, key: str) -> Any:
+    try:
+        return _json(path)[key]
+    except (KeyError, TypeError) as error:
+        raise _broken(path, error) from None
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a JSON lines file, without a last one that a kill cut off."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith("\n"):
+                return
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise _broken(path, f"line {number}: {error}") from None
+            if not isinstance(row, dict):
+                raise _broken(path, f"line {number} is no JSON object")
+            yield row
+
+
+def _verdicts(path: Path) -> Verdicts:
+    header, *rows = _lines(path)
+    if "completions_per_row" not in header:
+        raise _broken(path, "line 1 has no completions_per_row")
+    for number, row in enumerate(rows, start=2):
+        if missing := {"refused", "pass_count"} - set(row):
+            raise _broken(path, f"line {number} has no {', '.join(sorted(missing))}")
+    return Verdicts(header, rows, is_finished=not path.name.endswith(".judging.jsonl"))
+
+
+def _broken(path: Path, why: object) -> ValueError:
+    said = f"{why.args[0]!r} is missing" if isinstance(why, KeyError) else str(why)
+    return ValueError(f"{path} cannot be read: {said}; restore it, or move it away to report without it")

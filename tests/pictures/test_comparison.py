@@ -1,0 +1,49 @@
+"""Pictures of several arms, read back from the figure: what lies where."""
+
+from cpt_lightning.pictures.comparison import Panel, Point, style_of, task_curves, trade_off
+from cpt_lightning.pictures.files import svg
+from cpt_lightning.records import AccuracyMatrix
+
+
+def test_points_are_means_and_the_front_goes_through_those_that_are_not_beaten():
+    points = [Point("x", [1, 3], [50, 60]), Point("y", [5], [70]), Point("z", [6], [40])]
+    (axes,) = trade_off([Panel("lost", points)]).axes
+    marks, labels = axes.get_legend_handles_labels()
+    lines = dict(zip(labels, marks, strict=True))
+    assert lines.pop("Pareto front").get_xydata().tolist() == [[2, 55], [5, 70]]
+    assert {name: mark.lines[0].get_xydata().tolist() for name, mark in lines.items()} == {
+        "x": [[2, 55]], "y": [[5, 70]], "z": [[6, 40]],
+    }  # fmt: skip
+
+
+def test_where_less_is_lost_to_the_right_the_front_turns():
+    points = [Point("x", [-5], [50]), Point("y", [-1], [50]), Point("z", [-9], [60])]
+    (axes,) = trade_off([Panel("probes", points, right_is_worse=False)]).axes
+    (front,) = [line for line in axes.lines if line.get_label() == "Pareto front"]
+    assert front.get_xydata().tolist() == [[-1, 50], [-9, 60]]
+
+
+def test_arms_look_different():
+    styles = [tuple(style_of(number).values()) for number in range(70)]
+    assert len(set(styles)) == 70
+
+
+def test_a_panel_per_task_with_a_line_per_arm_that_has_it():
+    def cell(accuracy):
+        return {"accuracy": accuracy, "num_samples": 4}
+
+    rows = [{"a": cell(0.5), "p": cell(1.0)}, {"a": cell(0.25), "p": cell(0.5)}]
+    one = AccuracyMatrix(["a"], ["p"], [["a"]], rows[0], rows[1:])
+    other = AccuracyMatrix(["b"], [], [["b"]], None, [{"b": cell(0.75)}])
+    panels = {axes.get_title(): axes for axes in task_curves({"one": one, "other": other}).axes}
+    assert list(panels) == ["a", "b", "probes, mean"]
+    found = {
+        name: [line.get_xydata().tolist() for line in axes.lines if line.get_marker() in "os"]
+        for name, axes in panels.items()
+    }
+    assert found == {"a": [[[0, 50], [1, 25]]], "b": [[[1, 75]]], "probes, mean": [[[0, 100], [1, 50]]]}
+
+
+def test_the_same_picture_is_the_same_file():
+    panel = Panel("lost", [Point("x", [1], [50])])
+    assert svg(trade_off([panel])) == svg(trade_off([panel]))

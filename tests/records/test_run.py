@@ -1,0 +1,101 @@
+"""A run's folder, read: what is there, what an older run lacks, and what is broken."""
+
+import json
+
+import pytest
+
+from cpt_lightning.records import RunFolder
+from tests.report.made_runs import log, made_run
+
+
+def test_an_old_run_with_a_matrix_alone_has_the_rest_not(tmp_path):
+    made_run(tmp_path / "run")
+    for name in ("config.yaml", "samples.jsonl"):
+        (tmp_path / "run" / name).unlink()
+    run = RunFolder(tmp_path / "run")
+    assert run.is_finished and run.num_stages == 2
+    assert run.config is run.seed is run.environment is run.seconds is run.drift is None
+    assert (run.verdicts, list(run.samples()), run.logged.seconds, run.logged.total("perf/rows")) == (
+        {},
+        [],
+        None,
+        None,
+    )
+
+
+def test_a_run_that_was_begun_and_measured_nothing_is_one_too(tmp_path):
+    made_run(tmp_path / "run")
+    (tmp_path / "run/accuracy_matrix.json").unlink()
+    run = RunFolder(tmp_path / "run")
+    assert (run.matrix, run.is_finished, run.num_stages, run.seed) == (None, False, 0, 0)
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none is no folder; name the folder of a run"):
+        RunFolder(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match=r"neither config.yaml nor accuracy_matrix.json"):
+        RunFolder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "read", "message"),
+    [
+        ("accuracy_matrix.json", '{"version": 1, "tasks"', "matrix", "accuracy_matrix.json cannot be read"),
+        ("accuracy_matrix.json", '{"version": 1}', "matrix", "'rows' is missing"),
+        ("accuracy_matrix.json", '{"version": 9}', "matrix", "version 9"),
+        ("config.yaml", "model: [", "config", "config.yaml cannot be read"),
+        ("config.yaml", "", "config", "it holds no options"),
+        ("study.json", "{}", "seconds", "study.json cannot be read: 'seconds' is missing"),
+        ("drift.json", "[", "drift", "drift.json cannot be read"),
+        ("environment.json", "{", "environment", "environment.json cannot be read"),
+        ("filter/a.jsonl", "{}\n", "verdicts", "a.jsonl cannot be read: line 1 has no completions_per_row"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path, name, text, read, message):
+    made_run(tmp_path / "run")
+    path = tmp_path / "run" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        getattr(RunFolder(tmp_path / "run"), read)
+
+
+def test_samples_a_line_cut_off_by_a_kill_is_left_out_and_any_other_broken_one_named(tmp_path):
+    path = made_run(tmp_path / "run") / "samples.jsonl"
+    run, whole = RunFolder(tmp_path / "run"), path.read_text()
+    path.write_text(whole + '{"row_id": "a/0", "ta')
+    assert len(list(run.samples())) == 36
+    path.write_text(whole.replace('"stage": 1', '"stage": ', 1))
+    with pytest.raises(ValueError, match=r"samples.jsonl cannot be read: line 13: "):
+        list(run.samples())
+    path.write_text('{"row_id": "a/0"}\n')
+    with pytest.raises(ValueError, match=r"line 1 has no accuracy, completion, stage, task"):
+        list(run.samples())
+    path.write_text("")
+    with pytest.raises(ValueError, match=r"samples.jsonl cannot be read: it is empty, but accuracy_matrix.json has"):
+        list(run.samples())
+
+
+def test_what_was_logged_by_all_beginnings_of_a_run(tmp_path):
+    """Two files of 2 and 3 entries, a minute apart: 1 and 2 minutes. Tokens: 10 * 2 + 20 * 3 + 30 * 1 = 110."""
+    made_run(tmp_path / "run")
+    log(tmp_path / "run", perf_rows=[16, 16])
+    log(tmp_path / "run", perf_tokens_per_s=[10, 20, 30], time_step_s=[2, 3, 1], perf_host_rss_gb=[1.0, 2.5, 2.0])
+    logged = RunFolder(tmp_path / "run").logged
+    assert (logged.total("perf/rows"), logged.seconds, logged.tokens) == (32, 180.0, pytest.approx(110))
+    assert logged.highest("perf/host_rss_gb") == 2.5 and logged.highest("perf/peak_memory_gb") is None
+
+
+def test_verdicts_of_a_stage_that_is_being_judged_are_not_finished(tmp_path):
+    folder = made_run(tmp_path / "run") / "filter"
+    folder.mkdir()
+    rows = [{"refused": None, "pass_count": 1}, {"refused": "too long", "pass_count": 0}]
+    for name, more in (("a.jsonl", {}), ("b.judging.jsonl", {}), ("c.jsonl", {"filter_from": "other"})):
+        lines = [{"completions_per_row": 8, **more}, *rows]
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = RunFolder(tmp_path / "run").verdicts
+    assert {name: (each.is_finished, each.num_completions) for name, each in found.items()} == {
+        "a": (True, 8),
+        "b": (False, 8),
+        "c": (True, 0),
+    }
