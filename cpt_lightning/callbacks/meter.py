@@ -14,7 +14,7 @@ LINE_EVERY_S = 60.0
 """Not at a terminal: seconds between two lines."""
 REDRAWN_EVERY_S = 0.5
 """At a terminal: seconds between two looks at the phase of a long step."""
-BAR = "{desc} {percentage:3.0f}%|{bar:20}| "
+BAR = "{desc} {percentage:3.0f}%|{bar:10}| "
 """As tqdm has it; what follows is ours."""
 
 
@@ -72,7 +72,7 @@ class Meter:
 
     def text(self) -> str:
         """What is behind the bar."""
-        parts = [f"{self._done}/{self.total} {self.unit}", *self._pace(), self._said, self._phase]
+        parts = [f"{self._done}/{self.total} {self.unit}", *self._pace(), self._phase, self._said]
         return ", ".join(filter(None, parts))
 
     def _pace(self) -> list[str]:

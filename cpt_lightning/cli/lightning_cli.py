@@ -197,7 +197,7 @@ class CPTCLI(LightningCLI):
         own = list(own) if isinstance(own, list) else [own]
         own += [SkippedRows(), TestScores()]
         if options.enable_progress_bar is not False and not any(isinstance(callback, ProgressBar) for callback in own):
-            own.append(TaskProgressBar())
+            own.insert(0, TaskProgressBar())  # its line ends before others print
         rank_zero_info(f"run directory: {config.run_dir}")
         return super().instantiate_trainer(callbacks=own, **kwargs)
 

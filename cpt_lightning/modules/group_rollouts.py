@@ -106,8 +106,8 @@ class GroupRollouts(ManualUpdates):
         for chunk in self._chunks(prompts):
             with self.timed("rollout"):
                 first = len(texts) // self._per_prompt
-                which = f"prompts {first + 1}-{first + len(chunk)}/{len(prompts)}"
-                parts.append(self._sample(chunk, batch_idx, f"rollout of {which}"))
+                phase = f"rollout {first + 1}-{first + len(chunk)}/{len(prompts)}"
+                parts.append(self._sample(chunk, batch_idx, phase))
                 new = self.processor.decode(parts[-1])
             with self.timed("reward"):
                 examples = [example for example in chunk.examples for _ in range(self._per_prompt)]
