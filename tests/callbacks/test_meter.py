@@ -1,7 +1,7 @@
 """The meter, at a terminal that is none and on a clock that is set by hand."""
 
 import io
-import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -27,7 +27,7 @@ def terminal(monkeypatch) -> Terminal:
     shown = Terminal()
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("LINES", "40")
-    monkeypatch.setattr(sys, "stdout", shown)
+    monkeypatch.setattr(module, "sys", SimpleNamespace(stdout=shown))  # pytest sets sys.stdout itself after a fixture
     return shown
 
 
