@@ -53,7 +53,8 @@ trainer:
 COLLECT = """
 model: {init_args: {attempts: {group_size: 2, sampling: {max_new_tokens: 32}}}}
 data: {predict_on: train}
-trainer: {callbacks: [{class_path: cpt_lightning.callbacks.RolloutWriter, init_args: {selection: {correct_only: false}}}]}
+trainer:
+  callbacks: [{class_path: cpt_lightning.callbacks.RolloutWriter, init_args: {selection: {correct_only: false}}}]
 """
 
 
@@ -65,7 +66,12 @@ def runs(tmp_path_factory) -> list[Path]:
         (folder / f"{name}.yaml").write_text(overlay)
     (folder / "config.yaml").write_text(CONFIG.replace("RUN", str(folder / "sft")))
     config = ["-c", str(folder / "config.yaml")]
-    main(["inspect", *config, "--inspect.examples=0"])
+    main(
+        [
+            "inspect",
+            *config,
+        ]
+    )
     main(["fit", *config, "--export.when=end"])
     checkpoint = ["--ckpt_path", str(folder / "sft" / "last.ckpt")]
     for verb in ("validate", "test"):
@@ -95,7 +101,9 @@ class Entry:
 
     def matches(self, name: str) -> bool:
         parts = re.split(r"(<\w+>)", self.name)
-        return re.fullmatch("".join("[^/]+?" if part[:1] == "<" else re.escape(part) for part in parts), name) is not None
+        return (
+            re.fullmatch("".join("[^/]+?" if part[:1] == "<" else re.escape(part) for part in parts), name) is not None
+        )
 
 
 def tables() -> dict[str, list[Entry]]:
@@ -211,7 +219,11 @@ def complaints(found: list[dict], entries: list[Entry]) -> list[str]:
         if entry.when == "always" and not key.startswith("<"):
             where = Entry(parent, "", "")
             holders = [inside for record in found for path, inside in objects(record) if where.matches(path)]
-            said += [f"{parent} is without {key}" for holder in holders if key.removesuffix("[]").removesuffix("[]") not in holder]
+            said += [
+                f"{parent} is without {key}"
+                for holder in holders
+                if key.removesuffix("[]").removesuffix("[]") not in holder
+            ]
     return sorted(set(said))
 
 
@@ -243,7 +255,11 @@ def test_examples_in_the_document_have_described_fields():
 
 
 def test_the_reader_would_see_an_offence():
-    entries = [Entry("a", "int", "always"), Entry("b[].<task>", "text or null", "always"), Entry("c", "int", "rarely *")]
+    entries = [
+        Entry("a", "int", "always"),
+        Entry("b[].<task>", "text or null", "always"),
+        Entry("c", "int", "rarely *"),
+    ]
     assert complaints([{"a": 1, "b": [{"x": "y"}, {"z": None}]}], entries) == []
     assert complaints([{"a": True, "b": [{"x": 1}], "d": 2}, {"b": []}], entries) == [
         " is without a", "a is True, and not int", "b[].x is 1, and not text or null", "d is not described",

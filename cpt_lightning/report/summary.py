@@ -57,7 +57,7 @@ def summary_table(matrix: AccuracyMatrix) -> Table:
 
 
 def spent(folder: Path, seconds: float) -> str:
-    """Time of the command (hours, minutes, seconds), and rows and rollouts of the whole run, as far as they were logged."""
+    """Time of the command, as on a clock; rows and rollouts of the whole run, as far as they were logged."""
     figures = figures_of(folder)
     counts = {name: figures[name] for name in ("rows", "rollouts")}
     said = [f"{1000 * count:,.0f} {name}" for name, count in counts.items() if count]

@@ -32,7 +32,7 @@ def terminal(monkeypatch) -> Terminal:
 
 
 def test_pace_and_time_left(clock):
-    """3 of 10 steps of 16 rows in 12 s: 4 rows a second, 4 s a step, so 28 s are left; a resumed meter counts its own."""
+    """3 of 10 steps of 16 rows in 12 s: 4 rows a second, 4 s a step, so 28 s are left; a resumed one begins anew."""
     meter = Meter("task 1/2 a", total=10, unit="steps", is_shown=False)
     assert meter.text() == "0/10 steps"
     clock[0] += 12
@@ -73,7 +73,9 @@ def test_a_bar_at_a_terminal_shows_the_phase_of_a_long_step_and_leaves_a_line(cl
     meter.advance(1, rows=8, said="reward 0.5")
     meter.close("done")
     last = terminal.getvalue().split("\r")[-1]
-    assert last.startswith("done 100%|") and last.rstrip(" \n").endswith("| 2/2 steps, 1.6 rows/s, took 0:10, reward 0.5")
+    assert last.startswith("done 100%|") and last.rstrip(" \n").endswith(
+        "| 2/2 steps, 1.6 rows/s, took 0:10, reward 0.5"
+    )
     assert last.endswith("\n") and terminal.getvalue().count("\n") == 1
 
 

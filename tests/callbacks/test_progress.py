@@ -6,7 +6,7 @@ import pytest
 
 from cpt_lightning.callbacks import SkippedRows, TaskProgressBar
 from cpt_lightning.tasks import Row, Task
-from tests.fakes import Killed, KillAt, LinearModule, NumberSource, make_trainer, number_stream
+from tests.fakes import KillAt, Killed, LinearModule, NumberSource, make_trainer, number_stream
 
 
 class MixedLengths(NumberSource):
