@@ -21,8 +21,8 @@ BAR = "{desc} {percentage:3.0f}%|{bar:10}| "
 class Meter:
     """Shows what is done of so many steps, batches or rows, at how many rows a second, and the time that is left.
 
-    A meter that does nothing more stands in a line of its own, so that what is printed next breaks none. Elsewhere than
-    at a terminal there are no control characters: a line a minute, and one at the end.
+    At a terminal it is a bar, which when closed stays behind as a line of its own. Elsewhere there are no control
+    characters: a line a minute, and one at the end.
 
     Args:
         name: What is done, and on which task.
