@@ -2,63 +2,133 @@
 
 from __future__ import annotations
 
-import sys
-
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 
+from cpt_lightning.callbacks.meter import Meter
 from cpt_lightning.types import Batch
 
 
-class TaskProgressBar(TQDMProgressBar):
-    """A progress bar that names the task that is learned or evaluated.
+class TaskProgressBar(ProgressBar):
+    """One meter at a time, which names the task that is learned or evaluated, with rows per second and time left.
 
-    Args:
-        refresh_rate: Batches between updates; by default 1 at a terminal and 20 elsewhere, so that a log stays short.
+    Beside a bar of training stand what modules log with ``prog_bar=True`` (reward or loss) and, at a terminal, the
+    phase of the step. Elsewhere than at a terminal there is a line a minute, and one at the end of each piece of work.
     """
 
-    def __init__(self, refresh_rate: int | None = None) -> None:
-        super().__init__(refresh_rate or (1 if sys.stdout.isatty() else 20))
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_disabled = False
+        self._meter: Meter | None = None
 
-    def on_train_epoch_start(self, trainer: Trainer, *args) -> None:
-        """Names the task that begins."""
-        super().on_train_epoch_start(trainer, *args)
-        stage, names = trainer.current_epoch, trainer.datamodule.stage_names
-        self.train_progress_bar.set_description(f"task {stage + 1}/{len(names)} {names[stage]}")
+    def disable(self) -> None:
+        """Shows nothing from now on."""
+        self.is_disabled = True
 
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, *args
-    ) -> None:
-        """Names the task that is evaluated."""
-        super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, *args)
-        self.val_progress_bar.set_description(f"evaluating {task_of(batch)}", refresh=self.refresh_rate == 1)
+    def enable(self) -> None:
+        """Shows again what is done."""
+        self.is_disabled = False
 
-    def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, *args
-    ) -> None:
-        """Names the task that is tested."""
-        super().on_test_batch_start(trainer, pl_module, batch, batch_idx, *args)
-        self.test_progress_bar.set_description(f"testing {task_of(batch)}", refresh=self.refresh_rate == 1)
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Asks the module to say what its steps are at."""
+        pl_module.on_phase = self._show_phase
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        """Begins a meter with a task, or after an evaluation in its middle."""
+        if self._meter is None:
+            stage, names = trainer.current_epoch, trainer.datamodule.stage_names
+            name = f"task {stage + 1}/{len(names)} {names[stage]}"
+            self._begin(trainer, name, int(self.total_train_batches), "steps", batch_idx)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch: Batch, *_) -> None:
+        """Shows that a step is done."""
+        self._advance(trainer, batch, said=shown_metrics(trainer))
+        if trainer.is_last_batch:
+            self._end()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ends what a ``max_steps`` or a callback cut short."""
+        self._end()
+        pl_module.on_phase = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leaves the line to what is said about it."""
+        self._end()
+
+    def _show_phase(self, phase: str) -> None:
+        if self._meter is not None:
+            self._meter.show_phase(phase)
+
+    # -- evaluation --------------------------------------------------------------------------------------------------
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begins a meter of all tasks and probes."""
+        if not trainer.sanity_checking:
+            self._begin(trainer, "evaluating", sum_of(trainer.num_val_batches))
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begins a meter of all tasks and probes."""
+        self._begin(trainer, "testing", sum_of(trainer.num_test_batches))
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begins a meter of all rows."""
+        self._begin(trainer, "predicting", sum_of(trainer.num_predict_batches))
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch: Batch, *_) -> None:
+        """Names the task that was evaluated."""
+        self._advance(trainer, batch, name=f"evaluating {task_of(batch)}")
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch: Batch, *_) -> None:
+        """Names the task that was tested."""
+        self._advance(trainer, batch, name=f"testing {task_of(batch)}")
+
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch: Batch, *_) -> None:
+        """Names the task whose rows were answered."""
+        self._advance(trainer, batch, name=f"predicting {task_of(batch)}")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ends the meter, before scores are printed."""
+        self._end("evaluated")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ends the meter, before scores are printed."""
+        self._end("tested")
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ends the meter."""
+        self._end("predicted")
+
+    # -- the meter ---------------------------------------------------------------------------------------------------
+
+    def _begin(self, trainer: Trainer, name: str, total: int, unit: str = "batches", num_done: int = 0) -> None:
+        self._end()
+        self._meter = Meter(name, total, unit, num_done, trainer.is_global_zero and not self.is_disabled)
+
+    def _advance(self, trainer: Trainer, batch: Batch, said: str = "", name: str | None = None) -> None:
+        if self._meter is not None:
+            self._meter.advance(1, len(batch) * trainer.world_size, said, name)
+
+    def _end(self, name: str | None = None) -> None:
+        if self._meter is not None:
+            self._meter.close(name)
+        self._meter = None
 
 
-def row_bar(trainer: Trainer, description: str, num_rows: int, num_done: int) -> Tqdm:
-    """A bar over rows before training, with rows per second; silent where the Trainer's own is, or on other ranks.
+def shown_metrics(trainer: Trainer) -> str:
+    """What was logged for a progress bar, by the last part of its name.
 
-    Not at a terminal it is renewed twice a minute, so that a log stays short.
+    Two values are told apart by four digits.
     """
-    own = trainer.progress_bar_callback
-    return Tqdm(
-        desc=description,
-        total=num_rows,
-        initial=num_done,
-        unit="row",
-        disable=own is None or own.is_disabled or not trainer.is_global_zero,
-        mininterval=0.1 if sys.stdout.isatty() else 30.0,
-        dynamic_ncols=True,
-        file=sys.stdout,
-    )
+    shown = trainer.progress_bar_metrics
+    return ", ".join(f"{name.rpartition('/')[2].replace('_', ' ')} {float(shown[name]):.4g}" for name in sorted(shown))
+
+
+def sum_of(batches: int | float | list[int | float]) -> int:
+    """Batches of all loaders."""
+    return int(sum(batches)) if isinstance(batches, list) else int(batches)
 
 
 def task_of(batch: Batch) -> str:

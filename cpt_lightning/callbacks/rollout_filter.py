@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from cpt_lightning.callbacks.checkpoints import TaskCheckpoint
 from cpt_lightning.callbacks.choice import Choice, Mode, kept_rows, shortage
 from cpt_lightning.callbacks.judge import Judge
-from cpt_lightning.callbacks.progress import row_bar
+from cpt_lightning.callbacks.meter import row_meter
 from cpt_lightning.callbacks.verdicts import Verdict, VerdictFile
 from cpt_lightning.models.fingerprint import model_fingerprint
 from cpt_lightning.rollouts import Sampling
@@ -184,14 +184,14 @@ class RolloutFilter(Callback):
         checkpoint = trainer.checkpoint_callback
         if isinstance(checkpoint, TaskCheckpoint):  # before the first stage nothing else has done so
             checkpoint.signals.watch(trainer)
-        with row_bar(trainer, f"filtering {name}", num_rows, len(verdicts)) as bar:
+        with row_meter(trainer, f"filtering {name}", num_rows, len(verdicts)) as meter:
             for judged in self.judge.verdicts(trainer, stage, stream.rows_to_judge(stage, first)):
                 if trainer.is_global_zero:
                     file.append(judged)
                 verdicts += judged
                 num_solvable += sum(map(self.choice.holds, judged))
-                bar.set_postfix(solvable=f"{num_solvable / len(verdicts):.0%}", refresh=False)
-                bar.update(len(judged))
+                solvable = f"{num_solvable / len(verdicts):.0%} solvable"
+                meter.advance(len(judged), len(judged), solvable)
                 if isinstance(checkpoint, TaskCheckpoint):
                     checkpoint.stop_if_asked(trainer)
         return verdicts

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 
 from cpt_lightning.records.files import append_lines, keep_lines, replace_text
 from cpt_lightning.types import Evaluation, Example
@@ -109,6 +110,8 @@ class SampleLog(Callback):
         if path is not None and trainer.is_global_zero:
             replace_text(path, "")
             append_lines(path, rows)
+            if trainer.state.fn != TrainerFn.VALIDATING:  # what a fit that follows takes over
+                rank_zero_info(f"answers: {path}")
 
     def _path(self, trainer: Trainer, filename: str) -> Path | None:
         folder = trainer.log_dir  # a broadcast: all ranks must ask

@@ -71,6 +71,9 @@ def main(args: list[str] | None = None) -> None:
 
 def _run(verb: str, *args: str) -> None:
     """A verb; what it needs is imported now, so that the others need not wait for it."""
+    from cpt_lightning.cli.console import tidy
+
+    tidy()
     if verb == "inspect":
         from cpt_lightning.cli.inspect.command import InspectCLI
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +27,20 @@ from cpt_lightning.callbacks import (
 )
 from cpt_lightning.checkpoint_io import check_resumable, next_step, read_checkpoint
 from cpt_lightning.cli import VERBS
+from cpt_lightning.cli.console import tidy
 from cpt_lightning.cli.errors import refusal
 from cpt_lightning.cli.run_directory import last_checkpoint, run_directory
 from cpt_lightning.data import TRAINER_OPTIONS, TaskStream
 from cpt_lightning.modules import PostTraining  # its strategy registers itself as fsdp2
 from cpt_lightning.modules.resumable import check_ours
+from cpt_lightning.report.summary import print_summary
+
+TRAINER_DEFAULTS = {
+    **TRAINER_OPTIONS,
+    "enable_model_summary": False,  # the module says in a line what is trained
+}
 
 PARSER_OPTIONS = {"prog": "cpt", "description": "Continual post-training of multimodal language models."}
-
-LIBRARY_NOISE = (
-    "`isinstance.treespec, LeafSpec.` is deprecated",  # lightning 2.6 and torch
-)
-"""Warnings of libraries about libraries, of which a person at the console can make nothing."""
 
 
 class SaveConfig(SaveConfigCallback):
@@ -62,14 +64,14 @@ class CPTCLI(LightningCLI):
     def __init__(self, args: list[str], run: bool = True, **parser_options: Any):
         self.args = args
         self.first_step: int | None = None
+        self._began = time.monotonic()
         os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # lightning 2.6 calls it by old names
-        for message in LIBRARY_NOISE:
-            warnings.filterwarnings("ignore", message)
+        tidy()
         super().__init__(
             model_class=PostTraining,
             subclass_mode_model=True,
             datamodule_class=TaskStream,
-            trainer_defaults=dict(TRAINER_OPTIONS),
+            trainer_defaults=dict(TRAINER_DEFAULTS),
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},  # a resumed run goes on in its folder
             seed_everything_default=0,
@@ -120,7 +122,10 @@ class CPTCLI(LightningCLI):
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         # The parsers of the other verbs would be as large and are not asked anything.
         if subcommand == self.args[0]:
-            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+            parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+            if subcommand in ("validate", "test"):
+                parser.set_defaults({"verbose": False})  # of Lightning's table, which a table of ours replaces
+            return parser
         self._subcommand_method_arguments[subcommand] = []
         return self.init_parser(**kwargs)
 
@@ -188,7 +193,7 @@ class CPTCLI(LightningCLI):
         own = list(own) if isinstance(own, list) else [own]
         own += [SkippedRows(), TestScores()]
         if options.enable_progress_bar is not False and not any(isinstance(callback, ProgressBar) for callback in own):
-            own.append(TaskProgressBar())
+            own.insert(0, TaskProgressBar())  # its line ends before others print
         rank_zero_info(f"run directory: {config.run_dir}")
         return super().instantiate_trainer(callbacks=own, **kwargs)
 
@@ -202,3 +207,9 @@ class CPTCLI(LightningCLI):
         config = self.config_init["fit"]
         if config.ckpt_path is None and not self.trainer.fast_dev_run and self.trainer.limit_val_batches:
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+
+    def after_fit(self) -> None:
+        """Says what was learned, lost and spent, and what to do next."""
+        config = self.config_init["fit"]
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run and self.trainer.state.finished:
+            print_summary(Path(config.run_dir), time.monotonic() - self._began)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -130,6 +130,8 @@ class Accounted(L.LightningModule):
     def __init__(self, peak_flops: float | None = None) -> None:
         super().__init__()
         self.account = StepAccount(peak_flops)
+        self.on_phase: Callable[[str], None] | None = None
+        """Is told what a step is at, while there is a person to see it."""
 
     @cached_property
     def flops(self) -> FlopCounter:
@@ -150,16 +152,22 @@ class Accounted(L.LightningModule):
         measured = self.account.end(self.device)
         counts = {"perf/rows": float(len(batch)), "perf/rollouts": measured.pop("perf/rollouts")}
         self.log_dict(counts, batch_size=1, sync_dist=True, reduce_fx="sum")
-        shown = {"perf/tokens_per_s", "perf/mfu", "perf/peak_memory_gb" if self.on_gpu else "perf/host_rss_gb"}
+        shown = {"perf/mfu", "perf/peak_memory_gb"}
         for name, value in measured.items():
             self.log(name, value, prog_bar=name in shown, batch_size=1)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Logs how long a phase of the step takes, as ``time/<phase>_s``; times of the same phase add up."""
+        self.say_phase(phase)
         start = time.perf_counter()
         yield
         self.log(f"time/{phase}_s", self.account.add_time(phase, time.perf_counter() - start))
+
+    def say_phase(self, phase: str) -> None:
+        """Says what the step is at, if somebody wants to know."""
+        if self.on_phase is not None:
+            self.on_phase(phase)
 
 
 def peak_flops_of(device: torch.device) -> float | None:

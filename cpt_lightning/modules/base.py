@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from cpt_lightning.models import Backbone
@@ -74,9 +75,17 @@ class PostTraining(Accounted, Evaluating):
         self._nonfinite_in_a_row = 0
 
     def configure_model(self) -> None:
-        """Loads the backbone, once."""
+        """Loads the backbone, once, and says what it is."""
         self._check_strategy()
+        is_new = "model" not in self._modules
         super().configure_model()
+        if is_new and self._trainer is not None:
+            trained, total = (self.model.num_parameters(only_trainable=only) / 1e6 for only in (True, False))
+            rank_zero_info(
+                f"model: {self.backbone.path}, {trained:,.1f} of {total:,.1f} million parameters are trained "
+                f"({self.backbone.tuning}, {self.backbone.dtype}), on {self._trainer.strategy.root_device} x "
+                f"{self._trainer.world_size}"
+            )
 
     def _check_strategy(self) -> None:
         """Refuses to split what must stay whole, and to split by other means than ours.

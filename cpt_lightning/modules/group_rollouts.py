@@ -105,7 +105,9 @@ class GroupRollouts(ManualUpdates):
         scores: list[dict[str, float]] = []
         for chunk in self._chunks(prompts):
             with self.timed("rollout"):
-                parts.append(self._sample(chunk, batch_idx))
+                first = len(texts) // self._per_prompt
+                phase = f"rollout {first + 1}-{first + len(chunk)}/{len(prompts)}"
+                parts.append(self._sample(chunk, batch_idx, phase))
                 new = self.processor.decode(parts[-1])
             with self.timed("reward"):
                 examples = [example for example in chunk.examples for _ in range(self._per_prompt)]
@@ -142,7 +144,8 @@ class GroupRollouts(ManualUpdates):
         for rows in torch.arange(len(prompts)).split(size):
             yield prompts.select(rows.tolist())
 
-    def _sample(self, prompts: Prompts, batch_idx: int) -> Completions:
+    def _sample(self, prompts: Prompts, batch_idx: int, phase: str) -> Completions:
+        longest = self.sampling.max_new_tokens
         generators = row_generators(self.device, prompts, self.seed, self.current_epoch, batch_idx)
         completions = sample_groups(
             self.model,
@@ -152,6 +155,7 @@ class GroupRollouts(ManualUpdates):
             self.sampling,
             generators,
             with_greedy=self.samples_greedy,
+            on_token=lambda token: self.say_phase(f"{phase}: {token}/{longest} tokens"),
         )
         self.account.add_flops(self.flops.sampled(prompts, completions))
         self.account.add_tokens(prompts, completions)

@@ -194,7 +194,7 @@ class AccuracyMatrix:
         table = self.table(confidence)
         # Where output goes to a file it must not be squeezed into 80 columns.
         console.width = max(console.width, console.measure(table).maximum + 2)
-        console.print()  # off the line of a progress bar
+        console.print()
         console.print(table)
         shown = self.metrics()
         changes = {name: value for name, value in shown.items() if name.startswith("probe/")}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -129,6 +129,7 @@ def sample_groups(
     sampling: Sampling,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     with_greedy: bool = False,
+    on_token: Callable[[int], None] | None = None,
 ) -> Completions:
     """Samples ``group_size`` completions of every prompt.
 
@@ -143,6 +144,7 @@ def sample_groups(
         sampling: How tokens are drawn.
         generator: Source of randomness, on the model's device; one for each prompt, or for all.
         with_greedy: Whether each group has one completion more, its last, that always takes the most probable token.
+        on_token: Is told how many tokens the longest completion has so far.
 
     Returns:
         N = B * G completions, or B * (G + 1), group by group, right-padded.
@@ -151,7 +153,7 @@ def sample_groups(
     prefix = processor.tokenizer.encode(sampling.prefix, add_special_tokens=False) if sampling.prefix else []
     with sampling_mode(model):
         prompts = _with_prefix(prompts, prefix)
-        ids, logps = _decode(model, processor, prompts, group_size, sampling, generator, with_greedy)
+        ids, logps = _decode(model, processor, prompts, group_size, sampling, generator, with_greedy, on_token)
     ids = torch.cat([ids.new_tensor(prefix).expand(len(ids), -1), ids], dim=1)
     logps = torch.cat([logps.new_zeros(len(ids), len(prefix)), logps], dim=1)
     ended = torch.isin(ids, ids.new_tensor(processor.stop_token_ids))
@@ -180,6 +182,7 @@ def _decode(
     sampling: Sampling,
     generator: torch.Generator | Sequence[torch.Generator] | None,
     with_greedy: bool,
+    on_token: Callable[[int], None] | None,
 ) -> tuple[Tensor, Tensor]:
     """``[N, T]`` sampled ids and their log-probabilities; what stands behind a stop token has no meaning."""
     state = run_prompts(model, prompts) if prompts.state is None else prompts.state
@@ -196,6 +199,8 @@ def _decode(
     logps = torch.zeros_like(uniform)
     for step in range(sampling.max_new_tokens):
         greedy = None if is_greedy is None else is_greedy.flatten()[rows.flatten()]
+        if on_token is not None:
+            on_token(step)
         token, logp = sampling.pick((hidden @ weight.T).float(), banned, uniform[rows.flatten(), step], greedy)
         ids[rows.flatten(), step], logps[rows.flatten(), step] = token, logp
         alive &= ~torch.isin(token, stops).view_as(alive)

@@ -6,7 +6,7 @@ import pytest
 
 from cpt_lightning.callbacks import SkippedRows, TaskProgressBar
 from cpt_lightning.tasks import Row, Task
-from tests.fakes import LinearModule, NumberSource, make_trainer, number_stream
+from tests.fakes import KillAt, Killed, LinearModule, NumberSource, make_trainer, number_stream
 
 
 class MixedLengths(NumberSource):
@@ -31,9 +31,10 @@ class Watched(SkippedRows):
         self.logged.append(trainer.callback_metrics.get("train/skipped_rows"))
 
 
-def test_the_bar_names_the_task(tmp_path, capsys):
+def test_lines_name_the_task(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("cpt_lightning.callbacks.meter.LINE_EVERY_S", 0.0)
     stream = number_stream()
-    trainer = make_trainer(tmp_path, stream, callbacks=[TaskProgressBar(refresh_rate=1)], enable_progress_bar=True)
+    trainer = make_trainer(tmp_path, stream, callbacks=[TaskProgressBar()], enable_progress_bar=True)
     module = LinearModule()
     trainer.validate(module, stream, verbose=False)
     trainer.fit(module, stream)
@@ -44,12 +45,36 @@ def test_the_bar_names_the_task(tmp_path, capsys):
 
 
 def test_a_log_file_stays_short(tmp_path, capsys):
-    """Not at a terminal the bar is renewed every 20 batches, here: once at the start and once at the end of each."""
+    """Not at a terminal there is a line at the end of each piece of work, and none before a minute is over."""
     stream = number_stream(steps=60)
     trainer = make_trainer(tmp_path, stream, callbacks=[TaskProgressBar()], enable_progress_bar=True)
     with pytest.warns(UserWarning, match="not evaluated"):
         trainer.fit(LinearModule(), stream)
-    assert capsys.readouterr().out.count("task 2/3 b:") < 20
+    shown = capsys.readouterr().out
+    assert [line.split(",")[0] for line in shown.splitlines()] == [
+        line for task in ("1/3 a", "2/3 b", "3/3 c") for line in (f"task {task}: 60/60 steps", "evaluated: 8/8 batches")
+    ]
+    assert not {"\r", "\x1b"} & set(shown)
+
+
+def test_an_evaluation_within_a_task_ends_the_bar_and_the_next_goes_on(tmp_path, capsys):
+    """Every third of six batches, the last of which is the task's end; so no bar is ever inside another's line."""
+    stream = number_stream(tasks={"a": Task(NumberSource("a"))}, steps=6)
+    options = {"callbacks": [TaskProgressBar()], "enable_progress_bar": True, "val_check_interval": 3}
+    trainer = make_trainer(tmp_path, stream, **options)
+    with pytest.warns(UserWarning, match="not evaluated"):
+        trainer.fit(LinearModule(), stream)
+    shown = [line.split(",")[0] for line in capsys.readouterr().out.splitlines()]
+    assert shown == [line for done in (3, 6) for line in (f"task 1/1 a: {done}/6 steps", "evaluated: 4/4 batches")]
+
+
+def test_a_run_that_breaks_off_leaves_its_bar_behind(tmp_path, capsys):
+    stream = number_stream(steps=4)
+    options = {"callbacks": [TaskProgressBar(), KillAt(0, batch=2)], "enable_progress_bar": True}
+    trainer = make_trainer(tmp_path, stream, **options)
+    with pytest.warns(UserWarning, match="not evaluated"), pytest.raises(Killed):
+        trainer.fit(LinearModule(), stream)
+    assert capsys.readouterr().out.startswith("task 1/3 a: 2/4 steps")
 
 
 def test_skipped_rows_are_counted_logged_and_said(tmp_path, caplog):

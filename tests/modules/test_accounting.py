@@ -10,7 +10,7 @@ from cpt_lightning.models.flops import Flops
 from cpt_lightning.modules import RFT, SFT
 from cpt_lightning.modules.accounting import StepAccount, host_rss, peak_flops_of
 from cpt_lightning.rollouts import Sampling
-from tests.training import fit, sgd, with_examples
+from tests.training import fit, largest_difference, sgd, weights, with_examples
 
 
 def test_shares_of_the_peak_are_operations_by_time(monkeypatch: pytest.MonkeyPatch):
@@ -91,3 +91,23 @@ def test_host_memory_is_flat_over_500_steps(small_folder, processor, mixed_promp
     fit(module, [batch] * 500, callbacks=[memory])
     assert len(memory.rss) == 500
     assert memory.rss[-1] - memory.rss[99] < 16e6, [round(rss / 1e6) for rss in memory.rss[::50]]
+
+
+def test_a_step_says_what_it_is_at_and_draws_the_same_whether_or_not_one_listens(
+    mixed_prompts, processor, small_folder
+):
+    """Four prompts, two at a time, three tokens each: what a person at a terminal sees beside the bar."""
+
+    def trained(listener) -> dict[str, torch.Tensor]:
+        sampling = Sampling(max_new_tokens=3)
+        module = RFT(backbone=Backbone(small_folder), optimizer=sgd, group_size=2, sampling=sampling,
+                     rollout_batch_prompts=2)  # fmt: skip
+        module.on_phase = listener
+        fit(module, [with_examples(mixed_prompts, processor)])
+        return weights(module)
+
+    heard: list[str] = []
+    assert largest_difference(trained(heard.append), trained(None)) == 0
+    sampled = [f"rollout {rows}/4: {token}/3 tokens" for rows in ("1-2", "3-4") for token in range(3)]
+    assert [phase for phase in heard if "tokens" in phase] == sampled
+    assert [phase for phase in heard if "tokens" not in phase] == ["rollout", *["rollout", "reward"] * 2, "update"]
