@@ -68,12 +68,7 @@ def runs(tmp_path_factory) -> list[Path]:
         (folder / f"{name}.yaml").write_text(overlay)
     (folder / "config.yaml").write_text(CONFIG.replace("RUN", str(folder / "sft")))
     config = ["-c", str(folder / "config.yaml")]
-    main(
-        [
-            "inspect",
-            *config,
-        ]
-    )
+    main(["inspect", *config])
     main(["fit", *config, "--export.when=end"])
     checkpoint = ["--ckpt_path", str(folder / "sft" / "last.ckpt")]
     for verb in ("validate", "test"):
@@ -170,6 +165,7 @@ JSON_FILES = {
     "test_scores.json": ["test_scores.json"],
     "drift.json": ["drift.json"],
     "rollouts.jsonl": ["rollouts.jsonl"],
+    "rollouts_summary.json": ["rollouts_summary.json"],
     "study.json": ["study.json"],
 }
 
