@@ -10,7 +10,7 @@ from PIL import Image
 from rich.progress import Progress
 
 from cpt_lightning.cli import main
-from cpt_lightning.cli.inspect.contact_sheet import PICTURE, contact_sheet, wrap
+from cpt_lightning.pictures.contact_sheet import PICTURE, contact_sheet, wrap
 from cpt_lightning.cli.inspect.measure import collapse_images, measure_split, reason, show
 from cpt_lightning.cli.inspect.report import Spread, TaskReport
 from cpt_lightning.cli.inspect.stream import opening

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from cpt_lightning.cli.inspect.contact_sheet import contact_sheet, with_thumbnails
+from cpt_lightning.pictures.contact_sheet import contact_sheet, with_thumbnails
 from cpt_lightning.cli.inspect.measure import measure_split, show
 from cpt_lightning.cli.inspect.report import Report, SplitReport, StageReport, TaskReport
 from cpt_lightning.cli.inspect.tables import stream_table, task_section
