@@ -1,0 +1,114 @@
+"""How pictures and texts reach the loggers of a run: those that have them, and silently no other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from io import BytesIO
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from lightning import Trainer
+from lightning.pytorch.loggers import CometLogger, MLFlowLogger, TensorBoardLogger
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+DOTS_PER_INCH = 100
+
+
+@runtime_checkable
+class LogsImages(Protocol):
+    """A logger with W&B's method."""
+
+    def log_image(self, key: str, images: list[Any], step: int | None = None) -> None:
+        """Logs images under a name."""
+
+
+@runtime_checkable
+class LogsText(Protocol):
+    """A logger with W&B's method."""
+
+    def log_text(self, key: str, columns: list[str], data: list[list[Any]], *, step: int | None = None) -> None:
+        """Logs a table of texts under a name."""
+
+
+def log_image(trainer: Trainer, name: str, image: Image) -> None:
+    """Gives a picture to every logger that has pictures, at the step of the scalars that are logged now.
+
+    Args:
+        trainer: Whose loggers; on ranks other than the first nothing happens.
+        name: Of the picture; of equal names the later ones are shown along the steps.
+        image: What is shown.
+    """
+    step = logged_step(trainer)
+    for logger in _loggers(trainer):
+        match logger:
+            case TensorBoardLogger():
+                _write_image(logger, name, image, step)
+            case CometLogger():
+                logger.experiment.log_image(image, name=name, step=step)
+            case MLFlowLogger():
+                logger.experiment.log_image(logger.run_id, image, key=name, step=step)
+            case LogsImages():
+                logger.log_image(name, [image], step=step)
+
+
+def log_text(trainer: Trainer, name: str, markdown: str) -> None:
+    """Gives a text to every logger that has texts, at the step of the scalars that are logged now.
+
+    Args:
+        trainer: Whose loggers; on ranks other than the first nothing happens.
+        name: Of the text.
+        markdown: What is shown.
+    """
+    step = logged_step(trainer)
+    for logger in _loggers(trainer):
+        match logger:
+            case TensorBoardLogger():
+                logger.experiment.add_text(name, markdown, step)
+            case CometLogger():
+                logger.experiment.log_text(markdown, step=step, metadata={"name": name})
+            case MLFlowLogger():
+                logger.experiment.log_text(logger.run_id, markdown, f"{name}.md")
+            case LogsText():
+                logger.log_text(name, columns=[name], data=[[markdown]], step=step)
+
+
+def shows_images(trainer: Trainer) -> bool:
+    """Whether this rank has a logger for pictures, so that they are not drawn for nobody."""
+    kinds = (TensorBoardLogger, CometLogger, MLFlowLogger, LogsImages)
+    return any(isinstance(logger, kinds) for logger in _loggers(trainer))
+
+
+def drawn(figure: Figure) -> Image:
+    """A matplotlib figure as pixels."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
+    from PIL import Image
+
+    figure.set_dpi(DOTS_PER_INCH)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
+
+
+def logged_step(trainer: Trainer) -> int:
+    """The step under which Lightning logs scalars: batches of the run so far, which is not ``trainer.global_step``.
+
+    Lightning has no public name for it; its own callbacks use this one.
+    """
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def _loggers(trainer: Trainer) -> Sequence[Any]:
+    return trainer.loggers if trainer.is_global_zero else ()
+
+
+def _write_image(logger: TensorBoardLogger, name: str, image: Image, step: int) -> None:
+    """As ``SummaryWriter.add_image``, but packed quickly: most of the time that a picture takes is its packing."""
+    from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+
+    png = BytesIO()
+    image.save(png, "PNG", compress_level=1)
+    shown = Summary.Image(height=image.height, width=image.width, colorspace=3, encoded_image_string=png.getvalue())
+    summary = Summary(value=[Summary.Value(tag=name, image=shown)])
+    logger.experiment._get_file_writer().add_summary(summary, step)  # Lightning's hyper-parameters go this way too
