@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -74,6 +75,46 @@ def log_text(trainer: Trainer, name: str, markdown: str) -> None:
                 logger.log_text(name, columns=[name], data=[[markdown]], step=step)
 
 
+def log_hparams(
+    trainer: Trainer,
+    hparams: Mapping[str, float | str],
+    numbers: Sequence[str],
+    texts: Sequence[str],
+    metrics: Sequence[str],
+) -> None:
+    """Gives every logger the options by which runs are compared.
+
+    TensorBoard takes the columns of its page from one of the runs, so that all must name the same ones; the figures
+    beside them are the last values of scalars.
+
+    Args:
+        trainer: Whose loggers; on ranks other than the first nothing happens.
+        hparams: The options of this run.
+        numbers: All options of any run that are numbers.
+        texts: All options of any run that are texts.
+        metrics: Scalars that are compared.
+    """
+    for logger in _loggers(trainer):
+        if isinstance(logger, TensorBoardLogger):
+            _write_hparams(logger, hparams, dict.fromkeys(numbers, True) | dict.fromkeys(texts, False), metrics)
+        else:
+            logger.log_hyperparams(dict(hparams))
+
+
+def log_charts(trainer: Trainer, category: str, charts: Mapping[str, Sequence[str]]) -> None:
+    """Tells TensorBoard which scalars to show together, under *Custom Scalars*; others have no such thing.
+
+    Args:
+        trainer: Whose loggers; on ranks other than the first nothing happens.
+        category: Heading of the charts.
+        charts: The scalars of each chart, by its title.
+    """
+    layout = {category: {title: ["Multiline", [re.escape(name) for name in names]] for title, names in charts.items()}}
+    for logger in _loggers(trainer):
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_custom_scalars(layout)
+
+
 def shows_images(trainer: Trainer) -> bool:
     """Whether this rank has a logger for pictures, so that they are not drawn for nobody."""
     kinds = (TensorBoardLogger, CometLogger, MLFlowLogger, LogsImages)
@@ -112,3 +153,27 @@ def _write_image(logger: TensorBoardLogger, name: str, image: Image, step: int) 
     shown = Summary.Image(height=image.height, width=image.width, colorspace=3, encoded_image_string=png.getvalue())
     summary = Summary(value=[Summary.Value(tag=name, image=shown)])
     logger.experiment._get_file_writer().add_summary(summary, step)  # Lightning's hyper-parameters go this way too
+
+
+def _write_hparams(
+    logger: TensorBoardLogger, hparams: Mapping[str, float | str], is_number: Mapping[str, bool], metrics: Sequence[str]
+) -> None:
+    """As ``SummaryWriter.add_hparams``, which would name this run's own options only, and write a run of its own."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2  # type: ignore[import-untyped]
+
+    kinds = {True: api_pb2.DATA_TYPE_FLOAT64, False: api_pb2.DATA_TYPE_STRING}
+    experiment = api_pb2.Experiment(
+        hparam_infos=[api_pb2.HParamInfo(name=name, type=kinds[number]) for name, number in is_number.items()],
+        metric_infos=[api_pb2.MetricInfo(name=api_pb2.MetricName(tag=name)) for name in metrics],
+    )
+    start = plugin_data_pb2.SessionStartInfo()
+    for name, value in hparams.items():
+        setattr(start.hparams[name], "number_value" if is_number[name] else "string_value", value)
+    for tag, part in {
+        metadata.EXPERIMENT_TAG: {"experiment": experiment},
+        metadata.SESSION_START_INFO_TAG: {"session_start_info": start},
+    }.items():
+        about = metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(**part))
+        value = Summary.Value(tag=tag, metadata=about, tensor=metadata.NULL_TENSOR)
+        logger.experiment._get_file_writer().add_summary(Summary(value=[value]))

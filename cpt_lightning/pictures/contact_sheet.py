@@ -153,7 +153,7 @@ def _pieces(word: str, width: int, size: int) -> list[str]:
 
 @cache
 def font(size: int = FONT_SIZE, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """matplotlib's DejaVu Sans, which has Greek, Cyrillic and mathematics; letters it lacks show as boxes."""
+    """Matplotlib's DejaVu Sans, which has Greek, Cyrillic and mathematics; letters it lacks show as boxes."""
     import matplotlib  # slow
 
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"

@@ -49,7 +49,9 @@ def stream_curves(matrix: AccuracyMatrix, steps: Sequence[int] | None = None) ->
     if not matrix.rows:
         raise ValueError("there are no curves before the first stage has been learned")
     if steps is not None and len(steps) != len(matrix.rows):
-        raise ValueError(f"steps has {len(steps)} numbers for {len(matrix.rows)} stages; give the step at each one's end")
+        raise ValueError(
+            f"steps has {len(steps)} numbers for {len(matrix.rows)} stages; give the step at each one's end"
+        )
     names = matrix.names
     ends = list(steps) if steps is not None else list(range(1, len(matrix.rows) + 1))
     tops = [place + (GAP if name in matrix.probes else 0.0) for place, name in enumerate(names)]

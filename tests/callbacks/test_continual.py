@@ -257,7 +257,7 @@ MATRIX = AccuracyMatrix(
 
 
 def test_metrics_by_hand():
-    """AvgAcc (.7 + .8)/2; FM = BWT = .7 - .9, which is that of task a alone; FWT = .3 - .25; probe .2 - .25, at worst .1 - .25."""
+    """AvgAcc (.7 + .8)/2; FM = BWT = .7 - .9, all of it task a's; FWT = .3 - .25; probe .2 - .25, at worst .1 - .25."""
     assert MATRIX.metrics() == pytest.approx(
         {
             "average_accuracy": 0.75,
