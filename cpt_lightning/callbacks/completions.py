@@ -9,7 +9,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from cpt_lightning.callbacks.answers import Answers
-from cpt_lightning.callbacks.loggers import log_image, shows_images
+from cpt_lightning.callbacks.loggers import log_image, logged_step, shows_images
 from cpt_lightning.pictures.completions import VERDICTS, Said, Verdict, completion_panel
 from cpt_lightning.tasks import SkippedRow
 from cpt_lightning.types import Example
@@ -76,7 +76,8 @@ class CompletionPanel(Answers):
                 if (example := find(examples, rows[place]["row_id"], place)) is not None
             ]
             counts = ", ".join(f"{verdicts.count(each)} {each}" for each in reversed(VERDICTS) if each in verdicts)
-            log_image(trainer, f"completions/{task}", completion_panel(f"{task}, {title}: {counts}", said))
+            panel = completion_panel(f"{task}, {title}: {counts}", said)
+            log_image(trainer, f"completions/{task}", panel, logged_step(trainer))
 
     def _verdict(self, row: dict, is_taught: bool) -> Verdict:
         if is_right(row):

@@ -33,15 +33,15 @@ class LogsText(Protocol):
         """Logs a table of texts under a name."""
 
 
-def log_image(trainer: Trainer, name: str, image: Image) -> None:
-    """Gives a picture to every logger that has pictures, at the step of the scalars that are logged now.
+def log_image(trainer: Trainer, name: str, image: Image, step: int) -> None:
+    """Gives a picture to every logger that has pictures.
 
     Args:
         trainer: Whose loggers; on ranks other than the first nothing happens.
         name: Of the picture; of equal names the later ones are shown along the steps.
         image: What is shown.
+        step: On the axis of :func:`logged_step`.
     """
-    step = logged_step(trainer)
     for logger in _loggers(trainer):
         match logger:
             case TensorBoardLogger():
@@ -54,15 +54,15 @@ def log_image(trainer: Trainer, name: str, image: Image) -> None:
                 logger.log_image(name, [image], step=step)
 
 
-def log_text(trainer: Trainer, name: str, markdown: str) -> None:
-    """Gives a text to every logger that has texts, at the step of the scalars that are logged now.
+def log_text(trainer: Trainer, name: str, markdown: str, step: int) -> None:
+    """Gives a text to every logger that has texts.
 
     Args:
         trainer: Whose loggers; on ranks other than the first nothing happens.
         name: Of the text.
         markdown: What is shown.
+        step: On the axis of :func:`logged_step`.
     """
-    step = logged_step(trainer)
     for logger in _loggers(trainer):
         match logger:
             case TensorBoardLogger():
@@ -135,7 +135,8 @@ def drawn(figure: Figure) -> Image:
 def logged_step(trainer: Trainer) -> int:
     """The step under which Lightning logs scalars: batches of the run so far, which is not ``trainer.global_step``.
 
-    Lightning has no public name for it; its own callbacks use this one.
+    At the end of an epoch Lightning logs them one step lower, beside the last batch. It has no public name for the
+    number; its own callbacks use this one.
     """
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 

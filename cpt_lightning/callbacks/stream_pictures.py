@@ -57,7 +57,7 @@ class StreamPictures(Callback):
         """Draws, when ContinualLearning has added the task's row."""
         if trainer.fast_dev_run:
             return
-        self.steps = [*self.steps[: trainer.current_epoch], logged_step(trainer) + 1]
+        self.steps = [*self.steps[: trainer.current_epoch], logged_step(trainer)]
         is_end = trainer.current_epoch + 1 == trainer.datamodule.num_stages
         if (self.when == "every_task" or (self.when == "end" and is_end)) and shows_images(trainer):
             self._draw(trainer, next(each for each in trainer.callbacks if isinstance(each, ContinualLearning)))
@@ -66,8 +66,9 @@ class StreamPictures(Callback):
         matrix: AccuracyMatrix = record.matrix(trainer)
         # A checkpoint from before there were pictures does not know the steps.
         steps = self.steps if len(self.steps) == len(matrix.rows) else None
-        log_image(trainer, "stream/accuracy_matrix", drawn(heatmap(matrix)))
-        log_image(trainer, "stream/curves", drawn(stream_curves(matrix, steps)))
+        beside_last_batch = logged_step(trainer) - 1
+        log_image(trainer, "stream/accuracy_matrix", drawn(heatmap(matrix)), beside_last_batch)
+        log_image(trainer, "stream/curves", drawn(stream_curves(matrix, steps)), beside_last_batch)
 
     def state_dict(self) -> dict:
         """The steps at which tasks ended."""

@@ -11,7 +11,7 @@ from jsonargparse import Namespace
 from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
-from cpt_lightning.callbacks.loggers import log_hparams, log_text
+from cpt_lightning.callbacks.loggers import log_hparams, log_text, logged_step
 from cpt_lightning.cli.hparams import METRICS, NUMBERS, TEXTS, hparams_of
 from cpt_lightning.records.environment import Device, Start, cpu_name, record_start, surroundings
 
@@ -46,8 +46,9 @@ class RunRecord(SaveConfigCallback):
         if not trainer.is_global_zero:
             return
         config = (self._folder(trainer) / self.config_filename).read_text(encoding="utf-8")
-        log_text(trainer, "config", f"```yaml\n{config}\n```")
-        log_text(trainer, "environment", _table(self.start))
+        step = logged_step(trainer)
+        log_text(trainer, "config", f"```yaml\n{config}\n```", step)
+        log_text(trainer, "environment", _table(self.start), step)
         log_hparams(trainer, hparams_of(self.config), list(NUMBERS), list(TEXTS), METRICS)
 
     def _folder(self, trainer: Trainer) -> Path:

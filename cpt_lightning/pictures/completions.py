@@ -41,7 +41,7 @@ NUM_COLUMNS = 2
 MARGIN = 14
 PICTURE = (170, 150)
 """Pixels of the frame that a row's pictures are fitted into, width and height."""
-TEXT_WIDTH = 330
+TEXT_WIDTH, HEADER_WIDTH = 330, 150
 TITLE_HEIGHT, HEADER_HEIGHT = 40, 24
 MAX_QUESTION_LINES, MAX_ANSWER_LINES, MAX_COMPLETION_LINES = 5, 2, 14
 HEAD, TAIL = 380, 200
@@ -73,16 +73,17 @@ def completion_panel(title: str, rows: Sequence[Said]) -> Image.Image:
         rows: At least one.
     """
     texts = [_lines(row) for row in rows]
+    frame = PICTURE if any(row.example.images for row in rows) else (0, 0)
     starts = range(0, len(rows), NUM_COLUMNS)
-    heights = [max(map(_card_height, texts[start : start + NUM_COLUMNS])) for start in starts]
-    card_width = PICTURE[0] + TEXT_WIDTH + 2 * MARGIN
+    heights = [_card_height(texts[start : start + NUM_COLUMNS], frame) for start in starts]
+    card_width = frame[0] + TEXT_WIDTH + 2 * MARGIN
     panel = Image.new("RGB", (NUM_COLUMNS * card_width + MARGIN, TITLE_HEIGHT + sum(heights)), "white")
     draw = ImageDraw.Draw(panel)
     draw.text((MARGIN, 10), wrap(title, panel.width - 2 * MARGIN, 1, size=16)[0], fill=INK, font=font(16))
     top = TITLE_HEIGHT
     for start, height in zip(starts, heights, strict=True):
         for column, index in enumerate(range(start, min(start + NUM_COLUMNS, len(rows)))):
-            _draw_card(panel, draw, rows[index], texts[index], MARGIN + column * card_width, top)
+            _draw_card(panel, rows[index], texts[index], MARGIN + column * card_width, top, frame)
         top += height
     return panel
 
@@ -103,24 +104,35 @@ def _shortened(completion: str) -> str:
     return text if len(text) <= HEAD + TAIL else f"{text[:HEAD]} […] {text[-TAIL:]}"
 
 
-def _card_height(lines: Sequence[Line]) -> int:
-    return HEADER_HEIGHT + max(PICTURE[1], len(lines) * LINE_HEIGHT) + MARGIN
+def _card_height(texts: Sequence[Sequence[Line]], frame: tuple[int, int]) -> int:
+    """Of neighbouring cards."""
+    return HEADER_HEIGHT + max(frame[1], max(map(len, texts)) * LINE_HEIGHT) + MARGIN
 
 
 def _draw_card(
-    panel: Image.Image, draw: ImageDraw.ImageDraw, row: Said, lines: Sequence[Line], left: int, top: int
+    panel: Image.Image, row: Said, lines: Sequence[Line], left: int, top: int, frame: tuple[int, int]
 ) -> None:
-    colour = COLOURS[row.verdict]
+    draw, colour = ImageDraw.Draw(panel), COLOURS[row.verdict]
     header = f"{MARKS[row.verdict]} {row.verdict}"
-    draw.text((left, top + 2), header, fill=colour, font=font(13, bold=True))
-    beside = left + PICTURE[0] + MARGIN
     parts = " · ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in row.scores.items())
-    draw.text((beside, top + 3), wrap(parts, TEXT_WIDTH, 1, size=11)[0], fill=colour, font=font(11))
+    beside = left + frame[0] + (MARGIN if frame[0] else 0)
+    draw.text((left, top + 2), header, fill=colour, font=font(13, bold=True))
+    # Without pictures the parts stand beside the header, which is above the text.
+    start = max(beside, left + HEADER_WIDTH)
+    room = beside + TEXT_WIDTH - start
+    draw.text((start, top + 3), wrap(parts, room, 1, size=11)[0], fill=colour, font=font(11))
     top += HEADER_HEIGHT
+    if frame[0]:
+        _draw_pictures(panel, draw, row.example.images[:MAX_IMAGES], left, top)
+    for number, (text, ink) in enumerate(lines):
+        draw.text((beside, top + number * LINE_HEIGHT), text, fill=ink, font=font())
+
+
+def _draw_pictures(
+    panel: Image.Image, draw: ImageDraw.ImageDraw, images: Sequence[Image.Image], left: int, top: int
+) -> None:
     draw.rectangle((left - 1, top - 1, left + PICTURE[0], top + PICTURE[1]), outline=FRAME)
-    if images := row.example.images[:MAX_IMAGES]:
+    if images:
         paste_side_by_side(panel, images, left, top, PICTURE)
     else:
         draw.text((left + 8, top + 8), "no image", fill=FAINT, font=font())
-    for number, (text, ink) in enumerate(lines):
-        draw.text((beside, top + number * LINE_HEIGHT), text, fill=ink, font=font())
