@@ -29,7 +29,10 @@ class PaintedSource(NumberSource):
 
     def split(self, split):
         images = [Image.new("RGB", (28, 28), (20 * place, 0, 0)) for place in range(self.sizes[split])]
-        return [Row(row.row_id, row.question, row.answer, [image]) for row, image in zip(super().split(split), images)]
+        return [
+            Row(row.row_id, row.question, row.answer, [image])
+            for row, image in zip(super().split(split), images, strict=True)
+        ]
 
 
 class Scripted(LinearModule):
@@ -97,7 +100,8 @@ def test_what_was_right_after_its_own_task_and_is_wrong_now_is_forgotten(tmp_pat
     def draw(title, rows):
         places = [(int(row.example.row_id.rpartition("/")[2]), row.verdict) for row in rows]
         assert all(
-            row.example.images[0].getpixel((0, 0)) == (20 * place, 0, 0) for (place, _), row in zip(places, rows)
+            row.example.images[0].getpixel((0, 0)) == (20 * place, 0, 0)
+            for (place, _), row in zip(places, rows, strict=True)
         )
         assert all((row.completion == row.example.gold) == (row.verdict == "right") for row in rows)
         shown[title.partition(":")[0]] = [pair for pair in places if pair[1] not in ("right", "wrong")]
