@@ -23,8 +23,8 @@ GAP = 0.7
 STAGE_INCHES = 0.85, 5.0
 """Width of a stage, and of all of them at least."""
 
-BELOW = 0.75
-"""Inches below the bands."""
+BELOW, RIGHT = 0.75, 1.1
+"""Inches around the bands, to the right at least."""
 CAPTION = "each band: 0 to 100 %; blue ground: taught here; filled: below its best; at the end: accuracy, points lost"
 
 TAUGHT, KEPT, LOST, FAINT = "#d9e6f2", "#0072b2", "#d55e00", "#8a8a8a"
@@ -59,7 +59,8 @@ def stream_curves(matrix: AccuracyMatrix, steps: Sequence[int] | None = None) ->
     left = INCHES_PER_LETTER * longest(map(shortened, names)) + 0.3
     above = 0.3 + 0.5 * INCHES_PER_LETTER * longest(labels)
     inches = max(STAGE_INCHES[0] * len(ends), STAGE_INCHES[1]), BAND * (tops[-1] + 1.2)
-    width, height = left + inches[0] + 1.1, BELOW + inches[1] + above
+    right = max(RIGHT, INCHES_PER_LETTER * len(labels[-1]))
+    width, height = left + inches[0] + right, BELOW + inches[1] + above
     figure = Figure(figsize=(width, height))
     axes = figure.add_axes((left / width, BELOW / height, inches[0] / width, inches[1] / height))
     axes.set(xlim=(0, ends[-1]), ylim=(tops[-1] + 1, -0.2), xlabel="step" if steps is not None else "stage")

@@ -21,7 +21,7 @@ MAX_LETTERS = 26
 """Of a name that is shown; the rest is dots."""
 
 BELOW, RIGHT = 0.35, 0.9
-"""Inches around the cells."""
+"""Inches around the cells, to the right at least."""
 LIGHT = 0.55
 """From this accuracy on a cell's colour asks for black ink."""
 
@@ -51,7 +51,8 @@ def heatmap(matrix: AccuracyMatrix) -> Figure:
     labels = [stage_label(name) for name, _, _ in columns]
     left, top = (INCHES_PER_LETTER * longest(texts) + 0.25 for texts in (map(shortened, names), labels))
     cells = CELL[0] * (xs[-1] + 1), CELL[1] * (ys[-1] + 1)
-    width, height = left + cells[0] + RIGHT, BELOW + cells[1] + top * 0.75
+    right = max(RIGHT, INCHES_PER_LETTER * len(labels[-1]))
+    width, height = left + cells[0] + right, BELOW + cells[1] + top * 0.75
     figure = Figure(figsize=(width, height))
     # Places are computed: a constrained layout takes several times as long as the drawing itself.
     axes = figure.add_axes((left / width, BELOW / height, cells[0] / width, cells[1] / height))
