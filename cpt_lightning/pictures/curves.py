@@ -118,7 +118,9 @@ def _draw_stages(axes: Axes, labels: Sequence[str], ends: Sequence[int]) -> None
     starts = [0, *ends]
     for end in ends[:-1]:
         axes.axvline(end, color="0.45", linewidth=0.7, linestyle=(0, (2, 2)))
-    above = {"xycoords": axes.get_xaxis_transform(), "xytext": (0, 3), "textcoords": "offset points"}
     for label, begin, end in zip(labels, starts, ends, strict=False):
         place = (begin + (end - begin) * 0.4, 1.0)
-        axes.annotate(label, place, **above, rotation=30, ha="left", rotation_mode="anchor", fontsize=9)
+        axes.annotate(
+            label, place, (0, 3), axes.get_xaxis_transform(), "offset points",
+            rotation=30, ha="left", rotation_mode="anchor", fontsize=9,
+        )  # fmt: skip

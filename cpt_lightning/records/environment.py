@@ -9,7 +9,7 @@ import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import TypedDict
 
 import torch
 
@@ -42,25 +42,30 @@ class Device(TypedDict):
     count: int
 
 
-class Start(TypedDict):
-    """One start of a run: what was typed when and where, and what it ran with.
-
-    ``resumed_from`` is the checkpoint that it went on from, ``git`` is ``null`` where the program was no checkout.
-    """
+class Surroundings(TypedDict):
+    """What program and machine decide; ``git`` is ``null`` where the program was no checkout."""
 
     date: str
-    command: str
-    resumed_from: str | None
-    seed: int | None
     cpt_lightning: str
     git: Git | None
     python: str
     platform: str
     libraries: dict[str, str]
-    cuda: NotRequired[str]
+    cuda: str | None
     cpu: str
     num_cpus: int
     num_threads: int
+
+
+class Start(Surroundings):
+    """One start of a run: what was typed when and where, and what it ran with.
+
+    ``resumed_from`` is the checkpoint that it went on from.
+    """
+
+    command: str
+    resumed_from: str | None
+    seed: int | None
     device: Device
     strategy: str
     precision: str
@@ -68,8 +73,8 @@ class Start(TypedDict):
     world_size: int
 
 
-def surroundings() -> dict[str, Any]:
-    """The part of a start that program and machine decide; never environment variables, which may hold secrets."""
+def surroundings() -> Surroundings:
+    """What this process runs with; never environment variables, which may hold secrets."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpt_lightning": cpt_lightning.__version__,
@@ -77,7 +82,7 @@ def surroundings() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "libraries": {name: found for name in LIBRARIES if (found := _version(name))},
-        **({"cuda": torch.version.cuda} if torch.version.cuda else {}),
+        "cuda": torch.version.cuda,
         "cpu": cpu_name(),
         "num_cpus": os.cpu_count() or 1,
         "num_threads": torch.get_num_threads(),
