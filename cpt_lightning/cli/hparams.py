@@ -66,5 +66,7 @@ def _text(value: Any) -> str:
         parts = value.as_dict() if isinstance(value, Namespace) else dict(value)
         if "class_path" in parts:
             return _text(parts["class_path"])
-        return ", ".join(f"{name}={part}" for name, part in parts.items())
+        return ", ".join(f"{name}={_text(part)}" for name, part in parts.items())
+    if isinstance(value, float):
+        return f"{value:g}"
     return str(value).removeprefix("cpt_lightning.modules.").removeprefix("cpt_lightning.callbacks.")
