@@ -119,7 +119,7 @@ def choose(verdicts: Sequence[Verdict], num_rows: int) -> list[int]:
     """Places of the rows that are shown: of each verdict in turn the first, then the second, and so on.
 
     >>> choose(["right", "wrong", "right", "forgotten", "wrong"], 4)
-    [3, 1, 0, 2]
+    [3, 1, 4, 0]
     >>> choose(["right", "wrong", "right", "forgotten", "wrong"], 2)
     [3, 1]
     """

@@ -171,10 +171,11 @@ def _write_hparams(
     start = plugin_data_pb2.SessionStartInfo()
     for name, value in hparams.items():
         setattr(start.hparams[name], "number_value" if is_number[name] else "string_value", value)
-    for tag, part in {
+    parts = {
         metadata.EXPERIMENT_TAG: {"experiment": experiment},
         metadata.SESSION_START_INFO_TAG: {"session_start_info": start},
-    }.items():
+    }
+    for tag, part in parts.items():
         about = metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(**part))
         value = Summary.Value(tag=tag, metadata=about, tensor=metadata.NULL_TENSOR)
         logger.experiment._get_file_writer().add_summary(Summary(value=[value]))
