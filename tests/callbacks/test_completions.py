@@ -72,7 +72,7 @@ def run(folder, *, resume=False, callbacks=(), num_rows=6, logger=None, purge_st
 
 
 def images_of(folder) -> dict[str, list[tuple[int, bytes]]]:
-    """By tag, step and PNG of every image that TensorBoard shows."""
+    """By tag, step and bytes of every image that TensorBoard shows."""
     events = EventAccumulator(str(folder), size_guidance={"images": 0})
     events.Reload()
     tags = events.Tags()["images"]
@@ -124,7 +124,7 @@ def test_tensorboard_has_a_picture_of_every_task_and_probe_after_every_evaluatio
     """Ten rows in batches of four: three steps a task, evaluated beside their last one."""
     assert sorted(whole) == [f"completions/{name}" for name in "abcp"]
     assert all([step for step, _ in images] == [0, 2, 5, 8] for images in whole.values())
-    assert all(png.startswith(b"\x89PNG") for images in whole.values() for _, png in images)
+    assert all(jpeg.startswith(b"\xff\xd8") for images in whole.values() for _, jpeg in images)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def events_of(folder) -> EventAccumulator:
 
 
 def images_of(folder) -> dict[str, list[tuple[int, bytes]]]:
-    """By tag, step and PNG of every image that TensorBoard shows."""
+    """By tag, step and bytes of every image that TensorBoard shows."""
     events = events_of(folder)
     tags = sorted(events.Tags()["images"])
     return {tag: [(image.step, image.encoded_image_string) for image in events.Images(tag)] for tag in tags}
