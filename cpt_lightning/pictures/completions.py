@@ -41,9 +41,9 @@ NUM_COLUMNS = 2
 MARGIN = 14
 PICTURE = (170, 150)
 """Pixels of the frame that a row's pictures are fitted into, width and height."""
-TEXT_WIDTH, HEADER_WIDTH = 330, 150
+TEXT_WIDTH = 330
 TITLE_HEIGHT, HEADER_HEIGHT = 40, 24
-MAX_QUESTION_LINES, MAX_ANSWER_LINES, MAX_COMPLETION_LINES = 5, 2, 14
+MAX_QUESTION_LINES, MAX_ANSWER_LINES, MAX_COMPLETION_LINES, MAX_PARTS_LINES = 5, 2, 14, 3
 HEAD, TAIL = 380, 200
 """Letters of a completion that are shown; it begins with its reasoning and ends in its answer."""
 
@@ -91,10 +91,12 @@ def completion_panel(title: str, rows: Sequence[Said]) -> Image.Image:
 def _lines(row: Said) -> list[Line]:
     """What stands beside the picture, each line with its colour."""
     said = wrap(_shortened(row.completion), TEXT_WIDTH, MAX_COMPLETION_LINES)
+    parts = " · ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in row.scores.items())
     return [
         *((line, QUESTION) for line in wrap(question_of(row.example), TEXT_WIDTH, MAX_QUESTION_LINES)),
         *((line, ANSWER) for line in wrap(f"gold {answer_of(row.example)}", TEXT_WIDTH, MAX_ANSWER_LINES)),
         *((line, INK) for line in said),
+        *((line, COLOURS[row.verdict]) for line in wrap(parts, TEXT_WIDTH, MAX_PARTS_LINES)),
     ]
 
 
@@ -112,15 +114,10 @@ def _card_height(texts: Sequence[Sequence[Line]], frame: tuple[int, int]) -> int
 def _draw_card(
     panel: Image.Image, row: Said, lines: Sequence[Line], left: int, top: int, frame: tuple[int, int]
 ) -> None:
-    draw, colour = ImageDraw.Draw(panel), COLOURS[row.verdict]
+    draw = ImageDraw.Draw(panel)
     header = f"{MARKS[row.verdict]} {row.verdict}"
-    parts = " · ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in row.scores.items())
+    draw.text((left, top + 2), header, fill=COLOURS[row.verdict], font=font(13, bold=True))
     beside = left + frame[0] + (MARGIN if frame[0] else 0)
-    draw.text((left, top + 2), header, fill=colour, font=font(13, bold=True))
-    # Without pictures the parts stand beside the header, which is above the text.
-    start = max(beside, left + HEADER_WIDTH)
-    room = beside + TEXT_WIDTH - start
-    draw.text((start, top + 3), wrap(parts, room, 1, size=11)[0], fill=colour, font=font(11))
     top += HEADER_HEIGHT
     if frame[0]:
         _draw_pictures(panel, draw, row.example.images[:MAX_IMAGES], left, top)

@@ -28,8 +28,8 @@ def test_pictures_verdicts_and_texts_are_there(monkeypatch):
     assert {"#ff0000", "#0000ff"} <= colours_of(panel)
     assert written == [
         "a task",
-        "✓ right", "total 1 · accuracy 1 · format 0.5", "What is 2 + 2?", "gold = 4", "<answer>4</answer>",
-        "✗ newly forgotten", "total 1 · accuracy 1 · format 0.5", "no image", "What is 2 + 2?", "gold = 4", "x",
+        "✓ right", "What is 2 + 2?", "gold = 4", "<answer>4</answer>", "total 1 · accuracy 1 · format 0.5",
+        "✗ newly forgotten", "no image", "What is 2 + 2?", "gold = 4", "x", "total 1 · accuracy 1 · format 0.5",
     ]  # fmt: skip
 
 
