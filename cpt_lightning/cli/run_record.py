@@ -36,23 +36,25 @@ class RunRecord(SaveConfigCallback):
         config.ckpt_path = None
         super().__init__(parser, config, **kwargs)
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Writes both, once, on rank 0."""
+        self.folder = Path(trainer.log_dir or trainer.default_root_dir)  # log_dir is a broadcast: all ranks must ask
+        super().setup(trainer, pl_module, stage)
+
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Writes the environment, on rank 0, beside the configuration."""
+        """Writes the environment beside the configuration."""
         self.start = self._start(trainer)
-        record_start(self._folder(trainer), self.start)
+        record_start(self.folder, self.start)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Shows both; at the step at which a resumed run goes on."""
         if not trainer.is_global_zero:
             return
-        config = (self._folder(trainer) / self.config_filename).read_text(encoding="utf-8")
+        config = (self.folder / self.config_filename).read_text(encoding="utf-8")
         step = logged_step(trainer)
         log_text(trainer, "config", f"```yaml\n{config}\n```", step)
         log_text(trainer, "environment", _table(self.start), step)
         log_hparams(trainer, hparams_of(self.config), list(NUMBERS), list(TEXTS), METRICS)
-
-    def _folder(self, trainer: Trainer) -> Path:
-        return Path(trainer.log_dir or trainer.default_root_dir)
 
     def _start(self, trainer: Trainer) -> Start:
         return Start(
