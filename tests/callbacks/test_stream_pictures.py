@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from cpt_lightning.callbacks import CompletionPanel, StreamPictures, stream_pictures
+from cpt_lightning.cli.run_record import RunRecord
+from cpt_lightning.records.environment import read_starts
 from tests.fakes import KillAt, Killed, LinearModule, make_trainer, number_stream
 
 ROOT = Path(__file__).parents[2]
@@ -135,14 +138,22 @@ def test_it_says_so_where_the_record_comes_too_late(tmp_path):
 SCRIPT = """
 import sys
 from pathlib import Path
-from cpt_lightning.callbacks import CompletionPanel
-from tests.callbacks.test_stream_pictures import run
+from tests.callbacks.test_stream_pictures import all_that_write, run
 
-run(Path(sys.argv[1]), callbacks=[CompletionPanel()], strategy="ddp", devices=2)
+run(Path(sys.argv[1]), callbacks=all_that_write(), strategy="ddp", devices=2)
 """
 
 
-def test_two_ranks_write_what_one_does_and_the_second_one_nothing(tmp_path):
+def all_that_write() -> list:
+    """What else puts pictures and texts into TensorBoard, as ``cpt fit`` sets it up."""
+    parser = LightningArgumentParser()
+    parser.add_argument("--seed_everything", type=int, default=5)
+    parser.add_argument("--ckpt_path", type=str, default=None)
+    return [CompletionPanel(), RunRecord(parser, parser.get_defaults(), ["fit", "-c", "a b.yaml"])]
+
+
+def test_two_ranks_write_what_one_does_and_the_second_one_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # as the command line does
     script, two, one = tmp_path / "script.py", tmp_path / "two", tmp_path / "one"
     script.write_text(SCRIPT)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -150,8 +161,12 @@ def test_two_ranks_write_what_one_does_and_the_second_one_nothing(tmp_path):
         [sys.executable, str(script), str(two)], env=environment, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    run(one, callbacks=[CompletionPanel()])
+    run(one, callbacks=all_that_write())
     assert images_of(two) == images_of(one) and len(images_of(one)) == 6
     for folder in (one, two):
         writers = [path.name.split(".")[-2:] for path in folder.glob("*tfevents*")]  # process, and which of its files
         assert len(writers) == 2 and len({process for process, _ in writers}) == 1
+        assert len(events_of(folder).Tensors("environment/text_summary")) == 1
+    starts = [read_starts(folder / "environment.json") for folder in (one, two)]
+    assert [[start["world_size"] for start in each] for each in starts] == [[1], [2]]
+    assert (starts[1][0]["command"], starts[1][0]["seed"]) == ("cpt fit -c 'a b.yaml'", 5)
