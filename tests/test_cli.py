@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin_data
 
 from cpt_lightning import __version__
 from cpt_lightning.cli import main
 from cpt_lightning.cli.lightning_cli import CPTCLI
 from cpt_lightning.cli.run_directory import run_directory
+from cpt_lightning.records.environment import read_starts
 
 STREAM = """
 tasks:
@@ -72,7 +74,8 @@ def test_fit_leaves_everything_in_its_folder_and_test_and_predict_add_to_it(tmp_
     main(["fit", "-c", config])
     checkpoints = {"1_word2.ckpt", "2_digit2.ckpt", "last.ckpt"}
     files = {path.name for path in folder.iterdir() if "tfevents" not in path.name}
-    assert files == {"config.yaml", "hparams.yaml", "accuracy_matrix.json", "samples.jsonl", *checkpoints}
+    records = {"config.yaml", "hparams.yaml", "environment.json", "accuracy_matrix.json", "samples.jsonl"}
+    assert files == records | checkpoints
     matrix = read_json(folder / "accuracy_matrix.json")
     assert [row["after"] for row in matrix["rows"]] == [None, "word2", "digit2"]
     assert len(lines(folder / "samples.jsonl")) == 3 * 8
@@ -81,6 +84,12 @@ def test_fit_leaves_everything_in_its_folder_and_test_and_predict_add_to_it(tmp_
     scalars = {tag for path in folder.glob("*tfevents*") for tag in scalars_of(path)}
     assert {"train/loss", "val/word2/accuracy", "val/facts/accuracy", "continual/average_accuracy"} <= scalars
     assert {"continual/forgetting_measure", "continual/probe/facts", "train/grad_norm"} <= scalars
+    shown = EventAccumulator(str(folder)).Reload()
+    panels = {f"completions/{name}": [0, 1, 3] for name in ("word2", "digit2", "facts")}
+    pictures = {"stream/accuracy_matrix": [1, 3], "stream/curves": [1, 3], **panels}  # two steps a task
+    assert {tag: [image.step for image in shown.Images(tag)] for tag in shown.Tags()["images"]} == pictures
+    (config_text,) = shown.Tensors("config/text_summary")
+    assert (folder / "config.yaml").read_text().encode() in config_text.tensor_proto.string_val[0]
 
     saved = (folder / "config.yaml").read_text()
     main(["test", "-c", str(folder / "config.yaml"), "--ckpt_path", str(folder / "last.ckpt")])
@@ -113,11 +122,35 @@ def test_a_second_run_takes_a_folder_of_its_own_and_a_resumed_one_does_not(tmp_p
 
 
 def test_the_last_checkpoint_by_name_starts_or_goes_on(tmp_path, config):
-    command = ["fit", "-c", config, "--data.steps=1", "--trainer.logger=false", "--ckpt_path=last"]
+    command = ["fit", "-c", config, "--data.steps=1", "--ckpt_path=last"]
     main([*command, "--trainer.max_epochs=1"])
     main(command)
     assert len(read_json(tmp_path / "run" / "accuracy_matrix.json")["rows"]) == 3
     assert not (tmp_path / "run_2").exists()
+
+    starts = read_starts(tmp_path / "run" / "environment.json")
+    assert [start["resumed_from"] for start in starts] == [None, str(tmp_path / "run" / "last.ckpt")]
+    assert starts[0]["command"] == f"cpt fit -c {config} --data.steps=1 --ckpt_path=last --trainer.max_epochs=1"
+    assert (starts[1]["seed"], starts[1]["device"]["kind"], starts[1]["world_size"]) == (0, "cpu", 1)
+    shown = EventAccumulator(str(tmp_path / "run"), size_guidance={"tensors": 0}).Reload()
+    pictures = {tag: [image.step for image in shown.Images(tag)] for tag in shown.Tags()["images"]}
+    assert pictures["stream/curves"] == [0, 1] and pictures["completions/facts"] == [0, 0, 1]  # base, first, second
+    # What each start ran with stands at the step at which it began.
+    assert [text.step for text in shown.Tensors("environment/text_summary")] == [0, 1]
+    hparams = shown.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    assert parse_session_start_info_plugin_data(hparams).hparams["objective"].string_value == "SFT"
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_leaves_nothing_in_tensorboard(tmp_path, config):
+    command = ["fit", "-c", config, "--data.steps=1", "--trainer.max_epochs=1", "--ckpt_path=last"]
+    main(command)
+    for checkpoint in (tmp_path / "run").glob("*.ckpt"):
+        checkpoint.unlink()
+    main(command)
+    shown = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert [event.step for event in shown.Scalars("train/loss")] == [0]
+    assert [image.step for image in shown.Images("stream/curves")] == [0]
+    assert len(read_starts(tmp_path / "run" / "environment.json")) == 1
 
 
 def test_a_checkpoint_of_another_program_is_refused_before_anything_is_loaded(tmp_path, config, capsys):

@@ -10,12 +10,12 @@ from PIL import Image
 from rich.progress import Progress
 
 from cpt_lightning.cli import main
-from cpt_lightning.cli.inspect.contact_sheet import PICTURE, contact_sheet, wrap
 from cpt_lightning.cli.inspect.measure import collapse_images, measure_split, reason, show
 from cpt_lightning.cli.inspect.report import Spread, TaskReport
 from cpt_lightning.cli.inspect.stream import opening
 from cpt_lightning.cli.inspect.tables import console, task_section
 from cpt_lightning.cli.run_directory import run_directory
+from cpt_lightning.pictures.contact_sheet import PICTURE, contact_sheet, wrap
 from cpt_lightning.tasks import HubRows, Prompt, Reward, Row, Source, Task, ToyWorld
 from cpt_lightning.types import Example
 

@@ -18,6 +18,8 @@ from cpt_lightning.records import RunFolder
 from cpt_lightning.report import figures_of
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "run_directory.md"
+PLUGINS = ("_hparams_", "custom_scalars__")
+"""Tags in which TensorBoard keeps what is no text: hyperparameters and the layout of charts."""
 TYPES = {"text": str, "int": int, "number": (int, float), "bool": bool, "null": type(None)}
 CONFIG = """
 run_dir: RUN
@@ -128,6 +130,12 @@ def not_made(names: Iterable[str], entries: list[Entry]) -> list[str]:
     return [e.name for e in entries if e.is_made_here and not any(e.matches(name) for name in names)]
 
 
+def events_of(run: Path) -> EventAccumulator:
+    events = EventAccumulator(str(run))
+    events.Reload()
+    return events
+
+
 # -- files and scalars ---------------------------------------------------------------------------------------------
 
 
@@ -141,19 +149,27 @@ def test_every_file_is_described_and_every_described_file_is_left(runs):
 def test_every_scalar_is_described_and_every_described_scalar_is_logged(runs):
     logged = set()
     for run in runs:
-        events = EventAccumulator(str(run))
-        events.Reload()
+        events = events_of(run)
         logged |= set(events.Tags()["scalars"])
     entries = TABLES["Scalars"]
     assert undescribed(logged, entries) == []
     assert not_made(logged, entries) == []
 
 
+def test_every_image_and_text_is_described_and_every_described_one_is_logged(runs):
+    logged = set()
+    for run in runs:
+        events = events_of(run)
+        texts = (tag.removesuffix("/text_summary") for tag in events.Tags()["tensors"])
+        logged |= {*events.Tags()["images"], *(tag for tag in texts if not tag.startswith(PLUGINS))}
+    assert undescribed(logged, TABLES["Images and texts"]) == []
+    assert not_made(logged, TABLES["Images and texts"]) == []
+
+
 def test_what_is_always_there_is_logged_by_sft_and_rft_alike(runs):
     always = [entry for entry in TABLES["Scalars"] if entry.when == "always"]
     for run in runs:
-        events = EventAccumulator(str(run))
-        events.Reload()
+        events = events_of(run)
         assert not_made(events.Tags()["scalars"], always) == []
 
 
@@ -166,6 +182,7 @@ JSON_FILES = {
     "drift.json": ["drift.json"],
     "rollouts.jsonl": ["rollouts.jsonl"],
     "rollouts_summary.json": ["rollouts_summary.json"],
+    "environment.json": ["environment.json"],
     "study.json": ["study.json"],
 }
 

@@ -1,6 +1,7 @@
 """What crosses tasks: the record of learning and forgetting, what the model said, checkpoints, progress."""
 
 from cpt_lightning.callbacks.checkpoints import TaskCheckpoint
+from cpt_lightning.callbacks.completions import CompletionPanel
 from cpt_lightning.callbacks.continual import ContinualLearning
 from cpt_lightning.callbacks.drift import Drift
 from cpt_lightning.callbacks.ewc import EWC
@@ -12,10 +13,12 @@ from cpt_lightning.callbacks.rollout_filter import RolloutFilter
 from cpt_lightning.callbacks.rollout_writer import RolloutWriter
 from cpt_lightning.callbacks.samples import SampleLog
 from cpt_lightning.callbacks.scores import TestScores
+from cpt_lightning.callbacks.stream_pictures import StreamPictures
 
 __all__ = [
     "EWC",
     "L2",
+    "CompletionPanel",
     "ContinualLearning",
     "Drift",
     "ModelMerging",
@@ -23,6 +26,7 @@ __all__ = [
     "RolloutWriter",
     "SampleLog",
     "SkippedRows",
+    "StreamPictures",
     "TaskCheckpoint",
     "TaskExport",
     "TaskProgressBar",

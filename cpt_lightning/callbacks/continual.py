@@ -25,9 +25,10 @@ class ContinualLearning(Callback):
     questions, references or rewards is refused.
 
     Logs ``continual/average_accuracy``, ``continual/forgetting_measure``, ``continual/backward_transfer``,
-    ``continual/forward_transfer``, ``continual/learning``, ``continual/mean_average_accuracy``, ``continual/worst_dip``
-    and, for every probe, ``continual/probe/<name>`` (change since the base) and ``continual/probe_minimum/<name>``
-    (lowest change on the way).
+    ``continual/forward_transfer``, ``continual/learning``, ``continual/mean_average_accuracy`` and
+    ``continual/worst_dip``; for every earlier task ``continual/forgetting/<task>``, its term of the forgetting measure;
+    for every probe ``continual/probe/<name>`` (change since the base) and ``continual/probe_minimum/<name>`` (lowest
+    change on the way), and as mean of the former ``continual/probes_mean_change``.
 
     Args:
         reset_optimizer: Begin every task with a fresh optimizer and learning-rate schedule.

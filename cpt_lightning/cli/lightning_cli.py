@@ -8,18 +8,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace
 from lightning import Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from cpt_lightning.callbacks import (
+    CompletionPanel,
     ContinualLearning,
     RolloutFilter,
     SampleLog,
     SkippedRows,
+    StreamPictures,
     TaskCheckpoint,
     TaskExport,
     TaskProgressBar,
@@ -30,6 +31,7 @@ from cpt_lightning.cli import VERBS
 from cpt_lightning.cli.console import tidy
 from cpt_lightning.cli.errors import refusal
 from cpt_lightning.cli.run_directory import last_checkpoint, run_directory
+from cpt_lightning.cli.run_record import RunRecord
 from cpt_lightning.data import TRAINER_OPTIONS, TaskStream
 from cpt_lightning.modules import PostTraining  # its strategy registers itself as fsdp2
 from cpt_lightning.modules.resumable import check_ours
@@ -43,15 +45,6 @@ TRAINER_DEFAULTS = {
 PARSER_OPTIONS = {"prog": "cpt", "description": "Continual post-training of multimodal language models."}
 
 
-class SaveConfig(SaveConfigCallback):
-    """Saves the resolved configuration, but not from where the run was resumed: used again, it begins a new run."""
-
-    def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any):
-        config = config.clone()
-        config.ckpt_path = None
-        super().__init__(parser, config, **kwargs)
-
-
 class CPTCLI(LightningCLI):
     """Parses the arguments, makes trainer, module and stream, and runs the verb.
 
@@ -63,7 +56,7 @@ class CPTCLI(LightningCLI):
 
     def __init__(self, args: list[str], run: bool = True, **parser_options: Any):
         self.args = args
-        self.first_step: int | None = None
+        self.first_step = 0
         self._began = time.monotonic()
         os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # lightning 2.6 calls it by old names
         tidy()
@@ -72,8 +65,8 @@ class CPTCLI(LightningCLI):
             subclass_mode_model=True,
             datamodule_class=TaskStream,
             trainer_defaults=dict(TRAINER_DEFAULTS),
-            save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True},  # a resumed run goes on in its folder
+            save_config_callback=RunRecord,
+            save_config_kwargs={"arguments": args, "overwrite": True},  # a resumed run goes on in its folder
             seed_everything_default=0,
             parser_kwargs={**PARSER_OPTIONS, **parser_options},
             auto_configure_optimizers=False,
@@ -100,6 +93,8 @@ class CPTCLI(LightningCLI):
         parser.add_lightning_class_args(TaskExport, "export")
         parser.set_defaults({"export.when": "never"})
         parser.add_lightning_class_args(SampleLog, "samples")
+        parser.add_lightning_class_args(StreamPictures, "pictures")
+        parser.add_lightning_class_args(CompletionPanel, "completions")
         parser.add_argument(
             "--filter_from",
             type=str | None,
@@ -185,8 +180,9 @@ class CPTCLI(LightningCLI):
         if options.default_root_dir is None:
             kwargs["default_root_dir"] = config.run_dir
         if options.logger is None and not options.fast_dev_run:
-            # What a killed run logged after its last checkpoint is taken back.
-            kwargs["logger"] = TensorBoardLogger(config.run_dir, name="", version="", purge_step=self.first_step)
+            # What a killed run logged after its last checkpoint, or before its first one, is taken back.
+            purge_step = self.first_step if self.subcommand == "fit" else None
+            kwargs["logger"] = TensorBoardLogger(config.run_dir, name="", version="", purge_step=purge_step)
         if options.max_epochs is None:
             kwargs["max_epochs"] = self.datamodule.num_stages
         own = options.callbacks or []

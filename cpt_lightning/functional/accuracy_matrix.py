@@ -93,9 +93,25 @@ def forgetting_measure(
     if normalizer not in ("earlier", "all"):
         raise ValueError(f"normalizer={normalizer!r} must be 'earlier' (T-1 tasks) or 'all' (T tasks)")
     table = _Table(accuracy, learned_at)
-    changes = [table[table.last, task] - table.best_before(table.last, task) for task in table.earlier]
+    changes = table.changes()
     share = 1.0 if normalizer == "earlier" else len(changes) / len(table.learned_by(table.last))
-    return share * _mean(changes)
+    return share * _mean(changes.values())
+
+
+def forgetting_by_task(accuracy: Accuracy, learned_at: Sequence[int] | None = None) -> dict[int, float]:
+    """The terms whose mean is :func:`forgetting_measure`: each earlier task's final minus its best earlier score.
+
+    Args:
+        accuracy: ``[T, K]``.
+        learned_at: ``[K]`` stage at which each task is learned; task j at stage j by default.
+
+    Returns:
+        By the number of the task; those that are learned in the last stage, or later, are left out.
+
+    >>> {task: round(change, 3) for task, change in forgetting_by_task([[0.9, 0.1], [0.7, 0.8]]).items()}
+    {0: -0.2}
+    """
+    return _Table(accuracy, learned_at).changes()
 
 
 def chaudhry_forgetting(accuracy: Accuracy, learned_at: Sequence[int] | None = None) -> float:
@@ -248,6 +264,10 @@ class _Table:
         if not known:
             raise ValueError(f"column {task} of accuracy is empty above row {stage}, and the metric needs its best")
         return max(known)
+
+    def changes(self) -> dict[int, float]:
+        """Last score on each earlier task minus its best before."""
+        return {task: self[self.last, task] - self.best_before(self.last, task) for task in self.earlier}
 
     def _get(self, stage: int, task: int) -> float:
         row = self.rows[stage]

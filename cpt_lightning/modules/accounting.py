@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 
 from cpt_lightning.models.flops import FlopCounter, Flops
 from cpt_lightning.types import Batch, Completions, Prompts
@@ -132,6 +133,7 @@ class Accounted(L.LightningModule):
         self.account = StepAccount(peak_flops)
         self.on_phase: Callable[[str], None] | None = None
         """Is told what a step is at, while there is a person to see it."""
+        self._evaluation_start = 0.0
 
     @cached_property
     def flops(self) -> FlopCounter:
@@ -155,6 +157,18 @@ class Accounted(L.LightningModule):
         shown = {"perf/mfu", "perf/peak_memory_gb"}
         for name, value in measured.items():
             self.log(name, value, prog_bar=name in shown, batch_size=1)
+
+    def on_validation_start(self) -> None:
+        """An evaluation is no part of a step, if it lies between two."""
+        super().on_validation_start()
+        self.account.pause()
+        self._evaluation_start = time.perf_counter()
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs how long an evaluation of the stream took, as ``time/evaluation_s``."""
+        super().on_validation_epoch_end()
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.log("time/evaluation_s", time.perf_counter() - self._evaluation_start, sync_dist=True)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

@@ -1,8 +1,8 @@
-"""The accuracy matrix as pictures."""
+"""The accuracy matrix as a picture of numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,33 +12,87 @@ if TYPE_CHECKING:
     from cpt_lightning.records import AccuracyMatrix
     from cpt_lightning.records.matrix import Scores
 
-CELL_INCHES = 0.62
-"""Of a cell's width; its height is two thirds of that."""
+CELL = 0.56, 0.32
+"""Inches of a cell, width and height."""
+INCHES_PER_LETTER = 0.085
+GAP = 0.35
+"""Between tasks and probes, and between the base and the stages, in cells."""
+MAX_LETTERS = 26
+"""Of a name that is shown; the rest is dots."""
 
+BELOW, RIGHT = 0.35, 0.9
+"""Inches around the cells, to the right at least."""
+LIGHT = 0.55
+"""From this accuracy on a cell's colour asks for black ink."""
 
 Column = tuple[str, "Scores", Sequence[str]]
 """The name of a stage, what was scored after it, and the tasks that it had taught."""
 
 
 def heatmap(matrix: AccuracyMatrix) -> Figure:
-    """Who scored what, when: a row per task and, below a gap, per probe, a column per stage, beginning with the base.
+    """Who scored what, when: a row per task and, below a gap, per probe; a column per stage, after that of the base.
 
-    Accuracies in per cent stand in the cells; a frame marks where a task has just been learned.
+    Accuracies in per cent stand in the cells; a frame marks where a task has just been learned. The colours are told
+    apart without seeing red or green, and as greys.
+
+    Args:
+        matrix: The record so far.
+
+    Raises:
+        ValueError: Nothing has been evaluated yet.
     """
     from matplotlib.figure import Figure  # slow to import
 
-    columns = columns_of(matrix)
-    groups = [names for names in (matrix.tasks, matrix.probes) if names]
-    heights = [len(names) for names in groups]
-    size = 2.2 + CELL_INCHES * len(columns), 1.4 + CELL_INCHES * 2 / 3 * sum(heights)
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(len(groups), squeeze=False, height_ratios=heights)[:, 0]
-    for axes, names in zip(panels, groups, strict=True):
-        _cells(axes, names, columns)
-        axes.set_xticks([])
-    labels = [name.replace("+", "\n+") for name, _, _ in columns]
-    panels[-1].set_xticks(range(len(columns)), labels, rotation=40, ha="right")
+    columns, names = columns_of(matrix), matrix.names
+    if not columns:
+        raise ValueError("the accuracy matrix is empty: neither the base nor a stage has been evaluated")
+    xs = [place + (GAP if place and matrix.zero_shot is not None else 0.0) for place in range(len(columns))]
+    ys = [place + (GAP if name in matrix.probes else 0.0) for place, name in enumerate(names)]
+    labels = [stage_label(name) for name, _, _ in columns]
+    left, top = (INCHES_PER_LETTER * longest(texts) + 0.25 for texts in (map(shortened, names), labels))
+    cells = CELL[0] * (xs[-1] + 1), CELL[1] * (ys[-1] + 1)
+    right = max(RIGHT, INCHES_PER_LETTER * len(labels[-1]))
+    width, height = left + cells[0] + right, BELOW + cells[1] + top * 0.75
+    figure = Figure(figsize=(width, height))
+    # Places are computed: a constrained layout takes several times as long as the drawing itself.
+    axes = figure.add_axes((left / width, BELOW / height, cells[0] / width, cells[1] / height))
+    _draw_cells(axes, names, columns, xs, ys)
+    axes.set_xticks(xs, labels, rotation=40, ha="left", rotation_mode="anchor")
+    axes.set_yticks(ys, [shortened(name) for name in names])
+    axes.set(xlim=(-0.5, xs[-1] + 0.5), ylim=(ys[-1] + 0.5, -0.5))
+    axes.tick_params(length=0, top=False, labeltop=True, labelbottom=False)
+    axes.set_frame_on(False)
+    figure.text(left / width, 0.1 / height, "accuracy in %; framed: just learned", fontsize=8, color="0.35")
+    if matrix.probes:
+        middle = (ys[len(matrix.tasks)] + ys[-1]) / 2
+        axes.text(xs[-1] + 0.65, middle, "probes", rotation=270, va="center", color="0.4")
     return figure
+
+
+def _draw_cells(
+    axes: Axes, names: Sequence[str], columns: Sequence[Column], xs: Sequence[float], ys: Sequence[float]
+) -> None:
+    from matplotlib import colormaps
+    from matplotlib.collections import PolyCollection
+
+    colours, squares, values, frames = colormaps["cividis"], [], [], []
+    for x, (_, scores, learned) in zip(xs, columns, strict=True):
+        for y, name in zip(ys, names, strict=True):
+            value, just_learned = scores[name]["accuracy"], name in learned
+            ink, weight = "black" if value > LIGHT else "white", "bold" if just_learned else "normal"
+            axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", color=ink, fontsize=9, weight=weight)
+            squares.append(_rectangle(x, y, 0.5, 0.5))
+            values.append(value)
+            if just_learned:
+                frames.append((_rectangle(x, y, 0.43, 0.39), ink))
+    axes.add_collection(PolyCollection(squares, facecolors=colours(values), edgecolors="white"))
+    if frames:
+        corners, inks = zip(*frames, strict=True)
+        axes.add_collection(PolyCollection(corners, facecolors="none", edgecolors=inks, linewidths=1.5))
+
+
+def _rectangle(x: float, y: float, width: float, height: float) -> list[tuple[float, float]]:
+    return [(x + i * width, y + j * height) for i, j in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
 
 
 def columns_of(matrix: AccuracyMatrix) -> list[Column]:
@@ -47,37 +101,21 @@ def columns_of(matrix: AccuracyMatrix) -> list[Column]:
     return [*base, *zip(matrix.stage_names, matrix.rows, matrix.stages, strict=False)]
 
 
-def _cells(axes: Axes, names: list[str], columns: list[Column]) -> None:
-    from matplotlib.patches import Rectangle
-
-    values = [[100 * scores[name]["accuracy"] for _, scores, _ in columns] for name in names]
-    axes.imshow(values, vmin=0, vmax=100, cmap="viridis", aspect="auto")
-    axes.set_yticks(range(len(names)), names)
-    for y, name in enumerate(names):
-        for x, (_, _, learned) in enumerate(columns):
-            value = values[y][x]
-            axes.text(x, y, f"{value:.0f}", ha="center", va="center", color="black" if value > 60 else "white")
-            if name in learned:
-                axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2))
+def stage_label(name: str) -> str:
+    """The name of a stage as a picture has room for: of a large mixture, how many tasks it has."""
+    tasks = name.split("+")
+    return shortened(name) if len(tasks) <= 2 else f"{len(tasks)} tasks mixed"
 
 
-def stream_curves(matrix: AccuracyMatrix) -> Figure:
-    """Accuracy of every task, and the mean of the probes, over all stages; a dot where a task has just been learned."""
-    from matplotlib.figure import Figure
+def shortened(name: str) -> str:
+    """A name, cut off where it is too long.
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    columns = columns_of(matrix)
-    for task in matrix.tasks:
-        values = [100 * scores[task]["accuracy"] for _, scores, _ in columns]
-        taught = [place for place, (_, _, learned) in enumerate(columns) if task in learned]
-        axes.plot(values, label=task, marker="o", markevery=taught)
-    if matrix.probes:
-        totals = (sum(scores[name]["accuracy"] for name in matrix.probes) for _, scores, _ in columns)
-        means = [100 * total / len(matrix.probes) for total in totals]
-        axes.plot(means, color="grey", linestyle="--", label="probes, mean")
-    axes.set(ylabel="accuracy, %", ylim=(0, 103))
-    axes.set_xticks(range(len(columns)), [name for name, _, _ in columns], rotation=30, ha="right")
-    axes.grid(axis="x", linewidth=0.4)
-    figure.legend(loc="outside right center", fontsize=8)
-    return figure
+    >>> shortened("a_task_with_a_very_long_name_indeed")
+    'a_task_with_a_very_long_n…'
+    """
+    return name if len(name) <= MAX_LETTERS else f"{name[: MAX_LETTERS - 1]}…"
+
+
+def longest(texts: Iterable[str]) -> int:
+    """Letters of the longest text."""
+    return max(map(len, texts))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,13 +99,16 @@ class AccuracyMatrix:
     def metrics(self) -> dict[str, float]:
         """What was learned and forgotten so far; what is not defined yet (nothing earlier, no base) is left out.
 
-        The definitions are those of :mod:`cpt_lightning.functional.accuracy_matrix`. ``probe/<name>`` is the change of
-        a probe since the base, ``probe_minimum/<name>`` its lowest change on the way.
+        The definitions are those of :mod:`cpt_lightning.functional.accuracy_matrix`. ``forgetting/<task>`` is
+        an earlier task's term of the forgetting measure. ``probe/<name>`` is the change of a probe since the base,
+        ``probe_minimum/<name>`` its lowest change on the way, ``probes_mean_change`` the mean of the former.
         """
         if not self.rows:
             return {}
         accuracy, learned_at = self.accuracy(self.tasks), self.learned_at
         found = {metric.__name__: metric(accuracy, learned_at=learned_at) for metric in METRICS}
+        changes = metrics.forgetting_by_task(accuracy, learned_at)
+        found |= {f"forgetting/{self.tasks[task]}": change for task, change in changes.items()}
         if self.zero_shot is not None:
             base = [self.zero_shot[name]["accuracy"] for name in self.tasks]
             found["forward_transfer"] = metrics.forward_transfer(accuracy, base, learned_at)
@@ -113,10 +117,13 @@ class AccuracyMatrix:
 
     def _probe_metrics(self, zero_shot: Scores) -> dict[str, float]:
         probes, base = self.accuracy(self.probes), [zero_shot[name]["accuracy"] for name in self.probes]
-        changes = zip(self.probes, metrics.probe_changes(probes, base), strict=True)
+        if not self.probes:
+            return {}
+        changes = metrics.probe_changes(probes, base)
         minima = zip(self.probes, metrics.probe_minima(probes), base, strict=True)
         return {
-            **{f"probe/{name}": change for name, change in changes},
+            "probes_mean_change": statistics.mean(changes),
+            **{f"probe/{name}": change for name, change in zip(self.probes, changes, strict=True)},
             **{f"probe_minimum/{name}": lowest - before for name, lowest, before in minima},
         }
 
@@ -198,10 +205,9 @@ class AccuracyMatrix:
         console.print(table)
         shown = self.metrics()
         changes = {name: value for name, value in shown.items() if name.startswith("probe/")}
-        lines = {name.replace("_", " "): value for name, value in shown.items() if not name.startswith("probe")}
+        lines = {name.replace("_", " "): value for name, value in shown.items() if "/" not in name}
         if changes:
-            lines["probes, mean change"] = sum(changes.values()) / len(changes)
-            lines["probes, worst change"] = min(changes.values())
+            lines["probes worst change"] = min(changes.values())
         for name, value in lines.items():
             console.print(f"  {name:24}{100 * value:6.1f}", highlight=False)
 

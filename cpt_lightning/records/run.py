@@ -110,10 +110,10 @@ class RunFolder:
         return (self.config or {}).get("seed_everything")
 
     @cached_property
-    def environment(self) -> Any:
-        """Versions, device, commit: where it ran."""
+    def last_start(self) -> dict[str, Any] | None:
+        """Versions, device, commit: with what it was last started or gone on with."""
         path = self.path / ENVIRONMENT
-        return _json(path) if path.exists() else None
+        return _part(path, "starts")[-1] if path.exists() else None
 
     # -- what it wrote on the way --------------------------------------------------------------------------------------
 

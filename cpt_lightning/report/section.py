@@ -106,7 +106,8 @@ class Section:
         if not self.matrices:
             return []
         mean, name = mean_matrix(self.matrices), self.arm.name
-        return [
-            Picture(f"matrix_{self.number}", f"Accuracy matrix of {name}", heatmap(mean)),
-            Picture(f"curves_{self.number}", f"Accuracy of {name} on every task over the stream", stream_curves(mean)),
-        ]
+        found = [Picture(f"matrix_{self.number}", f"Accuracy matrix of {name}", heatmap(mean))]
+        if mean.rows:
+            meaning = f"Accuracy of {name} on every task over the stream"
+            found.append(Picture(f"curves_{self.number}", meaning, stream_curves(mean)))
+        return found

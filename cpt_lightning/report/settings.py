@@ -8,6 +8,8 @@ from typing import Any
 
 from cpt_lightning.report.arms import OWN, Arm
 
+ALWAYS_OTHERS = ("date", "command", "resumed_from", "seed")
+"""What of a start differs anyway, or stands among the options."""
 LONGEST = 120
 """Letters of a value that are shown."""
 
@@ -18,8 +20,8 @@ def differing_options(arms: Sequence[Arm]) -> dict[str, list[str]]:
 
 
 def differing_circumstances(arms: Sequence[Arm]) -> dict[str, list[str]]:
-    """The same of what is written about where the runs ran."""
-    return _differing([arm.first.environment for arm in arms])
+    """The same of what is written about where the runs ran, at their last start."""
+    return _differing([arm.first.last_start for arm in arms], ALWAYS_OTHERS)
 
 
 def _differing(trees: Sequence[Any], left_out: Sequence[str] = ()) -> dict[str, list[str]]:

@@ -257,7 +257,7 @@ MATRIX = AccuracyMatrix(
 
 
 def test_metrics_by_hand():
-    """AvgAcc (.7 + .8)/2; FM = BWT = .7 - .9; FWT = .3 - .25; probe .2 - .25, at worst .1 - .25."""
+    """AvgAcc (.7 + .8)/2; FM = BWT = .7 - .9, all of it task a's; FWT = .3 - .25; probe .2 - .25, at worst .1 - .25."""
     assert MATRIX.metrics() == pytest.approx(
         {
             "average_accuracy": 0.75,
@@ -267,6 +267,8 @@ def test_metrics_by_hand():
             "mean_average_accuracy": 0.825,
             "worst_dip": 0.2,
             "forward_transfer": 0.05,
+            "forgetting/a": -0.2,
+            "probes_mean_change": -0.05,
             "probe/p": -0.05,
             "probe_minimum/p": -0.15,
         }
@@ -320,7 +322,7 @@ def test_samples_of_several_ranks_come_in_the_order_of_one():
     class TwoRanks:
         world_size, strategy = 2, Strategy()
 
-    merged = [row["row"] for row in SampleLog()._take(TwoRanks())]
+    merged = [row["row"] for row in SampleLog().take(TwoRanks())]
     assert merged == [(batch, rank, position) for batch in (0, 1) for rank in (0, 1) for position in (0, 1)]
 
 

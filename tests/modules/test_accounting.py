@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -71,6 +73,16 @@ def test_a_step_logs_its_cost(small_folder, processor, mixed_prompts, objective)
     if objective is SFT:
         tokens = int(mixed_prompts.lengths.sum()) + 2 + 3 + 4 + 5
         assert metrics["perf/tokens_per_s"] * metrics["time/step_s"] == pytest.approx(tokens, rel=1e-3)
+
+
+def test_an_evaluation_between_two_steps_has_a_time_of_its_own(small_folder, processor, mixed_prompts, monkeypatch):
+    """Each evaluation sleeps 1.5 s, which is no part of the step after it."""
+    module = SFT(backbone=Backbone(small_folder), optimizer=sgd)
+    evaluate = module.evaluate
+    monkeypatch.setattr(module, "evaluate", lambda batch, key: (time.sleep(1.5), evaluate(batch, key))[1])
+    batch = with_examples(mixed_prompts, processor)
+    metrics = fit(module, [batch] * 2, limit_val_batches=1, val_check_interval=1).callback_metrics
+    assert metrics["time/evaluation_s"] > 1.5 > metrics["time/step_s"]
 
 
 @pytest.mark.timeout(600)

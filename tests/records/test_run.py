@@ -14,7 +14,7 @@ def test_an_old_run_with_a_matrix_alone_has_the_rest_not(tmp_path):
         (tmp_path / "run" / name).unlink()
     run = RunFolder(tmp_path / "run")
     assert run.is_finished and run.num_stages == 2
-    assert run.config is run.seed is run.environment is run.seconds is run.drift is None
+    assert run.config is run.seed is run.last_start is run.seconds is run.drift is None
     assert (run.verdicts, list(run.samples()), run.logged.seconds, run.logged.total("perf/rows")) == (
         {},
         [],
@@ -47,7 +47,7 @@ def test_what_is_no_run_is_refused(tmp_path):
         ("config.yaml", "", "config", "it holds no options"),
         ("study.json", "{}", "seconds", "study.json cannot be read: 'seconds' is missing"),
         ("drift.json", "[", "drift", "drift.json cannot be read"),
-        ("environment.json", "{", "environment", "environment.json cannot be read"),
+        ("environment.json", "{", "last_start", "environment.json cannot be read"),
         ("filter/a.jsonl", "{}\n", "verdicts", "a.jsonl cannot be read: line 1 has no completions_per_row"),
     ],
 )

@@ -288,6 +288,7 @@ def test_what_arms_were_told_and_where_they_ran(tmp_path):
     assert differing_options(arms) == {"model.init_args.lr": ["0.1", "0.2"]}
     assert differing_circumstances(arms) == {}
     for name, commit in (("x", "aaa"), ("y", "bbb")):
-        (tmp_path / name / "environment.json").write_text(json.dumps({"git": {"commit": commit}, "torch": "2.13"}))
+        starts = [{"git": {"commit": "first"}}, {"git": {"commit": commit}, "python": "3.11", "date": commit}]
+        (tmp_path / name / "environment.json").write_text(json.dumps({"version": 1, "starts": starts}))
     arms = arms_of([str(tmp_path / "x"), str(tmp_path / "y")])
     assert differing_circumstances(arms) == {"git.commit": ["aaa", "bbb"]}

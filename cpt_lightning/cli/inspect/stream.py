@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from cpt_lightning.cli.inspect.contact_sheet import contact_sheet, with_thumbnails
 from cpt_lightning.cli.inspect.measure import measure_split, show
 from cpt_lightning.cli.inspect.report import Report, SplitReport, StageReport, TaskReport
 from cpt_lightning.cli.inspect.tables import stream_table, task_section
 from cpt_lightning.data import TaskStream
 from cpt_lightning.models.processor import PromptProcessor
+from cpt_lightning.pictures.contact_sheet import contact_sheet, with_thumbnails
 from cpt_lightning.rewards import Reward
 from cpt_lightning.tasks import HubRows, Prompt, Row, Source, Split, TableRows
 from cpt_lightning.tasks.splits import spaced

@@ -17,7 +17,7 @@ MARGIN = 12
 PICTURE = (276, 200)
 """Pixels of the frame that a picture is fitted into, width and height."""
 TITLE_HEIGHT = 40
-FONT_SIZE = 13
+FONT_SIZE = 12
 LINE_HEIGHT = 17
 MAX_QUESTION_LINES = 5
 MAX_ANSWER_LINES = 2
@@ -81,20 +81,31 @@ def _draw_pictures(
     if not images:
         draw.text((left + 8, top + 8), "no image", fill=FAINT, font=font())
         return
-    _paste_side_by_side(sheet, images[:MAX_IMAGES], left, top)
+    paste_side_by_side(sheet, images[:MAX_IMAGES], left, top, PICTURE)
     if len(images) > MAX_IMAGES:
         draw.text((left + 4, bottom - 18), f"{len(images)} images", fill=INK, font=font())
 
 
-def _paste_side_by_side(sheet: Image.Image, images: Sequence[Image.Image], left: int, top: int) -> None:
-    width = PICTURE[0] // len(images)
+def paste_side_by_side(
+    sheet: Image.Image, images: Sequence[Image.Image], left: int, top: int, frame: tuple[int, int]
+) -> None:
+    """Fits pictures into a frame, each into an equal share of its width.
+
+    Args:
+        sheet: What is pasted into.
+        images: At least one.
+        left: Pixels from the left to the frame.
+        top: Pixels from the top to the frame.
+        frame: Its width and height.
+    """
+    width = frame[0] // len(images)
     for position, image in enumerate(images):
-        scale = min(width / image.width, PICTURE[1] / image.height)
+        scale = min(width / image.width, frame[1] / image.height)
         size = (max(1, int(image.width * scale)), max(1, int(image.height * scale)))
         # Enlarged pictures keep their pixels: what looks smooth here would not be what the model gets.
         small = image.resize(size, Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.BICUBIC)
         x = left + position * width + (width - small.width) // 2
-        sheet.paste(small, (x, top + (PICTURE[1] - small.height) // 2))
+        sheet.paste(small, (x, top + (frame[1] - small.height) // 2))
 
 
 def question_of(example: Example) -> str:
@@ -130,6 +141,8 @@ def wrap(text: str, width: int, max_lines: int, size: int = FONT_SIZE) -> list[s
 
 def _pieces(word: str, width: int, size: int) -> list[str]:
     """A word, cut where it alone is wider than a line."""
+    if len(word) <= 500 and font(size).getlength(word) <= width:
+        return [word]
     pieces = [""]
     for letter in word[:500]:
         if font(size).getlength(pieces[-1] + letter) > width:
@@ -139,6 +152,10 @@ def _pieces(word: str, width: int, size: int) -> list[str]:
 
 
 @cache
-def font(size: int = FONT_SIZE) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """The font that comes with Pillow; letters it lacks show as boxes."""
-    return ImageFont.load_default(size)
+def font(size: int = FONT_SIZE, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """Matplotlib's DejaVu Sans, which has Greek, Cyrillic and mathematics; letters it lacks show as boxes."""
+    import matplotlib  # slow
+
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    path = f"{matplotlib.get_data_path()}/fonts/ttf/{name}"
+    return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)  # the other takes three times as long
