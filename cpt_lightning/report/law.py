@@ -23,6 +23,8 @@ LOSSES = {
     "forgetting": "forgotten of earlier tasks, points",
 }
 """What is set against them."""
+FEWEST_POINTS = 8
+"""That a fit is shown of: a parabola has three coefficients, and would explain a handful of any points."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ def _law(arms: Sequence[Arm], distance: str, loss: str) -> Law:
     found = {arm.name: [point for run in arm.runs.values() for point in _points(run, distance, loss)] for arm in arms}
     points = {name: each for name, each in found.items() if each}
     together = np.array([point for each in points.values() for point in each], dtype=float).reshape(-1, 2)
-    return Law(distance, loss, points, quadratic_fit(together[:, 0], together[:, 1]))
+    fit = quadratic_fit(together[:, 0], together[:, 1]) if len(together) >= FEWEST_POINTS else None
+    return Law(distance, loss, points, fit)
 
 
 def _points(run: RunFolder, distance: str, loss: str) -> Iterator[tuple[float, float]]:
