@@ -13,6 +13,7 @@ from cpt_lightning.callbacks.rollout_filter import RolloutFilter
 from cpt_lightning.callbacks.rollout_writer import RolloutWriter
 from cpt_lightning.callbacks.samples import SampleLog
 from cpt_lightning.callbacks.scores import TestScores
+from cpt_lightning.callbacks.weight_change import WeightChange
 
 __all__ = [
     "EWC",
@@ -29,4 +30,5 @@ __all__ = [
     "TaskExport",
     "TaskProgressBar",
     "TestScores",
+    "WeightChange",
 ]

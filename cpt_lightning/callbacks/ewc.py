@@ -67,7 +67,9 @@ class EWC(QuadraticPenalty):
 
     def fisher(self, module: LightningModule, batch: Batch, stage: int) -> Weights:
         """The diagonal Fisher information of the rows of a stage, or the empirical one."""
-        return diagonal_fisher(module, batch if self.sampling is None else own_answers(module, batch, self.sampling, stage))
+        return diagonal_fisher(
+            module, batch if self.sampling is None else own_answers(module, batch, self.sampling, stage)
+        )
 
     def remember(self, fisher: Weights, weights: Weights) -> None:
         """Adds the Fisher information of a task, found at these weights."""

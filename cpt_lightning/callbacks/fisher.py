@@ -1,4 +1,4 @@
-"""The diagonal of the Fisher information: how much each trained weight matters for what the policy says to some rows."""
+"""The diagonal of the Fisher information: how much each weight matters for what the policy says."""
 
 from __future__ import annotations
 

@@ -86,10 +86,11 @@ class GradientRisk(KeptWeights):
                 "GradientRisk: backbone.lora.along_stream=per_task gives each task an adapter that no later update "
                 "changes, so none is at risk; set it to shared or renewed"
             )
-        if stream.num_stages == 1 and not (self.with_probes and stream.probe_names):
+        before = [name for stage in range(stream.num_stages) for name in stream.earlier(stage)]
+        if not before and not (self.with_probes and stream.probe_names):
             raise ValueError(
-                "GradientRisk: with one stage and no probes nothing was learned before that could be forgotten; add "
-                "data.probes (and leave with_probes at true)"
+                "GradientRisk: no stage comes after a task that it does not learn itself, and there are no probes, so "
+                "nothing could be forgotten; add data.probes (and leave with_probes at true)"
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -224,4 +225,3 @@ class GradientRisk(KeptWeights):
                     "its figures would not compare; restore it, or begin a new run"
                 )
         self.fishers, self.measurements = list(state_dict["fishers"]), list(state_dict["measurements"])
-

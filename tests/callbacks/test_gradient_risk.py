@@ -81,7 +81,7 @@ def test_drawn_answers_give_the_fisher_information_and_references_do_not():
 
 
 def test_the_risk_is_twice_the_divergence_that_a_small_step_makes():
-    """Of one weight, so that nothing lies beside the diagonal: KL(p || p after the step) = R(step) / 2, to second order."""
+    """Of one weight, so that nothing lies beside the diagonal: KL(before || after) = R(step) / 2, to second order."""
     module = Softmax()
     torch.nn.init.normal_(module.layer.weight)
     batch = softmax_rows(module, num_rows=3)
@@ -159,7 +159,9 @@ class Spy(L.Callback):
     def on_train_batch_end(self, trainer, pl_module, *_) -> None:
         after = dict(pl_module.named_parameters())
         gradient = {name: (value - after[name].detach()) / 0.1 for name, value in self.before.items()}
-        flat = {kind: torch.cat([fisher[name].flatten() for name in gradient]) for kind, fisher in self.risk.kept.items()}
+        flat = {
+            kind: torch.cat([fisher[name].flatten() for name in gradient]) for kind, fisher in self.risk.kept.items()
+        }
         g = torch.cat([value.flatten() for value in gradient.values()])
         found = {kind: (g @ (fisher * g)).item() for kind, fisher in flat.items()}
         found |= {f"{kind}_per_weight": found[kind] / (g @ g * fisher.mean()).item() for kind, fisher in flat.items()}
@@ -184,7 +186,7 @@ def test_the_gradient_is_the_one_that_the_optimizer_steps_with(tmp_path, small_f
 
 
 def test_the_information_is_that_of_held_out_rows_of_earlier_tasks_and_probes(tmp_path, small_folder):
-    """The mean over tasks of the mean over rows, here of one earlier task, at the weights with which the task begins."""
+    """The mean over tasks of the mean over rows, here of one earlier task, at the weights at which the task begins."""
 
     class Again(L.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
@@ -246,11 +248,12 @@ def test_a_record_is_not_continued_with_other_rows():
         GradientRisk(num_rows=4).load_state_dict(GradientRisk().state_dict())
 
 
-def test_a_run_without_anything_before_its_task_is_refused(tmp_path, small_folder):
-    with pytest.raises(ValueError, match="GradientRisk: with one stage and no probes"):
-        stream = toy_stream()
-        stream.stages = stream.stages[:1]
-        make_trainer(tmp_path, stream, callbacks=[GradientRisk(with_probes=False)]).fit(sft(small_folder), stream)
+@pytest.mark.parametrize("stages", [["bars2"], ["facts", ["bars2", "facts"]]])
+def test_a_run_without_anything_before_its_tasks_is_refused(tmp_path, small_folder, stages):
+    stream = TaskStream(toy_stream().tasks, stages=stages)
+    trainer = make_trainer(tmp_path, stream, callbacks=[GradientRisk()])
+    with pytest.raises(ValueError, match="GradientRisk: no stage comes after .* add data.probes"):
+        trainer.fit(sft(small_folder), stream)
 
 
 def test_an_adapter_for_each_task_is_refused(tmp_path, small_folder):
