@@ -51,6 +51,22 @@ def diagonal_fisher(module: LightningModule, batch: Batch) -> Weights:
     return {name: value / len(batch) for name, value in total.items()}
 
 
+def fisher_of_answers(module: LightningModule, batches: Iterable[tuple[int, Batch]], sampling: Sampling) -> Weights:
+    """The mean over batches, one a task or probe, of the Fisher information by the policy's own answers.
+
+    Args:
+        module: The policy.
+        batches: A number that keys the draws, and rows, the same on every rank.
+        sampling: How the policy answers.
+    """
+    total: Weights = {}
+    count = 0
+    for count, (number, batch) in enumerate(batches, start=1):
+        for name, value in diagonal_fisher(module, own_answers(module, batch, sampling, number)).items():
+            total[name] = total[name] + value if name in total else value
+    return {name: value / count for name, value in total.items()}
+
+
 @torch.no_grad()
 def gradient_risk(module: LightningModule, fisher: Weights) -> Tensor:
     """``R(g) = g'Fg`` of the gradients that the parameters hold; every rank must ask.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -13,11 +14,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from cpt_lightning.callbacks.fisher import diagonal_fisher, gradient_risk, own_answers, squared_norm, sum_of
+from cpt_lightning.callbacks.fisher import fisher_of_answers, gradient_risk, squared_norm, sum_of
 from cpt_lightning.callbacks.kept_weights import KeptWeights
-from cpt_lightning.models.weights import Weights
 from cpt_lightning.records.files import replace_text
 from cpt_lightning.rollouts import Sampling
+from cpt_lightning.types import Batch
 
 FILENAME = "gradient_risk.json"
 VERSION = 1
@@ -151,23 +152,18 @@ class GradientRisk(KeptWeights):
         with module.account.aside(), trainer.precision_plugin.forward_context():
             for whose, names in of.items():
                 if names:
-                    self.kept[whose] = self._fisher(trainer, module, names)
+                    self.kept[whose] = fisher_of_answers(module, self._rows(trainer, names), self.sampling)
         for whose, fisher in self.kept.items():
             mean = sum_of(fisher.values(), module.device).item() / sum(value.numel() for value in fisher.values())
             self.fishers = [*self.fishers, {"stage": stage + 1, "of": whose, "names": list(of[whose]), "mean": mean}]
         self._seconds += time.perf_counter() - start
 
-    def _fisher(self, trainer: Trainer, module: LightningModule, names: list[str]) -> Weights:
-        """The mean over tasks or probes."""
-        total: Weights = {}
+    def _rows(self, trainer: Trainer, names: list[str]) -> Iterator[tuple[int, Batch]]:
+        """Of each task or probe, with its number: a row draws alike in every stage, and figures differ by learning."""
+        stream = trainer.datamodule
         for name in names:
-            batch = trainer.datamodule.rows_of_evaluation(name, self.num_rows)
-            here = trainer.strategy.batch_to_device(batch)
-            # A row draws with the same random numbers in every stage: figures differ by what was learned.
-            number = list(trainer.datamodule.everything).index(name)
-            for weight, value in diagonal_fisher(module, own_answers(module, here, self.sampling, number)).items():
-                total[weight] = total[weight] + value / len(names) if weight in total else value / len(names)
-        return total
+            batch = stream.rows_of_evaluation(name, self.num_rows)
+            yield list(stream.everything).index(name), trainer.strategy.batch_to_device(batch)
 
     @torch.no_grad()
     def _look(self, module: LightningModule) -> None:
