@@ -1,12 +1,13 @@
 """Is E[R(g_RFT)] = Var[r] R(g_SFT), as paper A says?
 
-    python benchmarks/gradient_risk.py                                                the embedded base, its probes at risk
-    python benchmarks/gradient_risk.py --ckpt_path runs/demo_grpo/2_bars2.ckpt --learned 2     two tasks at risk as well
+    python benchmarks/gradient_risk.py                                                         the embedded base
+    python benchmarks/gradient_risk.py --ckpt_path runs/demo_grpo/2_bars2.ckpt --learned 2     after two tasks
 
-R(g) = g'Fg is the forgetting risk of an update, F the Fisher information of what is known already (its diagonal, from
-the model's own answers). Of each of many training prompts this takes the gradient of SFT (bare answer, answer in the
-base's own style, an own answer) and those of the G completions of a group, from which follow the gradients of RLOO,
-Dr. GRPO and GRPO; and regresses R(g_RFT) over prompts on Var[r] R(g_SFT), with bootstrap intervals.
+R(g) = g'Fg is the forgetting risk of an update, F the diagonal of the Fisher information of what is known already, the
+probes and the tasks learned so far, from the model's own answers. Of each of many training prompts this takes the
+gradient of SFT (bare answer, answer in the base's own style, an own answer) and those of the G completions of a group,
+from which follow the gradients of RLOO, Dr. GRPO and GRPO; and regresses R(g_RFT) over prompts on Var[r] R(g_SFT), with
+bootstrap intervals.
 
 Of R(g_RFT) there are two: of a completion, ``mean_i R(A_i grad log p_i)``, which is the paper's expectation over one
 sample, and of the group's mean gradient ``R(mean_i A_i grad log p_i)``, which is what an update is made of. If
@@ -162,7 +163,7 @@ def tests(rows: list[dict]) -> list[dict]:
 def table(found: list[dict]) -> str:
     """In Markdown."""
     lines = ["| per token | R of | advantage | SFT text | ratio of means | slope | R² | log slope | log R² | "
-             "R² of Var alone | of R(g_SFT) alone | of gate × R(g_SFT) |", "|---" * 12 + "|"]  # fmt: skip
+             "R² of Var alone | of R(g_SFT) alone | of gate R(g_SFT) |", "|---" * 12 + "|"]  # fmt: skip
     for case in found:
         cells = ["yes" if case["per_token"] else "no", case["of"], case["advantage"], case["sft"]]
         for name in ("ratio", "slope", "r2", "log_slope", "log_r2"):

@@ -61,7 +61,8 @@ def fisher_of_answers(module: LightningModule, batches: Iterable[tuple[int, Batc
     """
     total: Weights = {}
     count = 0
-    for count, (number, batch) in enumerate(batches, start=1):
+    for number, batch in batches:
+        count += 1
         for name, value in diagonal_fisher(module, own_answers(module, batch, sampling, number)).items():
             total[name] = total[name] + value if name in total else value
     return {name: value / count for name, value in total.items()}
