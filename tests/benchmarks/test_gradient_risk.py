@@ -12,6 +12,7 @@ import pytest
 import torch
 from regression import regression, with_intervals
 
+from cpt_lightning.callbacks.fisher import fisher_of_answers
 from cpt_lightning.callbacks.fisher import gradient_risk as risk_of_gradients
 from cpt_lightning.functional import leave_one_out_advantages, token_weights
 from cpt_lightning.models import Backbone
@@ -50,18 +51,15 @@ def test_what_does_not_vary_explains_nothing():
     assert regression(np.ones(3), np.array([1.0, 2.0, 3.0]))["r2"] == 0
 
 
-@pytest.fixture
-def risks(small_folder) -> gradient_risk.Risks:
-    module = RFT(backbone=Backbone(small_folder), group_size=4, sampling=Sampling(max_new_tokens=6))
-    module.configure_model()
-    weights = {name: torch.rand(weight.shape) for name, weight in module.named_parameters()}
-    return gradient_risk.Risks(module.eval(), weights)
-
-
-def test_the_groups_gradient_is_that_of_the_modules_loss(risks, processor, mixed_prompts):
+def test_the_groups_gradient_is_that_of_the_modules_loss(small_folder, processor, mixed_prompts):
     """Leave-one-out advantages, token sums over 6 tokens: the loss's gradient is -1/6 of ``mean_i A_i grad log p_i``.
     Of a completion A_i^2 R(grad log p_i) counts; the mean of A_i^2 is 4/3 times the variance of the rewards."""
-    module, batch = risks.module, with_examples(mixed_prompts, processor).select([0])
+    module = RFT(backbone=Backbone(small_folder), group_size=4, sampling=Sampling(max_new_tokens=6))
+    module.configure_model()
+    module.eval()
+    rows = with_examples(mixed_prompts, processor)
+    at_risk = [module.drawn(rows, module.sampling, number) for number in range(2)]
+    risks, batch = gradient_risk.Risks(module, at_risk), rows.select([0])
     found = risks.of_prompt(batch, {"bare": batch})
     completions, texts, scores = module.attempt(batch.prompts, 4, module.sampling)
     rewards = torch.tensor([[score["total"] for score in scores]])
@@ -72,18 +70,26 @@ def test_the_groups_gradient_is_that_of_the_modules_loss(risks, processor, mixed
     rollout = Rollout(batch.prompts, completions, texts, rewards, {"total": rewards})
     policy = Policy(advantages, torch.ones(1), completions.mask)
     weigh = partial(token_weights, reduction="constant", constant=6, num_sequences=4, num_tokens=None)
+    fisher = fisher_of_answers(module, ((number, rows) for number in range(2)), module.sampling)
     module.loss(rollout, policy, [0], weigh)[0].backward()
-    sizes = [weight.numel() for weight in risks.parameters]
-    parts = zip(module.named_parameters(), risks.fisher.split(sizes), strict=True)
-    fisher = {name: part.view_as(weight) for (name, weight), part in parts}
-    assert found["rloo_group"] == pytest.approx(36 * risk_of_gradients(module, fisher).item(), rel=1e-3)
+    of_loss = 36 * risk_of_gradients(module, fisher).item()
+    assert found["rloo_group.diagonal.sum"] == pytest.approx(of_loss, rel=1e-3)
+    gradient = -6 * torch.cat([weight.grad.flatten() for weight in module.parameters()])
+    full = torch.stack([(score @ gradient).square() for score in risks.scores]).mean().item()
+    assert found["rloo_group.full.sum"] == pytest.approx(full, rel=1e-3)
 
-    each = risks(risks.gradients(batch, completions))
-    assert found["own"] == pytest.approx(each.mean().item())
-    assert found["rloo_completion"] == pytest.approx((advantages[0].square() * each).mean().item())
-    assert found["dr_grpo_group"] == pytest.approx(found["rloo_group"] * (3 / 4) ** 2, rel=1e-4)
-    per_token = (advantages[0].square() * each / completions.lengths.square()).mean().item()
-    assert found["rloo_completion_per_token"] == pytest.approx(per_token)
+    gradients = risks.gradients(batch, completions)
+    for kind, each in risks(gradients).items():
+        assert found[f"own.{kind}.sum"] == pytest.approx(each.mean().item())
+        weighed = advantages[0].square() * each
+        assert found[f"rloo_completion.{kind}.sum"] == pytest.approx(weighed.mean().item())
+        per_token = (weighed / completions.lengths.square()).mean().item()
+        assert found[f"rloo_completion.{kind}.mean"] == pytest.approx(per_token)
+        for scale in ("sum", "mean"):
+            rloo, dr_grpo = (found[f"{name}_group.{kind}.{scale}"] for name in ("rloo", "dr_grpo"))
+            assert dr_grpo == pytest.approx(rloo * (3 / 4) ** 2, rel=1e-4)
+    one = (risks.gradients(batch, batch.targets)[0] / batch.targets.lengths)[None]
+    assert found["bare.full.mean"] == pytest.approx(risks(one)["full"].item(), rel=1e-4)
 
 
 def test_the_script_runs_after_four_tasks(monkeypatch, tmp_path, capsys):
@@ -94,6 +100,6 @@ def test_the_script_runs_after_four_tasks(monkeypatch, tmp_path, capsys):
     gradient_risk.main()
     record = json.loads(out.read_text())
     assert record["summary"]["num_prompts"] == 3
-    assert len(record["tests"]) == 2 * 2 * 3 * 3
+    assert len(record["tests"]) == 2 * 2 * 2 * 3 * 3
     assert len((tmp_path / "record.csv").read_text().splitlines()) == 4
-    assert "| no | completion | rloo | bare |" in capsys.readouterr().out
+    assert "| full | sum | completion | rloo | bare |" in capsys.readouterr().out
