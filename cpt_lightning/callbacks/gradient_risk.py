@@ -34,7 +34,8 @@ class GradientRisk(KeptWeights):
 
     - ``risk/earlier``, ``risk/probes``: R(g), which grows with the square of the gradient's norm;
     - ``risk/earlier_per_weight``, ``risk/probes_per_weight``: ``R(g) / (|g|^2 mean(F))``. 1 is the risk of a gradient
-      of the same norm that points anywhere, more means that it points to where F is large.
+      of the same norm that points anywhere, more means that it points to where F is large;
+    - ``risk/grad_norm``: |g|.
 
     Objectives that sample groups log ``train/reward_variance`` beside it, the mean variance of a group's rewards, which
     by the paper's proposition scales the risk (``benchmarks/gradient_risk.py`` tests it).
@@ -177,8 +178,9 @@ class GradientRisk(KeptWeights):
             step = {"grad_norm": norm.sqrt()}
             for whose, fisher in self.kept.items():
                 step[whose] = gradient_risk(module, fisher)
-                if norm > 0:  # not of a step without signal, or whose gradient was not finite and was dropped
-                    step[f"{whose}_per_weight"] = step[whose] / (norm * self._means[whose])
+                anywhere = norm * self._means[whose]
+                if anywhere > 0:  # not of a step without signal, or whose gradient was not finite and was dropped
+                    step[f"{whose}_per_weight"] = step[whose] / anywhere
         self._steps.append(step)
         self._seconds += time.perf_counter() - start
 
