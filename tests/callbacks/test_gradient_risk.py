@@ -110,12 +110,14 @@ def test_risk_and_norm_by_hand():
 # -- in a run --------------------------------------------------------------------------------------------------------
 
 
+def task(family: str) -> Task:
+    return Task(ToyWorld(family), num_train=6, num_test=4, num_val=3)
+
+
 def toy_stream() -> TaskStream:
     """Two tasks, with images and without, and a probe; three steps each."""
-    words = {
-        family: Task(ToyWorld(family), num_train=6, num_test=4, num_val=3) for family in ("bars2", "facts", "colour")
-    }
-    return TaskStream(words, {"colour": words.pop("colour")}, prompts_per_step=2, steps=3)
+    words = {"bars2": task("bars2"), "facts": task("facts")}
+    return TaskStream(words, {"colour": task("colour")}, prompts_per_step=2, steps=3)
 
 
 def fit(folder: Path, module: L.LightningModule, callbacks=(), resume: bool = False, **options) -> None:
@@ -168,12 +170,11 @@ class Spy(L.Callback):
         self.expected.append({"grad_norm": g.norm().item(), **found})
 
 
-@pytest.mark.parametrize("penalty", [False, True])
-def test_the_gradient_is_the_one_that_the_optimizer_steps_with(tmp_path, small_folder, penalty):
-    """Read off the weights: clipped, and with the penalty of a callback that comes later."""
+def test_the_gradient_is_the_one_that_the_optimizer_steps_with(tmp_path, small_folder):
+    """Read off the weights: clipped, and in the second stage with the penalty of a callback that comes later."""
     risk = GradientRisk(**RISK)
     spy = Spy(risk)
-    fit(tmp_path, sft(small_folder), [risk, *([EWC(1e6, num_rows=2)] if penalty else []), spy])
+    fit(tmp_path, sft(small_folder), [risk, EWC(1e6, num_rows=2), spy])
     found = read(tmp_path)["measurements"]
     assert [(row["stage"], row["step"]) for row in found] == [(stage, step) for stage in (1, 2) for step in (1, 2, 3)]
     assert [set(row) for row in spy.expected] == [set(row) - {"stage", "step"} for row in found]
@@ -248,9 +249,10 @@ def test_a_record_is_not_continued_with_other_rows():
         GradientRisk(num_rows=4).load_state_dict(GradientRisk().state_dict())
 
 
-@pytest.mark.parametrize("stages", [["bars2"], ["facts", ["bars2", "facts"]]])
+@pytest.mark.parametrize("stages", [["facts"], ["facts", ["bars2", "facts"]]])
 def test_a_run_without_anything_before_its_tasks_is_refused(tmp_path, small_folder, stages):
-    stream = TaskStream(toy_stream().tasks, stages=stages)
+    names = ["bars2", "facts"] if len(stages) > 1 else ["facts"]
+    stream = TaskStream({name: task(name) for name in names}, stages=stages)
     trainer = make_trainer(tmp_path, stream, callbacks=[GradientRisk()])
     with pytest.raises(ValueError, match="GradientRisk: no stage comes after .* add data.probes"):
         trainer.fit(sft(small_folder), stream)
