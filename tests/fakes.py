@@ -83,10 +83,14 @@ class LinearModule(L.LightningModule):
         self.lr_schedulers().step()
         return None
 
-    def log_likelihoods(self, batch: Batch, sampling=None, key=()) -> torch.Tensor:
-        """Of the right answer; a drawn answer is odd, whatever the key."""
-        labels = torch.tensor([1 if sampling else int(example.gold) for example in batch.prompts.examples])
-        return self.logits(batch).log_softmax(dim=1).gather(1, labels[:, None]).squeeze(1)
+    def drawn(self, batch: Batch, sampling, *key) -> Batch:
+        """A drawn answer is odd, whatever the key."""
+        return Batch(batch.prompts, self.processor.encode_targets(["1"] * len(batch)))
+
+    def log_likelihoods(self, batch: Batch) -> torch.Tensor:
+        """Of the answer that is the target."""
+        labels = batch.targets.ids - ord("0")
+        return self.logits(batch).log_softmax(dim=1).gather(1, labels).squeeze(1)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Evaluation:
         examples = batch.prompts.examples

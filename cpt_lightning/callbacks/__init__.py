@@ -6,6 +6,7 @@ from cpt_lightning.callbacks.continual import ContinualLearning
 from cpt_lightning.callbacks.drift import Drift
 from cpt_lightning.callbacks.ewc import EWC
 from cpt_lightning.callbacks.exports import TaskExport
+from cpt_lightning.callbacks.gradient_risk import GradientRisk
 from cpt_lightning.callbacks.l2 import L2
 from cpt_lightning.callbacks.merging import ModelMerging
 from cpt_lightning.callbacks.progress import SkippedRows, TaskProgressBar
@@ -14,6 +15,7 @@ from cpt_lightning.callbacks.rollout_writer import RolloutWriter
 from cpt_lightning.callbacks.samples import SampleLog
 from cpt_lightning.callbacks.scores import TestScores
 from cpt_lightning.callbacks.stream_pictures import StreamPictures
+from cpt_lightning.callbacks.weight_change import WeightChange
 
 __all__ = [
     "EWC",
@@ -21,6 +23,7 @@ __all__ = [
     "CompletionPanel",
     "ContinualLearning",
     "Drift",
+    "GradientRisk",
     "ModelMerging",
     "RolloutFilter",
     "RolloutWriter",
@@ -31,4 +34,5 @@ __all__ = [
     "TaskExport",
     "TaskProgressBar",
     "TestScores",
+    "WeightChange",
 ]

@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 from lightning import LightningModule, Trainer
 
+from cpt_lightning.callbacks.fisher import diagonal_fisher, own_answers
 from cpt_lightning.callbacks.penalties import QuadraticPenalty
-from cpt_lightning.models.sharding import exchange_gradients, gather, trained_backbones
-from cpt_lightning.models.weights import Weights, copy_of, trained
+from cpt_lightning.models.weights import Weights, copy_of
 from cpt_lightning.rollouts import Sampling
 from cpt_lightning.types import Batch
 
@@ -66,22 +66,10 @@ class EWC(QuadraticPenalty):
                 self.remember(self.fisher(pl_module, batch, stage), copy_of(pl_module))
 
     def fisher(self, module: LightningModule, batch: Batch, stage: int) -> Weights:
-        """The mean over rows of the squared gradient of a row's log-probability, in float32."""
-        parameters = trained(module)
-        total = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
-        backbones = trained_backbones(module)
-        for row in range(len(batch)):
-            module.zero_grad(set_to_none=True)
-            for backbone in backbones:
-                gather(backbone)
-            module.log_likelihoods(batch.select([row]), self.sampling, (stage, row)).sum().backward()
-            for backbone in backbones:
-                exchange_gradients(backbone)
-            for name, parameter in parameters.items():
-                if parameter.grad is not None:
-                    total[name] += parameter.grad.float().square()
-        module.zero_grad(set_to_none=True)
-        return {name: value / len(batch) for name, value in total.items()}
+        """The diagonal Fisher information of the rows of a stage, or the empirical one."""
+        return diagonal_fisher(
+            module, batch if self.sampling is None else own_answers(module, batch, self.sampling, stage)
+        )
 
     def remember(self, fisher: Weights, weights: Weights) -> None:
         """Adds the Fisher information of a task, found at these weights."""

@@ -14,6 +14,7 @@ from cpt_lightning.functional.advantages import (
 from cpt_lightning.functional.kl import Divergences, divergences, forward_kl, kl_full, kl_k1, kl_k2, kl_k3
 from cpt_lightning.functional.policy_loss import PolicyStats, RatioLevel, clipped_policy_loss, clipped_weight_loss
 from cpt_lightning.functional.reductions import Reduction, masked_mean, token_weights, weighted_sum
+from cpt_lightning.functional.weight_change import effective_rank, num_changed
 
 __all__ = [
     "AdvantageScale",
@@ -24,6 +25,7 @@ __all__ = [
     "clipped_policy_loss",
     "clipped_weight_loss",
     "divergences",
+    "effective_rank",
     "forward_kl",
     "greedy_baseline_advantages",
     "group_normalized_advantages",
@@ -34,6 +36,7 @@ __all__ = [
     "leave_one_out_advantages",
     "masked_mean",
     "mean_and_variance",
+    "num_changed",
     "one_zero_advantages",
     "token_moments",
     "token_weights",

@@ -151,6 +151,46 @@ def adapters_replaced(model: QwenVL, weights: Iterable[Tensor]) -> Iterator[None
             weight.data = data
 
 
+@dataclass
+class LowRankLayer:
+    """A linear layer with an adapter: its weight is ``frozen + scale * B @ A``.
+
+    Args:
+        name: Of the layer, inside the model.
+        frozen: ``[out, in]`` weight under the adapter.
+        scale: Of the adapter.
+        a: Name of the parameter ``[rank, in]``.
+        b: Name of the parameter ``[out, rank]``.
+    """
+
+    name: str
+    frozen: Tensor
+    scale: float
+    a: str
+    b: str
+
+
+def low_rank_layers(model: QwenVL) -> Iterator[LowRankLayer]:
+    """The layers that have an adapter.
+
+    Raises:
+        ValueError: A weight that is no such sum: of a layer that is not linear, with DoRA, or in four bits.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        base, (adapter,) = layer.get_base_layer(), layer.active_adapters
+        if not (isinstance(base, nn.Linear) and base.weight.is_floating_point()) or layer.use_dora[adapter]:
+            raise ValueError(
+                f"{name}: its weight is not the sum of a weight and a product of two matrices, as it is with lora on "
+                "linear layers (and not with qlora or lora.use_dora)"
+            )
+        a, b = (f"{name}.lora_{factor}.{adapter}.weight" for factor in "AB")
+        yield LowRankLayer(name, base.weight, layer.scaling[adapter], a, b)
+
+
 def merge_into_base(model: QwenVL) -> None:
     """Adds what the adapters do to the weights under them, in place; the adapters stay as they are.
 

@@ -7,6 +7,8 @@ Another vision-language model is another file with these functions.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeAlias
 
 import torch
@@ -36,6 +38,19 @@ def vision_is_frozen(model: QwenVL) -> bool:
 def has_dropout(model: QwenVL) -> bool:
     """Whether two passes in train mode give different results."""
     return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+
+
+@contextmanager
+def without_dropout(module: nn.Module) -> Iterator[None]:
+    """The module with nothing dropped out, for as long as it lasts; what else train mode means stays as it is."""
+    dropouts = [part for part in module.modules() if isinstance(part, nn.Dropout) and part.training]
+    for part in dropouts:
+        part.eval()
+    try:
+        yield
+    finally:
+        for part in dropouts:
+            part.train()
 
 
 def encode_images(model: QwenVL, prompts: Prompts) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 SHARDED = (ModelParallelStrategy, FSDPStrategy, DeepSpeedStrategy)
 """Strategies that split weights over ranks."""
+
+DRAWN_AT_ONCE = 8
+"""Rows that :meth:`PostTraining.drawn` samples together: their images and keys must fit beside what training holds."""
 
 NONFINITE_STEPS_ALLOWED = 5
 """After so many steps in a row without a finite gradient the run stops: it will not recover."""
@@ -195,23 +198,28 @@ class PostTraining(Accounted, Evaluating):
         self.account.add_flops(self.flops.scored(prompts, completions, backward=torch.is_grad_enabled()))
         return completion_logprobs(model or self.model, prompts, completions, temperature=temperature)
 
-    def log_likelihoods(self, batch: Batch, sampling: Sampling | None = None, key: Sequence[int] = ()) -> Tensor:
-        """``[B]`` log-probability of a completion of every row, in nats; callbacks measure the policy by its gradient.
+    def drawn(self, batch: Batch, sampling: Sampling, *key: int) -> Batch:
+        """The batch with completions that the policy draws, one of each row, in the place of its targets.
 
         Args:
             batch: B rows.
-            sampling: How the policy itself draws the completion; without it the row's target is taken.
-            key: What the draw depends on, besides the seed: the same on every rank.
+            sampling: How the policy draws.
+            key: What the draws depend on, besides the seed and a row's place: the same on every rank.
+        """
+        completions = []
+        for rows in torch.arange(len(batch)).split(DRAWN_AT_ONCE):
+            generators = [keyed_generator(self.device, self.seed, *key, row) for row in rows.tolist()]
+            prompts = batch.prompts.select(rows.tolist())
+            completions.append(sample_groups(self.model, self.processor, prompts, 1, sampling, generators))
+        return replace(batch, targets=Completions.cat(completions, self.processor.pad_token_id))
+
+    def log_likelihoods(self, batch: Batch) -> Tensor:
+        """``[B]`` log-probability of every row's target, in nats; callbacks measure the policy by its gradient.
 
         Raises:
             ValueError: A row has no target.
         """
-        if sampling is None:
-            completions = targets_of(batch)
-        else:
-            generator = keyed_generator(self.device, self.seed, *key)
-            completions = sample_groups(self.model, self.processor, batch.prompts, 1, sampling, generator)
-        return self.logprobs(batch.prompts, completions).sum(dim=1)
+        return self.logprobs(batch.prompts, targets_of(batch)).sum(dim=1)
 
     @property
     def ranks_go_back_alike(self) -> bool:

@@ -219,6 +219,8 @@ class GroupRollouts(ManualUpdates):
         if completions.logps is not None:
             # The sampled tokens' mean surprise is an unbiased estimate of the entropy, and costs nothing.
             shown["train/entropy"] = -masked_mean(completions.logps, completions.mask)
+        if rollout.group_size > 1:
+            shown["train/reward_variance"] = rollout.rewards.var(dim=1).mean()
         num_prompts = len(rollout.prompts)
         self.log_dict(shown, batch_size=num_prompts, sync_dist=True)
         self.log("train/reward", rollout.rewards.mean(), prog_bar=True, batch_size=num_prompts, sync_dist=True)

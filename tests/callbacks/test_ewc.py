@@ -95,14 +95,17 @@ def test_the_fisher_information_of_the_backbone(small_folder, processor, mixed_p
         torch.testing.assert_close(fisher[name], expected[name], rtol=1e-3, atol=1e-5)
 
 
-def test_the_policys_own_samples_are_drawn_by_seed_and_key(small_folder, processor, mixed_prompts):
+def test_the_policys_own_samples_are_drawn_by_seed_key_and_place(small_folder, processor, mixed_prompts):
+    """However many are drawn at once."""
     module = RFT(backbone=Backbone(small_folder), seed=3)
     module.configure_model()
     batch, sampling = with_examples(mixed_prompts, processor), Sampling(max_new_tokens=5)
-    with torch.no_grad():
-        drawn = [module.log_likelihoods(batch, sampling, key) for key in ((0, 1), (0, 1), (0, 2))]
-    assert torch.equal(drawn[0], drawn[1])
-    assert not torch.equal(drawn[0], drawn[2])
+    batch = batch.select([0, 1, 2, 3, 0, 1, 2, 3, 0, 1])
+    texts = [processor.decode(module.drawn(batch, sampling, *key).targets) for key in ((0, 1), (0, 1), (0, 2))]
+    assert texts[0] == texts[1]
+    assert texts[0] != texts[2]
+    assert len({texts[0][0], texts[0][4], texts[0][8]}) > 1, "a row that comes twice draws twice"
+    assert processor.decode(module.drawn(batch.select([0, 1, 2]), sampling, 0, 1).targets) == texts[0][:3]
 
 
 @pytest.mark.parametrize(
