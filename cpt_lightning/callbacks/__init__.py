@@ -5,6 +5,7 @@ from cpt_lightning.callbacks.continual import ContinualLearning
 from cpt_lightning.callbacks.drift import Drift
 from cpt_lightning.callbacks.ewc import EWC
 from cpt_lightning.callbacks.exports import TaskExport
+from cpt_lightning.callbacks.influence import Influence
 from cpt_lightning.callbacks.l2 import L2
 from cpt_lightning.callbacks.merging import ModelMerging
 from cpt_lightning.callbacks.progress import SkippedRows, TaskProgressBar
@@ -18,6 +19,7 @@ __all__ = [
     "L2",
     "ContinualLearning",
     "Drift",
+    "Influence",
     "ModelMerging",
     "RolloutFilter",
     "RolloutWriter",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,15 +10,17 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
+from cpt_lightning.functional.logprobs import token_logprobs
 from cpt_lightning.models import Backbone
+from cpt_lightning.models.qwen_vl import output_weight
 from cpt_lightning.models.sharding import is_sharded, unsteady, whole
 from cpt_lightning.modules.accounting import Accounted
 from cpt_lightning.modules.evaluating import Evaluating
 from cpt_lightning.modules.schedules import TaskSchedule
-from cpt_lightning.rollouts import Attempts, Sampling, completion_logprobs, sample_groups
+from cpt_lightning.rollouts import Attempts, Sampling, completion_hidden, sample_groups
 from cpt_lightning.rollouts.sampling import keyed_generator
 from cpt_lightning.strategy import FSDP2
-from cpt_lightning.types import Batch, Completions, Prompts
+from cpt_lightning.types import Batch, Completions, Prompts, Scored
 
 if TYPE_CHECKING:
     from cpt_lightning.models.qwen_vl import QwenVL
@@ -71,6 +73,7 @@ class PostTraining(Accounted, Evaluating):
         self.forced_prefix = forced_prefix
         self.attempts = attempts
         self.seed = seed
+        self.listener: Callable[[Scored], None] | None = None  # is told what an update learns from
         self._nonfinite_in_a_row = 0
 
     def configure_model(self) -> None:
@@ -184,7 +187,17 @@ class PostTraining(Accounted, Evaluating):
     ) -> Tensor:
         """``[N, T]`` log-probabilities of completions in nats, by the policy or another model."""
         self.account.add_flops(self.flops.scored(prompts, completions, backward=torch.is_grad_enabled()))
-        return completion_logprobs(model or self.model, prompts, completions, temperature=temperature)
+        model = model or self.model
+        hidden = completion_hidden(model, prompts, completions)
+        logps = token_logprobs(hidden, output_weight(model), completions.ids[completions.mask], temperature)
+        if self.listener is not None and logps.requires_grad:
+            self.listener(Scored(prompts, completions, hidden.detach(), logps, temperature))
+        return completions.unpacked(logps)
+
+    @property
+    def learns_by_logprobs(self) -> bool:
+        """Whether the loss knows of the policy only the log-probabilities of the tokens that it learns."""
+        return True
 
     def log_likelihoods(self, batch: Batch, sampling: Sampling | None = None, key: Sequence[int] = ()) -> Tensor:
         """``[B]`` log-probability of a completion of every row, in nats; callbacks measure the policy by its gradient.
