@@ -89,6 +89,7 @@ data:
       num_train: 7
       num_test: 3
     facts: {<<: *toy, source: {class_path: cpt_lightning.tasks.ToyWorld, init_args: {family: facts}}}
+  probes: {colour: {<<: *toy, source: {class_path: cpt_lightning.tasks.ToyWorld, init_args: {family: colour}}}}
   stages: [facts, [bars2, facts]]
   prompts_per_step: 2
   steps: 4
@@ -101,12 +102,14 @@ trainer: {accelerator: cpu, devices: 2, enable_progress_bar: false}
 MEASURED = [
     "--trainer.callbacks+=cpt_lightning.callbacks.Drift", "--trainer.callbacks.num_rows=3",
     "--trainer.callbacks.max_new_tokens=12", "--trainer.callbacks.every_n_steps=2",
-    "--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.1",
+    "--trainer.callbacks+=cpt_lightning.callbacks.Influence", "--trainer.callbacks.num_rows=3",
+    "--trainer.callbacks.max_new_tokens=12", "--trainer.callbacks.every_n_steps=2",
+    "--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.1", "--model.optimizer.weight_decay=0",
 ]  # fmt: skip
 
 
-def drift(run: Path) -> list[dict]:
-    return json.loads((run / "drift.json").read_text())["measurements"]
+def measurements(run: Path, name: str) -> list[dict]:
+    return json.loads((run / f"{name}.json").read_text())["measurements"]
 
 
 def verdicts(run: Path) -> dict[str, list[dict]]:
@@ -121,7 +124,8 @@ def filtered(tmp_path_factory) -> Path:
     """A run of one process."""
     folder = tmp_path_factory.mktemp("filtered")
     (folder / "config.yaml").write_text(CONFIG)
-    main(["fit", "-c", str(folder / "config.yaml"), "--run_dir", str(folder / "run"), "--trainer.devices=1", *MEASURED])
+    command = ["fit", "-c", str(folder / "config.yaml"), "--run_dir", str(folder / "run"), "--trainer.devices=1"]
+    main([*command, *MEASURED, "--trainer.callbacks.exact=true"])
     return folder / "run"
 
 
@@ -131,12 +135,13 @@ def test_ranks_with_and_without_images_and_rollouts_wait_for_each_other_and_stay
 
     Before that they judge 4 + 3 rows of the first stage, and of the second those of another task too, as one process
     does; the models that judge the second one may differ in their last digits, and so do their fingerprints.
-    Of drift, two rows on one rank and one on the other give what three rows on one give.
+    Of drift and influence, two rows on one rank and one on the other give what three rows on one give.
     """
     (tmp_path / "config.yaml").write_text(CONFIG)
     command = [sys.executable, "-m", "cpt_lightning", "fit", "-c", str(tmp_path / "config.yaml")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command += ["--run_dir", str(tmp_path / "run"), "--trainer.strategy", strategy, *MEASURED]
+    command += ["--trainer.callbacks.exact=true"] if strategy == "ddp" else []  # fsdp2 refuses it
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads((tmp_path / "run" / "accuracy_matrix.json").read_text())["rows"]
@@ -147,11 +152,30 @@ def test_ranks_with_and_without_images_and_rollouts_wait_for_each_other_and_stay
     assert [figures_of(run)["rows"] for run in (filtered, tmp_path / "run")] == [0.016] * 2, "8 steps of 2 rows"
     assert [row["row_id"] for row in two["bars2+facts"][1:]] == [row["row_id"] for row in one["bars2+facts"][1:]]
     assert {row["pass_count"] for row in one["facts"][1:]} == {1, 2}, "otherwise little was compared"
-    one, two = drift(filtered), drift(tmp_path / "run")
-    assert [(row["stage"], row["step"], row["name"]) for row in two[:2]] == [(1, 2, "facts"), (1, 4, "facts")]
-    for alone, together in zip(one[:2], two[:2], strict=True):
+    compare_drift(*(measurements(run, "drift") for run in (filtered, tmp_path / "run")))
+    compare_influence(*(measurements(run, "influence") for run in (filtered, tmp_path / "run")))
+
+
+def compare_drift(one: list[dict], two: list[dict]) -> None:
+    of_first = [(1, step, name) for step in (2, 4) for name in ("facts", "colour")]
+    assert [(row["stage"], row["step"], row["name"]) for row in two[:4]] == of_first
+    for alone, together in zip(one[:4:2], two[:4:2], strict=True):  # the probe has hardly moved yet
         assert {**together, "name": 0} == pytest.approx({**alone, "name": 0}, rel=1e-4)
-    assert one[1]["forward_kl"] > 1e-5
-    assert [(row["step"], row["name"], row["num_rows"]) for row in two[2:]] == [
-        (step, name, 3) for step in (2, 4) for name in ("facts", "bars2")
+    assert one[2]["forward_kl"] > 1e-5
+    assert [(row["step"], row["name"], row["num_rows"]) for row in two[4:]] == [
+        (step, name, 3) for step in (2, 4) for name in ("facts", "bars2", "colour")
     ]
+
+
+def compare_influence(one: list[dict], two: list[dict]) -> None:
+    assert [(row["stage"], row["step"], *row["on"]) for row in two] == [
+        (stage, step, "colour") for stage in (1, 2) for step in (2, 4)
+    ]
+    for alone, together in zip(one[:2], two[:2], strict=True):
+        for kind in ("gradient_squared", "lr", "base_perplexity"):
+            assert together[kind] == pytest.approx(alone[kind], rel=1e-4)
+        for kind, value in together["on"]["colour"].items():
+            # Differences of changes of 1e-4: the last digits of log-probabilities show.
+            tolerance = 1e-2 if kind == "asymmetry" else 1e-3
+            assert value == pytest.approx(alone["on"]["colour"][kind], rel=tolerance, abs=1e-6), kind
+        assert alone["on"]["colour"].keys() >= {"lbk", "cosine"}

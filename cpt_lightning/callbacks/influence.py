@@ -184,6 +184,15 @@ class Influence(Measuring):
         is_due = (self._step + 1) % self.every_n_steps == 0
         module.listener = self._listening = Learned(module.model) if is_due else None
 
+    def state_dict(self) -> dict:
+        """The record, and how many updates the task has behind it."""
+        return {**super().state_dict(), "step": self._step}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Goes on with the record of a checkpoint, within its task."""
+        super().load_state_dict(state_dict)
+        self._step = state_dict["step"]
+
     # -- measuring ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()

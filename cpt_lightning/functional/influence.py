@@ -10,7 +10,7 @@ have closed forms at each position, so that V x V and T x V tables are not neede
 
     ||A||^2 = V - 2 + V ||pi||^2,    ||d log pi_y / d logits||^2 = 1 - 2 pi_y + ||pi||^2.
 
-All is computed in float32 or better.
+All is computed in float64.
 """
 
 from collections.abc import Iterator
@@ -113,8 +113,8 @@ def kernel_bound(
 
 
 def _log_softmax(hidden: Tensor, weight: Tensor, temperature: float = 1.0) -> Tensor:
-    logits = hidden @ weight.T
-    return (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(dim=-1)
+    # In float64: log pi of a token that is all but sure is lost between logits of 30, whose float32 has steps of 2e-6.
+    return ((hidden @ weight.T).double() / temperature).log_softmax(dim=-1)
 
 
 def _chunks(num_rows: int, size: int) -> Iterator[slice]:
