@@ -17,7 +17,7 @@ from cpt_lightning.models.sharding import is_sharded, unsteady, whole
 from cpt_lightning.modules.accounting import Accounted
 from cpt_lightning.modules.evaluating import Evaluating
 from cpt_lightning.modules.schedules import TaskSchedule
-from cpt_lightning.rollouts import Attempts, Sampling, completion_hidden, sample_groups
+from cpt_lightning.rollouts import Attempts, Sampling, completion_hidden, completion_logprobs, sample_groups
 from cpt_lightning.rollouts.sampling import keyed_generator
 from cpt_lightning.strategy import FSDP2
 from cpt_lightning.types import Batch, Completions, Prompts, Scored
@@ -215,7 +215,8 @@ class PostTraining(Accounted, Evaluating):
         else:
             generator = keyed_generator(self.device, self.seed, *key)
             completions = sample_groups(self.model, self.processor, batch.prompts, 1, sampling, generator)
-        return self.logprobs(batch.prompts, completions).sum(dim=1)
+        # Not by `logprobs`: this is looked at, and not learned from.
+        return completion_logprobs(self.model, batch.prompts, completions).sum(dim=1)
 
     @property
     def ranks_go_back_alike(self) -> bool:

@@ -8,19 +8,23 @@ from torch.autograd.functional import jacobian
 from cpt_lightning.functional import kernel_bound, log_prob_change, residual_squared
 
 
+def double(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
 def test_hand_worked_norms():
     """Logits 0 and log 3 are probabilities 1/4 and 3/4, ||pi||^2 = 10/16. A = [[3/4, -3/4], [-1/4, 1/4]] has
     ||A||^2 = 20/16 = 2 - 2 + 2 * 10/16. y - pi = (3/4, -3/4) for the first token, of squared norm 18/16, and a quarter
     of that at temperature 2 if the logits are twice as large. An update to logits 0 and 0 takes the first token from
     log 1/4 to log 1/2, and the second from log 3/4 to log 1/2."""
-    hidden, weight, y = torch.ones(1, 1), torch.tensor([[1.0], [3.0]]).log(), torch.tensor([0])
-    torch.testing.assert_close(residual_squared(hidden, weight, y), torch.tensor([18 / 16]))
-    torch.testing.assert_close(residual_squared(2 * hidden, weight, y, 2.0), torch.tensor([18 / 64]))
+    hidden, weight, y = double(1.0)[:, None], double(1.0, 3.0)[:, None].log(), torch.tensor([0])
+    torch.testing.assert_close(residual_squared(hidden, weight, y), double(18 / 16))
+    torch.testing.assert_close(residual_squared(2 * hidden, weight, y, 2.0), double(18 / 64))
     found = log_prob_change(hidden, weight, 0 * hidden, weight, y)
-    gain, loss = torch.tensor([2.0]).log(), torch.tensor([2 / 3]).log()
+    gain, loss = double(2.0).log(), double(2 / 3).log()
     torch.testing.assert_close(found.of_token, gain)
     torch.testing.assert_close(found.squared, gain**2 + loss**2)
-    torch.testing.assert_close(found.jacobian_squared, torch.tensor([20 / 16]))
+    torch.testing.assert_close(found.jacobian_squared, double(20 / 16))
     torch.testing.assert_close(kernel_bound(found.squared, found.jacobian_squared, 18 / 16), found.squared * 256 / 360)
 
 
