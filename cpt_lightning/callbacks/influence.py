@@ -91,7 +91,8 @@ class Influence(Measuring):
       length of the update; 0 in the limit of small steps.
 
     A change is that of the update as it was, its optimizer, clipping and penalties included; A, K and G know the loss
-    alone. In bfloat16 the changes of small learning rates drown in rounding.
+    alone. Adam's step does not grow with the gradient, so that under it ``lbk`` is large where G is small: compare
+    objectives by their changes. In bfloat16 the changes of small learning rates drown in rounding.
 
     Writes ``influence.json`` beside ``config.yaml``: an entry for each update, with ``stage`` (1 is the first) and
     ``step`` (updates of that stage so far), and under ``on`` one for each task or probe. Logs

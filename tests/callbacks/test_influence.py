@@ -70,10 +70,7 @@ def rft(folder: str, tuning: str = "full", make: type[RFT] = RFT, **options) -> 
     return make(
         backbone=Backbone(folder, **TUNINGS[tuning]),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
-        group_size=4,
-        sampling=Sampling(4, temperature=0.7),
-        evaluation=Sampling(2),
-        **options,
+        **{"group_size": 4, "sampling": Sampling(4, temperature=0.7), "evaluation": Sampling(2)} | options,
     )
 
 
@@ -254,6 +251,25 @@ def test_the_adapter_of_another_task_is_out_of_reach(tmp_path, small_folder):
     last = read(tmp_path)[-1]["on"]
     assert last["bars2"]["change_squared"] == 0.0
     assert last["colour"]["change_squared"] > 0
+
+
+@pytest.mark.parametrize(
+    "make, target, low, high",
+    [
+        (sft, "{answer}", 1e3, 1e9),
+        (sft, "<think>{thought}</think><answer>{answer}</answer>", 1.1, 3),
+        (rft, None, 1, 3),
+    ],
+)
+def test_what_the_base_finds_surprising_is_neither_its_style_nor_its_own_answers(tmp_path, make, target, low, high):
+    """The embedded base, which answers with <think>; bfloat16 is near enough."""
+    stream = toy_stream(stages=["bars2"], steps=1, target=target)
+    trainer = make_trainer(tmp_path, stream, [Influence(1, 2, every_n_steps=1)], precision="bf16-mixed")
+    torch.manual_seed(0)
+    module = make("tiny", **({"sampling": Sampling(24)} if make is rft else {}))
+    trainer.validate(module, stream, verbose=False)
+    trainer.fit(module, stream)
+    assert low < read(tmp_path)[0]["base_perplexity"]["bars2"] < high
 
 
 # -- what must not change ----------------------------------------------------------------------------------------------
