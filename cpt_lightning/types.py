@@ -209,6 +209,25 @@ class Completions:
 
 
 @dataclass
+class Scored:
+    """Completions that an objective is about to learn from, as it scored them.
+
+    Args:
+        prompts: B prompts.
+        completions: N completions, group by group.
+        hidden: ``[M, H]`` final hidden states that predict their M tokens, without the graph.
+        logps: ``[M]`` log-probabilities of these, in the graph of the loss.
+        temperature: That divided the logits.
+    """
+
+    prompts: Prompts
+    completions: Completions
+    hidden: Tensor
+    logps: Tensor
+    temperature: float
+
+
+@dataclass
 class Batch:
     """What a data loader yields: prompts and, for training rows that have one, the reference completion (G = 1).
 

@@ -7,6 +7,7 @@ from cpt_lightning.callbacks.drift import Drift
 from cpt_lightning.callbacks.ewc import EWC
 from cpt_lightning.callbacks.exports import TaskExport
 from cpt_lightning.callbacks.gradient_risk import GradientRisk
+from cpt_lightning.callbacks.influence import Influence
 from cpt_lightning.callbacks.l2 import L2
 from cpt_lightning.callbacks.merging import ModelMerging
 from cpt_lightning.callbacks.progress import SkippedRows, TaskProgressBar
@@ -24,6 +25,7 @@ __all__ = [
     "ContinualLearning",
     "Drift",
     "GradientRisk",
+    "Influence",
     "ModelMerging",
     "RolloutFilter",
     "RolloutWriter",

@@ -2,52 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import time
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 import torch
-from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning import LightningModule, Trainer
 from torch import Tensor
 
 from cpt_lightning.callbacks.base_model import BaseModel
+from cpt_lightning.callbacks.measuring import Measuring
 from cpt_lightning.functional import divergences
 from cpt_lightning.models.qwen_vl import output_weight
-from cpt_lightning.records.files import replace_text
-from cpt_lightning.rollouts import Sampling, completion_hidden, run_prompts, sample_groups
-from cpt_lightning.rollouts.sampling import row_generators, sampling_mode
+from cpt_lightning.rollouts import completion_hidden, run_prompts
+from cpt_lightning.rollouts.sampling import sampling_mode
 from cpt_lightning.types import Completions, Prompts
 
-if TYPE_CHECKING:
-    from cpt_lightning.models.qwen_vl import QwenVL
-
 FILENAME = "drift.json"
-VERSION = 1
 SHOWN = ("forward_kl", "reverse_kl", "total_variation", "top1_agreement")
 """What is logged of a measurement; the file has all of it."""
 
 
-@dataclass
-class Asked:
-    """The fixed prompts of a task or probe, and what the base answered.
-
-    Args:
-        num_rows: Prompts, over all ranks.
-        mine: Numbers of those that this rank measures.
-        prompts: These, if there are any.
-        answers: The base's, one each.
-    """
-
-    num_rows: int
-    mine: list[int]
-    prompts: Prompts | None = None
-    answers: Completions | None = None
-
-
-class Drift(Callback):
+class Drift(Measuring):
     """Measures the divergence between the base and the current model, after every task and every ``n`` steps.
 
     On fixed prompts of the current task, of the tasks before it and of the probes, all from the split that is evaluated
@@ -81,36 +56,9 @@ class Drift(Callback):
     """
 
     def __init__(self, num_rows: int = 8, max_new_tokens: int = 64, every_n_steps: int | None = None) -> None:
-        counts = {"num_rows": num_rows, "max_new_tokens": max_new_tokens, "every_n_steps": every_n_steps}
-        for name, count in counts.items():
-            if count is not None and count < 1:
-                raise ValueError(f"Drift: {name}={count} must be at least 1")
-        self.num_rows = num_rows
-        self.sampling = Sampling(max_new_tokens)
-        self.every_n_steps = every_n_steps
-        self.measurements: list[dict] = []
-        self._asked: dict[str, Asked] = {}
-        self._base: BaseModel | None = None
-        self._seconds, self._start = 0.0, 0.0
+        super().__init__(FILENAME, num_rows, max_new_tokens, every_n_steps)
 
     # -- when --------------------------------------------------------------------------------------------------------
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuses a Trainer that has no stream to take prompts from."""
-        if trainer.datamodule is None:
-            raise ValueError("Drift needs a stream of tasks: call trainer.fit(module, datamodule=stream)")
-
-    @torch.no_grad()
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Asks the base; a resumed run gets the same answers."""
-        self._start = time.perf_counter()
-        base = self._base = BaseModel(trainer, pl_module)
-        stream = trainer.datamodule
-        with base.gathered(), trainer.precision_plugin.forward_context():
-            for name in [*stream.task_names, *stream.probe_names]:
-                self._asked[name] = self._ask(trainer, pl_module, base, name)
-        self._seconds = time.perf_counter() - self._start
-        self._save(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int, *_
@@ -123,13 +71,6 @@ class Drift(Callback):
         """Measures what the task did; before its checkpoint is saved."""
         self.measure(trainer, pl_module, int(trainer.num_training_batches))
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Says what all of it cost, and gives the copy's memory back."""
-        share = self._seconds / (time.perf_counter() - self._start)
-        rank_zero_info(f"Drift: took {self._seconds:.1f} s, {share:.1%} of the time of training and evaluation")
-        self._base = None
-        self._asked = {}
-
     # -- measuring ---------------------------------------------------------------------------------------------------
 
     def measure(self, trainer: Trainer, module: LightningModule, step: int) -> None:
@@ -140,14 +81,12 @@ class Drift(Callback):
             module: Whose model.
             step: Batches of the stage so far.
         """
-        stream, stage, base = trainer.datamodule, trainer.current_epoch, self._base
-        assert base is not None, "training has begun"
+        stream, stage = trainer.datamodule, trainer.current_epoch
         names = [name for name in stream.task_names if any(name in tasks for tasks in stream.stages[: stage + 1])]
         start = time.perf_counter()
-        with module.account.aside(), base.gathered(), trainer.precision_plugin.forward_context():
+        with self.aside(trainer, module) as base:
             found = {name: self._measure(trainer, module, base, name) for name in [*names, *stream.probe_names]}
         seconds = time.perf_counter() - start
-        self._seconds += seconds
         self.measurements = [
             *self.measurements,
             *({"stage": stage + 1, "step": step, "name": name, **values} for name, values in found.items()),
@@ -155,16 +94,6 @@ class Drift(Callback):
         shown = {f"drift/{name}/{key}": values[key] for name, values in found.items() for key in SHOWN}
         self.log_dict({**shown, "time/drift_s": seconds}, batch_size=1, sync_dist=True)
         self._save(trainer)
-
-    def _ask(self, trainer: Trainer, module: LightningModule, base: BaseModel, name: str) -> Asked:
-        every = trainer.datamodule.rows_of_evaluation(name, self.num_rows).prompts
-        mine = list(range(trainer.global_rank, len(every), trainer.world_size))
-        if not mine:
-            return Asked(len(every), mine)
-        prompts = every.select(mine)
-        here = trainer.strategy.batch_to_device(prompts)
-        with base.model() as model:
-            return Asked(len(every), mine, prompts, self._answers(model, module, here).to("cpu"))
 
     @torch.no_grad()
     def _measure(self, trainer: Trainer, module: LightningModule, base: BaseModel, name: str) -> dict[str, float]:
@@ -194,7 +123,7 @@ class Drift(Callback):
         model = module.model
         with sampling_mode(model), module.adapters_of(name):
             known = replace(prompts, state=run_prompts(model, prompts))
-            own = self._answers(model, module, known)
+            own = self.answers(model, module, known)
             both = _in_turn(answers, own, module.processor.pad_token_id)
             hidden = completion_hidden(model, known, both)
         with base.model() as reference:
@@ -204,36 +133,6 @@ class Drift(Callback):
         of_base = torch.stack([forward, variation, agreement, both.lengths], dim=1)[0::2]
         of_model = torch.stack([reverse, both.lengths], dim=1)[1::2]
         return torch.cat([of_base, of_model], dim=1)
-
-    def _answers(self, model: QwenVL, module: LightningModule, prompts: Prompts) -> Completions:
-        generators = row_generators(module.device, prompts, module.seed)
-        return sample_groups(model, module.processor, prompts, 1, self.sampling, generators)
-
-    # -- the record --------------------------------------------------------------------------------------------------
-
-    @property
-    def _settings(self) -> dict[str, int]:
-        return {"num_rows": self.num_rows, "max_new_tokens": self.sampling.max_new_tokens}
-
-    def state_dict(self) -> dict:
-        """The record, as plain lists and numbers."""
-        return {**self._settings, "measurements": self.measurements}
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Goes on with the record of a checkpoint."""
-        for name, now in self._settings.items():
-            if state_dict[name] != now:
-                raise ValueError(
-                    f"Drift: the checkpoint was measured with {name}={state_dict[name]}, now it is {now}, and its "
-                    "figures would not compare; restore it, or begin a new run"
-                )
-        self.measurements = list(state_dict["measurements"])
-
-    def _save(self, trainer: Trainer) -> None:
-        folder = trainer.log_dir  # a broadcast: all ranks must ask
-        if trainer.is_global_zero and folder is not None and not trainer.fast_dev_run:
-            record = {"version": VERSION, **self.state_dict()}
-            replace_text(Path(folder) / FILENAME, json.dumps(record, indent=2) + "\n")
 
 
 def _in_turn(one: Completions, other: Completions, pad_id: int) -> Completions:

@@ -50,6 +50,7 @@ class StepAccount:
             raise ValueError(f"peak_flops={peak_flops} must be positive, e.g. 989e12 for an H100 in bfloat16")
         self.peak_flops = peak_flops
         self._start: float | None = None
+        self._aside_s = 0.0
         self._clear()
 
     def _clear(self) -> None:
@@ -80,16 +81,19 @@ class StepAccount:
     def start(self) -> None:
         """A step begins; unless training was paused it began where the last one ended, so that loading counts too."""
         if self._start is None:
-            self._start = time.perf_counter()
+            self._start = self.clock()
             self._clear()
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """What is done within is no part of the step."""
+        """What is done within is no part of the step, nor of one of its phases."""
         start = time.perf_counter()
         yield
-        if self._start is not None:
-            self._start += time.perf_counter() - start
+        self._aside_s += time.perf_counter() - start
+
+    def clock(self) -> float:
+        """Seconds that have passed, but for those that went aside."""
+        return time.perf_counter() - self._aside_s
 
     def end(self, device: torch.device) -> dict[str, float]:
         """A step has ended.
@@ -100,7 +104,7 @@ class StepAccount:
             ``perf/mfu_equivalent``, those of a naive step, as far as the peak is known; ``perf/host_rss_gb``, and on a
             GPU ``perf/peak_memory_gb`` (1 GB is 10^9 bytes).
         """
-        now = time.perf_counter()
+        now = self.clock()
         seconds = 0.0 if self._start is None else now - self._start
         measured = {
             "time/step_s": seconds,
@@ -174,9 +178,9 @@ class Accounted(L.LightningModule):
     def timed(self, phase: str) -> Iterator[None]:
         """Logs how long a phase of the step takes, as ``time/<phase>_s``; times of the same phase add up."""
         self.say_phase(phase)
-        start = time.perf_counter()
+        start = self.account.clock()
         yield
-        self.log(f"time/{phase}_s", self.account.add_time(phase, time.perf_counter() - start))
+        self.log(f"time/{phase}_s", self.account.add_time(phase, self.account.clock() - start))
 
     def say_phase(self, phase: str) -> None:
         """Says what the step is at, if somebody wants to know."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,15 +12,17 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from cpt_lightning.functional.logprobs import token_logprobs
 from cpt_lightning.models import Backbone
+from cpt_lightning.models.qwen_vl import output_weight
 from cpt_lightning.models.sharding import is_sharded, unsteady, whole
 from cpt_lightning.modules.accounting import Accounted
 from cpt_lightning.modules.evaluating import Evaluating
 from cpt_lightning.modules.schedules import TaskSchedule
-from cpt_lightning.rollouts import Attempts, Sampling, completion_logprobs, sample_groups
+from cpt_lightning.rollouts import Attempts, Sampling, completion_hidden, completion_logprobs, sample_groups
 from cpt_lightning.rollouts.sampling import keyed_generator
 from cpt_lightning.strategy import FSDP2
-from cpt_lightning.types import Batch, Completions, Prompts
+from cpt_lightning.types import Batch, Completions, Prompts, Scored
 
 if TYPE_CHECKING:
     from cpt_lightning.models.qwen_vl import QwenVL
@@ -75,6 +78,7 @@ class PostTraining(Accounted, Evaluating):
         self.forced_prefix = forced_prefix
         self.attempts = attempts
         self.seed = seed
+        self.listener: Callable[[Scored], None] | None = None  # is told what an update learns from
         self._nonfinite_in_a_row = 0
 
     def configure_model(self) -> None:
@@ -196,7 +200,17 @@ class PostTraining(Accounted, Evaluating):
     ) -> Tensor:
         """``[N, T]`` log-probabilities of completions in nats, by the policy or another model."""
         self.account.add_flops(self.flops.scored(prompts, completions, backward=torch.is_grad_enabled()))
-        return completion_logprobs(model or self.model, prompts, completions, temperature=temperature)
+        model = model or self.model
+        hidden = completion_hidden(model, prompts, completions)
+        logps = token_logprobs(hidden, output_weight(model), completions.ids[completions.mask], temperature)
+        if self.listener is not None and logps.requires_grad:
+            self.listener(Scored(prompts, completions, hidden.detach(), logps, temperature))
+        return completions.unpacked(logps)
+
+    @property
+    def learns_by_logprobs(self) -> bool:
+        """Whether the loss knows of the policy only the log-probabilities of the tokens that it learns."""
+        return True
 
     def drawn(self, batch: Batch, sampling: Sampling, *key: int) -> Batch:
         """The batch with completions that the policy draws, one of each row, in the place of its targets.
@@ -219,7 +233,8 @@ class PostTraining(Accounted, Evaluating):
         Raises:
             ValueError: A row has no target.
         """
-        return self.logprobs(batch.prompts, targets_of(batch)).sum(dim=1)
+        # Not by `logprobs`: this is looked at, and not learned from.
+        return completion_logprobs(self.model, batch.prompts, targets_of(batch)).sum(dim=1)
 
     @property
     def ranks_go_back_alike(self) -> bool:

@@ -262,6 +262,11 @@ class RFT(GroupRollouts, HeldToReference):
         return not self.goes_back_through_rollout
 
     @property
+    def learns_by_logprobs(self) -> bool:
+        """Not where the divergence from the reference is computed over the whole vocabulary."""
+        return not (self._has_kl_loss and self.kl_estimator == "full")
+
+    @property
     def _has_kl_loss(self) -> bool:
         return bool(self.kl_coef) and not self.kl_in_reward
 

@@ -31,6 +31,11 @@ class SFT(HeldToReference):
             raise ValueError("reference=synchronised belongs to RFT; SFT has task_start and base")
         self.reduction: Reduction = reduction
 
+    @property
+    def learns_by_logprobs(self) -> bool:
+        """Not where it is held to a reference over the whole vocabulary."""
+        return not self.kl_coef
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The negative log-likelihood of the targets, in nats, and the divergence from the reference."""
         targets = targets_of(batch)

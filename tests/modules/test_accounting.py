@@ -43,16 +43,19 @@ def test_a_step_goes_from_the_end_of_the_last_one_unless_training_paused(monkeyp
 
 
 def test_what_is_done_aside_is_no_part_of_a_step(monkeypatch: pytest.MonkeyPatch):
-    """A step from 0 to 5, of which 1 to 4 went aside, took 2; and aside of no step at all nothing happens."""
-    clock = iter([7.0, 0.0, 1.0, 4.0, 5.0])
+    """A step from 8 to 14, of which 9 to 12 went aside, took 3, and a phase of it from before that to 13 took 2; what
+    went aside of no step at all counts nowhere."""
+    clock = iter([6.0, 7.0, 8.0, 8.0, 9.0, 12.0, 13.0, 14.0])
     monkeypatch.setattr("cpt_lightning.modules.accounting.time.perf_counter", lambda: next(clock))
     account = StepAccount()
     with account.aside():
         pass
     account.start()
+    phase = account.clock()
     with account.aside():
         pass
-    assert account.end(torch.device("cpu"))["time/step_s"] == 2.0
+    assert account.clock() - phase == 2.0
+    assert account.end(torch.device("cpu"))["time/step_s"] == 3.0
 
 
 def test_an_unknown_device_has_no_peak_and_an_impossible_one_is_refused():
