@@ -14,6 +14,9 @@ import yaml
 from cpt_lightning.records.logged import Logged
 from cpt_lightning.records.matrix import AccuracyMatrix
 
+SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""The one in C reads a resolved configuration ten times as fast, where PyYAML was built with it."""
+
 CONFIG = "config.yaml"
 MATRIX = "accuracy_matrix.json"
 SAMPLES = "samples.jsonl"
@@ -97,7 +100,7 @@ class RunFolder:
         if not path.exists():
             return None
         try:
-            found = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+            found = SafeLoader(path.read_text(encoding="utf-8")).get_single_data()
         except yaml.YAMLError as error:
             raise _broken(path, error) from None
         if not isinstance(found, dict):

@@ -192,7 +192,7 @@ def test_dynamic_sampling_stops_when_it_has_enough_groups_that_differ(small_fold
     module = make(small_folder, rollout_batch_prompts=1, informative_prompts=1)
     rollouts, sampled = catch_rollouts(module), []
     sample = module._sample
-    module._sample = lambda prompts, step: sampled.append(len(prompts)) or sample(prompts, step)
+    module._sample = lambda prompts, *place: sampled.append(len(prompts)) or sample(prompts, *place)
     trainer = fit(module, [with_examples(mixed_prompts, processor, only_row(1, 2))])
     assert sampled == [1, 1]  # row 0 teaches nothing, row 1 does; rows 2 and 3 are not sampled
     assert [example.row_id for example in rollouts[0].prompts.examples] == ["demo/1"]
