@@ -67,6 +67,15 @@ def test_sigterm_ends_a_run_that_goes_on_to_the_same_end(tmp_path, whole, hook, 
     assert_same_end(tmp_path, module, whole)
 
 
+@pytest.fixture
+def interruptible():
+    """A process that a shell put into the background ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_says_how_to_go_on(tmp_path, whole, caplog):
     with caplog.at_level("INFO"), pytest.raises(SystemExit):
         run(tmp_path, Send(signal.SIGINT, batch=1))
