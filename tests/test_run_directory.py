@@ -52,7 +52,11 @@ model:
     sampling: {max_new_tokens: 8}
 filter: {mode: solvable, completions_per_row: 2, lowest: 0}
 trainer:
-  callbacks: [{class_path: cpt_lightning.callbacks.Drift, init_args: {num_rows: 2, max_new_tokens: 8}}]
+  callbacks:
+    - {class_path: cpt_lightning.callbacks.Drift, init_args: {num_rows: 2, max_new_tokens: 8}}
+    - {class_path: cpt_lightning.callbacks.Influence, init_args: {num_rows: 2, max_new_tokens: 8, every_n_steps: 1}}
+    - {class_path: cpt_lightning.callbacks.GradientRisk, init_args: {num_rows: 2, max_new_tokens: 8}}
+    - {class_path: cpt_lightning.callbacks.WeightChange}
 """
 COLLECT = """
 model: {init_args: {attempts: {group_size: 2, sampling: {max_new_tokens: 32}}}}
@@ -180,6 +184,9 @@ JSON_FILES = {
     "samples.jsonl": ["samples.jsonl", "validate.jsonl", "test.jsonl", "predictions.jsonl"],
     "test_scores.json": ["test_scores.json"],
     "drift.json": ["drift.json"],
+    "influence.json": ["influence.json"],
+    "gradient_risk.json": ["gradient_risk.json"],
+    "weight_change.json": ["weight_change.json"],
     "rollouts.jsonl": ["rollouts.jsonl"],
     "rollouts_summary.json": ["rollouts_summary.json"],
     "environment.json": ["environment.json"],
