@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tensorboard.backend.event_processing.event_accumulator import ScalarEvent  # type: ignore[import-untyped]
 
 
 @dataclass(frozen=True)
@@ -22,23 +26,14 @@ class Logged:
     @classmethod
     def load(cls, folder: Path) -> Logged:
         """Reads all event files of a folder; no values where there are none."""
-        # Here, for it is slow to import.
-        from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
-            EventAccumulator,
-        )
-
-        values: dict[str, list[float]] = {}
-        spans: list[float] = []
-        for path in sorted(folder.glob("events.out.tfevents.*")):
-            events = EventAccumulator(str(path), size_guidance={"scalars": 0})
-            events.Reload()
-            times: list[float] = []
-            for name in events.Tags()["scalars"]:
-                found = events.Scalars(name)
-                values.setdefault(name, []).extend(event.value for event in found)
-                times += (found[0].wall_time, found[-1].wall_time)
-            spans += [max(times) - min(times)] if times else []
-        return cls(values, sum(spans) if spans else None)
+        files = sorted(folder.glob("events.out.tfevents.*"))
+        if not files:
+            return cls()
+        # Of the folder: what a resumed run logs again takes the place of what the killed one had logged.
+        events = _scalars_of(folder)
+        values = {name: [event.value for event in found] for name, found in events.items()}
+        spans = [_span(_scalars_of(file)) for file in files]
+        return cls(values, sum(spans) if any(spans) else None)
 
     def total(self, name: str) -> float | None:
         """The sum over steps."""
@@ -56,3 +51,18 @@ class Logged:
         if not rates or len(rates) != len(seconds):
             return None
         return sum(rate * second for rate, second in zip(rates, seconds, strict=True))
+
+
+def _scalars_of(path: Path) -> dict[str, list[ScalarEvent]]:
+    """The scalars of an event file, or of all those of a folder, by name."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # slow to import
+
+    events = EventAccumulator(str(path), size_guidance={"scalars": 0, "images": 1, "tensors": 1})
+    events.Reload()
+    return {name: events.Scalars(name) for name in events.Tags()["scalars"]}
+
+
+def _span(scalars: Mapping[str, list[ScalarEvent]]) -> float:
+    """Seconds from the first to the last event."""
+    times = [each.wall_time for found in scalars.values() for each in (found[0], found[-1])]
+    return max(times) - min(times) if times else 0.0

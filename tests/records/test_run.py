@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from torch.utils.tensorboard import SummaryWriter
 
 from cpt_lightning.records import RunFolder
 from tests.report.made_runs import log, made_run
@@ -84,6 +85,16 @@ def test_what_was_logged_by_all_beginnings_of_a_run(tmp_path):
     logged = RunFolder(tmp_path / "run").logged
     assert (logged.total("perf/rows"), logged.seconds, logged.tokens) == (32, 180.0, pytest.approx(110))
     assert logged.highest("perf/host_rss_gb") == 2.5 and logged.highest("perf/peak_memory_gb") is None
+
+
+def test_what_a_resumed_run_logs_again_counts_once(tmp_path):
+    """Killed after 4 steps and resumed at the third: 5 steps of 16 rows."""
+    made_run(tmp_path / "run")
+    for purge_step, steps in ((0, range(4)), (2, range(2, 5))):
+        with SummaryWriter(str(tmp_path / "run"), purge_step=purge_step, filename_suffix=f".{purge_step}") as writer:
+            for step in steps:
+                writer.add_scalar("perf/rows", 16, step)
+    assert RunFolder(tmp_path / "run").logged.total("perf/rows") == 80
 
 
 def test_verdicts_of_a_stage_that_is_being_judged_are_not_finished(tmp_path):
