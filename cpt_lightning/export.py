@@ -9,7 +9,6 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from cpt_lightning.callbacks.cards import Kind, config_of, model_card
-from cpt_lightning.callbacks.continual import FILENAME
 from cpt_lightning.callbacks.exports import EXPORTS, merged_model, weights_of_model
 from cpt_lightning.checkpoint_files import checkpoints_in
 from cpt_lightning.checkpoint_io import read_checkpoint
@@ -17,6 +16,7 @@ from cpt_lightning.models import Backbone
 from cpt_lightning.models.adapters import has_adapters
 from cpt_lightning.models.folders import lasting_name, load_weights, refuse_filled, save_folder
 from cpt_lightning.records.matrix import AccuracyMatrix
+from cpt_lightning.records.run import MATRIX
 
 TASK_CHECKPOINT = re.compile(r"(?P<stage>\d+)_(?P<name>.+)\.ckpt")
 
@@ -65,7 +65,7 @@ def export(
         model = backbone.load_model()
         load_weights(model, weights_of_model(state), str(path))
     kind: Kind = "merged" if merge else "adapter" if has_adapters(model) else "full"
-    matrix = AccuracyMatrix.load(run / FILENAME) if (run / FILENAME).is_file() else None
+    matrix = AccuracyMatrix.load(run / MATRIX) if (run / MATRIX).is_file() else None
     card = model_card(
         f"{run.resolve().name}/{folder.name}",
         kind,
@@ -194,7 +194,7 @@ def _config(run: Path) -> dict:
     config = config_of(run)
     if config is not None:
         return config
-    if (run / FILENAME).exists() or any(run.glob("*.ckpt")):
+    if (run / MATRIX).exists() or any(run.glob("*.ckpt")):
         raise FileNotFoundError(
             f"{run} has no config.yaml, as its run was made from Python: export there with the callback TaskExport or "
             "cpt_lightning.models.folders.save_folder"

@@ -80,7 +80,7 @@ class CompletionPanel(Answers):
             log_image(trainer, f"completions/{task}", panel, logged_step(trainer))
 
     def _verdict(self, row: dict, is_taught: bool) -> Verdict:
-        if is_right(row):
+        if counts_as_right(row):
             return "right"
         task, row_id = row["task"], row["row_id"]
         if is_taught or row_id not in self._right_then.get(task, ()):
@@ -91,7 +91,7 @@ class CompletionPanel(Answers):
 
     def _remember(self, taught: Sequence[str]) -> None:
         for task, rows in _by_task(self._rows_now).items():
-            self._right_last[task] = {row["row_id"] for row in rows if is_right(row)}
+            self._right_last[task] = {row["row_id"] for row in rows if counts_as_right(row)}
             if task in taught or task not in self._right_then:
                 self._right_then[task] = self._right_last[task]
         self._rows_now = []
@@ -110,8 +110,8 @@ class CompletionPanel(Answers):
         )
 
 
-def is_right(row: dict) -> bool:
-    """Whether an answer counts as right."""
+def counts_as_right(row: dict) -> bool:
+    """Whether an answer counts as right: by its accuracy, which the matrix has too, whatever its format."""
     return row["accuracy"] >= RIGHT
 
 

@@ -10,8 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from cpt_lightning.records.matrix import AccuracyMatrix, Scores, logged_cell
-
-FILENAME = "accuracy_matrix.json"
+from cpt_lightning.records.run import MATRIX
 
 
 class ContinualLearning(Callback):
@@ -140,7 +139,7 @@ class ContinualLearning(Callback):
     def _save(self, trainer: Trainer, matrix: AccuracyMatrix) -> None:
         folder = trainer.log_dir  # a broadcast: all ranks must ask
         if trainer.is_global_zero and folder is not None:
-            matrix.save(Path(folder) / FILENAME)
+            matrix.save(Path(folder) / MATRIX)
 
     def _print(self, trainer: Trainer) -> None:
         if self.print_table and trainer.is_global_zero:

@@ -13,11 +13,11 @@ from cpt_lightning.callbacks.base_model import BaseModel
 from cpt_lightning.callbacks.measuring import Measuring
 from cpt_lightning.functional import divergences
 from cpt_lightning.models.qwen_vl import output_weight
+from cpt_lightning.records.run import DRIFT
 from cpt_lightning.rollouts import completion_hidden, run_prompts
 from cpt_lightning.rollouts.sampling import sampling_mode
 from cpt_lightning.types import Completions, Prompts
 
-FILENAME = "drift.json"
 SHOWN = ("forward_kl", "reverse_kl", "total_variation", "top1_agreement")
 """What is logged of a measurement; the file has all of it."""
 
@@ -56,7 +56,7 @@ class Drift(Measuring):
     """
 
     def __init__(self, num_rows: int = 8, max_new_tokens: int = 64, every_n_steps: int | None = None) -> None:
-        super().__init__(FILENAME, num_rows, max_new_tokens, every_n_steps)
+        super().__init__(DRIFT, num_rows, max_new_tokens, every_n_steps)
 
     # -- when --------------------------------------------------------------------------------------------------------
 

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from cpt_lightning.callbacks.fisher import fisher_of_answers, gradient_risk, squared_norm, sum_of
 from cpt_lightning.callbacks.kept_weights import KeptWeights
-from cpt_lightning.records.files import replace_text
+from cpt_lightning.callbacks.measuring import refuse_other_settings, say_cost, write_record
 from cpt_lightning.rollouts import Sampling
 from cpt_lightning.types import Batch
 
 FILENAME = "gradient_risk.json"
-VERSION = 1
 
 
 class GradientRisk(KeptWeights):
@@ -133,15 +129,12 @@ class GradientRisk(KeptWeights):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the record of a task."""
-        folder = trainer.log_dir  # a broadcast: all ranks must ask
-        if trainer.is_global_zero and folder is not None and not trainer.fast_dev_run:
-            replace_text(Path(folder) / FILENAME, json.dumps({"version": VERSION, **self._record}, indent=1) + "\n")
+        write_record(trainer, FILENAME, self._record)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says what all of it cost."""
         self._unhook()
-        share = self._seconds / (time.perf_counter() - self._start)
-        rank_zero_info(f"GradientRisk: took {self._seconds:.1f} s, {share:.1%} of the time of training and evaluation")
+        say_cost(self, self._seconds, self._start)
 
     # -- measuring ---------------------------------------------------------------------------------------------------
 
@@ -217,10 +210,5 @@ class GradientRisk(KeptWeights):
     def load_state_dict(self, state_dict: dict) -> None:
         """Goes on with what a checkpoint held."""
         super().load_state_dict(state_dict)
-        for name, now in self._settings.items():
-            if state_dict[name] != now:
-                raise ValueError(
-                    f"GradientRisk: the checkpoint was measured with {name}={state_dict[name]}, now it is {now}, and "
-                    "its figures would not compare; restore it, or begin a new run"
-                )
+        refuse_other_settings(self, state_dict, self._settings)
         self.fishers, self.measurements = list(state_dict["fishers"]), list(state_dict["measurements"])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -102,9 +102,7 @@ class Measuring(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says what all of it cost, and gives the copy's memory back."""
-        share = self._seconds / (time.perf_counter() - self._start)
-        name, seconds = type(self).__name__, self._seconds
-        rank_zero_info(f"{name}: took {seconds:.1f} s, {share:.1%} of the time of training and evaluation")
+        say_cost(self, self._seconds, self._start)
         self._base = None
         self._asked = {}
 
@@ -147,16 +145,39 @@ class Measuring(Callback):
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Goes on with the record of a checkpoint."""
-        for name, now in self._settings.items():
-            if state_dict[name] != now:
-                raise ValueError(
-                    f"{type(self).__name__}: the checkpoint was measured with {name}={state_dict[name]}, now it is "
-                    f"{now}, and its figures would not compare; restore it, or begin a new run"
-                )
+        refuse_other_settings(self, state_dict, self._settings)
         self.measurements = list(state_dict["measurements"])
 
     def _save(self, trainer: Trainer) -> None:
-        folder = trainer.log_dir  # a broadcast: all ranks must ask
-        if trainer.is_global_zero and folder is not None and not trainer.fast_dev_run:
-            record = {"version": VERSION, **self._settings, "measurements": self.measurements}
-            replace_text(Path(folder) / self.filename, json.dumps(record, indent=2) + "\n")
+        write_record(trainer, self.filename, {**self._settings, "measurements": self.measurements})
+
+
+# -- any record of measurements ------------------------------------------------------------------------------------
+
+
+def write_record(trainer: Trainer, filename: str, record: Mapping[str, Any]) -> None:
+    """Replaces the file beside ``config.yaml``; all ranks must ask."""
+    folder = trainer.log_dir  # a broadcast
+    if trainer.is_global_zero and folder is not None and not trainer.fast_dev_run:
+        replace_text(Path(folder) / filename, json.dumps({"version": VERSION, **record}, indent=2) + "\n")
+
+
+def refuse_other_settings(callback: Callback, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuses to go on with what a checkpoint measured otherwise.
+
+    Raises:
+        ValueError: One of the settings has changed.
+    """
+    for name, value in now.items():
+        if before[name] != value:
+            raise ValueError(
+                f"{type(callback).__name__}: the checkpoint was measured with {name}={before[name]!r}, now it is "
+                f"{value!r}, and its figures would not compare; restore it, or begin a new run"
+            )
+
+
+def say_cost(callback: Callback, seconds: float, start: float) -> None:
+    """Says what measuring took of the time since ``start``, by ``time.perf_counter``."""
+    share = seconds / (time.perf_counter() - start)
+    name = type(callback).__name__
+    rank_zero_info(f"{name}: took {seconds:.1f} s, {share:.1%} of the time of training and evaluation")

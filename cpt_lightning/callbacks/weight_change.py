@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from cpt_lightning.callbacks.kept_weights import KeptWeights
+from cpt_lightning.callbacks.measuring import refuse_other_settings, say_cost, write_record
 from cpt_lightning.functional import effective_rank, num_changed
 from cpt_lightning.models.adapters import LowRankLayer, has_adapters, low_rank_layers
 from cpt_lightning.models.sharding import whole
 from cpt_lightning.models.weights import Weights, copy_of, trained
-from cpt_lightning.records.files import replace_text
 
 FILENAME = "weight_change.json"
-VERSION = 1
 
 
 @dataclass
@@ -101,16 +97,12 @@ class WeightChange(KeptWeights):
         self.measurements = [*self.measurements, here | found]
         shown = {f"weight_change/{name}": value for name, value in found.items() if isinstance(value, float)}
         self.log_dict(shown, batch_size=1)
-        folder = trainer.log_dir  # a broadcast: all ranks must ask
-        if trainer.is_global_zero and folder is not None and not trainer.fast_dev_run:
-            record = {"version": VERSION, "measurements": self.measurements}
-            replace_text(Path(folder) / FILENAME, json.dumps(record, indent=1) + "\n")
+        write_record(trainer, FILENAME, {"measurements": self.measurements})
         self._seconds += time.perf_counter() - start
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says what all of it cost."""
-        share = self._seconds / (time.perf_counter() - self._start)
-        rank_zero_info(f"WeightChange: took {self._seconds:.1f} s, {share:.1%} of the time of training and evaluation")
+        say_cost(self, self._seconds, self._start)
 
     # -- measuring ---------------------------------------------------------------------------------------------------
 
@@ -157,11 +149,7 @@ class WeightChange(KeptWeights):
     def load_state_dict(self, state_dict: dict) -> None:
         """Goes on with what a checkpoint held."""
         super().load_state_dict(state_dict)
-        if state_dict["matrices"] != self.matrices:
-            raise ValueError(
-                f"WeightChange: the checkpoint was measured with matrices={state_dict['matrices']!r}, now it is "
-                f"{self.matrices!r}, and its figures would not compare; restore it, or begin a new run"
-            )
+        refuse_other_settings(self, state_dict, {"matrices": self.matrices})
         self.measurements = list(state_dict["measurements"])
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from cpt_lightning.records.environment import FILENAME as ENVIRONMENT
 from cpt_lightning.records.logged import Logged
 from cpt_lightning.records.matrix import AccuracyMatrix
 
@@ -21,7 +22,6 @@ CONFIG = "config.yaml"
 MATRIX = "accuracy_matrix.json"
 SAMPLES = "samples.jsonl"
 DRIFT = "drift.json"
-ENVIRONMENT = "environment.json"
 STUDY = "study.json"
 
 
