@@ -135,6 +135,11 @@ def whole(tensor: Any) -> Any:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """What this rank has of a tensor that may be a shard; nothing is exchanged."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def all_whole(tensors: Mapping[str, Any], keep: bool) -> dict[str, Any]:
     """The whole of each shard, in main memory, on the ranks that keep them; every rank must ask."""
     kept = {}

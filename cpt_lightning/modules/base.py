@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cpt_lightning.functional.logprobs import token_logprobs
 from cpt_lightning.models import Backbone
 from cpt_lightning.models.qwen_vl import output_weight
-from cpt_lightning.models.sharding import is_sharded, unsteady, whole
+from cpt_lightning.models.sharding import is_sharded, own_part, unsteady, whole
 from cpt_lightning.modules.accounting import Accounted
 from cpt_lightning.modules.evaluating import Evaluating
 from cpt_lightning.modules.schedules import TaskSchedule
@@ -176,6 +176,7 @@ class PostTraining(Accounted, Evaluating):
         Raises:
             FloatingPointError: Gradients were not finite several times in a row.
         """
+        self._forget_untouched_vision()
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         limit = torch.inf if self.max_grad_norm is None else self.max_grad_norm
         norm = whole(nn.utils.clip_grad_norm_(parameters, limit))
@@ -192,6 +193,19 @@ class PostTraining(Accounted, Evaluating):
                 "lower the learning rate, or use bf16-mixed or 32-true precision"
             )
         return {**shown, "train/nonfinite_steps": float(self._nonfinite_in_a_row)}
+
+    def _forget_untouched_vision(self) -> None:
+        """Where no image and no penalty gave the vision tower a gradient, on any rank, lets the optimizer pass it by.
+
+        A zero, as :meth:`anchored` leaves, would have weight decay and moments move it; one process has none at all.
+        """
+        reached = [weight for weight in self.model.model.visual.parameters() if weight.grad is not None]
+        if not reached:  # on all ranks alike: the tower is frozen, or nothing is learned
+            return
+        is_touched = torch.tensor(any(bool(own_part(weight.grad).any()) for weight in reached), device=self.device)
+        if not self.trainer.strategy.reduce(is_touched.int(), reduce_op="max"):
+            for weight in reached:
+                weight.grad = None
 
     # -- shared by objectives ------------------------------------------------------------------------------------
 

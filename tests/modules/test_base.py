@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import lightning as L
@@ -142,6 +143,30 @@ def test_a_schedule_lasts_as_long_as_its_task(small_folder, processor, mixed_pro
         [batch] * 10,
     )
     assert rates == pytest.approx(expected, abs=1e-6)
+
+
+def test_what_no_image_reached_neither_decays_nor_goes_on_by_its_moments(small_folder, processor, mixed_prompts):
+    """An image, then text alone whose gradient of the tower is made the zero that the loss of several ranks leaves."""
+    towers = []
+
+    class OfSeveralRanks(SFT):
+        def on_train_batch_start(self, batch, batch_idx):
+            towers.append({name: weight.detach().clone() for name, weight in self.model.named_parameters()})
+
+        def anchored(self, loss):
+            return loss + sum(weight.sum() for weight in self.parameters()) * 0
+
+    image, text = (with_examples(mixed_prompts.select([row]), processor) for row in (0, 1))
+    assert [batch.prompts.images_per_prompt for batch in (image, text)] == [[1], [0]]
+    module = OfSeveralRanks(
+        backbone=Backbone(small_folder),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1),
+    )
+    fit(module, [image, text, image, text])
+    moved = [{name for name in one if not one[name].equal(two[name])} for one, two in itertools.pairwise(towers)]
+    tower = {name for name in towers[0] if ".visual." in name}
+    assert [names & tower for names in moved] == [tower, set(), tower]
+    assert moved[1] == towers[0].keys() - tower
 
 
 def test_impossible_schedules_are_refused():
