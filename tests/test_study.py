@@ -42,9 +42,25 @@ def test_an_arm_finds_the_folder_of_another_and_its_own(tmp_path):
     assert run.commands[1][2] == str(tmp_path / "out/more/seed_1/r") and "--run_dir" not in run.commands[0]
 
 
+def test_a_grid_runs_an_arm_for_each_of_its_values_and_the_others_once(tmp_path):
+    arms = {"a": "fit --lr {lr} --rank {rank}", "b": "fit -c x.yaml", "c": "fit --lr {lr} --from {a_lr_0.001_rank_8}"}
+    whole = study(tmp_path, arms, grid={"lr": [1e-4, 0.001], "rank": [8]})
+    runs = {run.arm: run for run in whole.runs()}
+    assert list(runs) == ["a_lr_0.0001_rank_8", "a_lr_0.001_rank_8", "b", "c_lr_0.0001", "c_lr_0.001"]
+    assert runs["a_lr_0.001_rank_8"].commands[0][:5] == ("fit", "--lr", "0.001", "--rank", "8")
+    assert runs["c_lr_0.0001"].commands[0][2:5] == ("0.0001", "--from", str(tmp_path / "out/a_lr_0.001_rank_8/seed_0"))
+    assert runs["c_lr_0.0001"].needs == {"a_lr_0.001_rank_8"} and not runs["b"].needs
+    assert whole.values["a_lr_0.0001_rank_8"] == {"lr": "0.0001", "rank": "8"}
+    assert list(whole.chosen(["c_lr_0.001"], None).arms) == ["a_lr_0.001_rank_8", "c_lr_0.001"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ({"arms": {"a": "fit {lr}"}, "grid": {"lr": 3}}, r"must give each of its names a list"),
+        ({"arms": {"a": "fit {lr}"}, "grid": {"lr": [1], "rank": [2]}}, r"grid has rank, but no arm says \{rank\}"),
+        ({"arms": {"a": "fit {a}"}, "grid": {"a": [1]}}, "grid has a, which stands for a folder"),
+        ({"arms": {"a": "fit {lr}", "b": "fit {a}"}, "grid": {"lr": [1]}}, r"arm b names \{a\}, which is no earlier"),
         ({"arms": {}}, "a study has `arms`"),
         ({"arms": {"a": "fit"}, "sead": [1]}, "unknown sead"),
         ({"arms": {"a": "fit", "seeds": 3}}, "arm seeds must be a cpt command"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -51,6 +52,7 @@ class Study:
         arms: For each arm its ``cpt`` commands: those of an earlier arm may be named, ``{grpo}`` is its folder.
         seeds: Each arm is run with each.
         options: Added to every ``fit``, after its configs; what an arm says itself overrides them.
+        values: What an arm of a grid stands for, by name of the arm: ``{"sft_lr_0.001": {"lr": "0.001"}}``.
     """
 
     path: Path
@@ -58,6 +60,7 @@ class Study:
     arms: dict[str, Sequence[str]]
     seeds: Sequence[int] = (0,)
     options: Sequence[str] = field(default_factory=list)
+    values: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: str | Path) -> Study:
@@ -75,14 +78,17 @@ class Study:
             raise ValueError(f"{path} is not YAML: {error}") from None
         if not isinstance(content, dict) or not isinstance(content.get("arms"), dict) or not content["arms"]:
             raise ValueError(f"{path}: a study has `arms`, each a name with a cpt command or a list of them")
-        if unknown := sorted(set(content) - {"out", "arms", "seeds", "options"}):
-            raise ValueError(f"{path}: unknown {', '.join(unknown)}; a study has out, arms, seeds and options")
+        if unknown := sorted(set(content) - {"out", "arms", "seeds", "options", "grid"}):
+            raise ValueError(f"{path}: unknown {', '.join(unknown)}; a study has out, arms, seeds, options and grid")
+        named = {str(name): _commands(path, name, arm) for name, arm in content["arms"].items()}
+        arms, values = _over_grid(named, _grid(path, content.get("grid", {}), named))
         study = cls(
             path=path,
             out=Path(content.get("out", f"runs/{path.stem}")),
-            arms={str(name): _commands(path, name, arm) for name, arm in content["arms"].items()},
+            arms=arms,
             seeds=content.get("seeds", [0]),
             options=shlex.split(content.get("options", "")),
+            values=values,
         )
         study.check()
         return study
@@ -94,7 +100,7 @@ class Study:
         known = {OWN}
         for arm, commands in self.arms.items():
             for command in commands:
-                if unknown := sorted(_names(command) - known):
+                if unknown := sorted(_names(command) - known - set(self.values.get(arm, ()))):
                     raise ValueError(
                         f"{self.path}: arm {arm} names {{{unknown[0]}}}, which is no earlier arm; there are "
                         f"{', '.join(sorted(known))} (double the braces of a template)"
@@ -114,7 +120,7 @@ class Study:
         wanted = set(arms or self.arms)
         for arm in reversed(self.arms):  # what is needed comes earlier
             if arm in wanted:
-                wanted |= frozenset().union(*map(_names, self.arms[arm])) - {OWN}
+                wanted |= self._needs(arm)
         return replace(
             self, arms={arm: self.arms[arm] for arm in self.arms if arm in wanted}, seeds=seeds or self.seeds
         )
@@ -125,22 +131,51 @@ class Study:
             for arm, commands in self.arms.items():
                 folder = self.folder(arm, seed)
                 folders = {OWN: folder, **{other: self.folder(other, seed) for other in self.arms}}
-                needs = frozenset().union(*map(_names, commands)) - {OWN}
-                yield Run(arm, seed, folder, tuple(self._filled(c, folders, seed) for c in commands), needs)
+                slots = {name: str(path) for name, path in folders.items()} | self.values.get(arm, {})
+                yield Run(arm, seed, folder, tuple(self._filled(c, slots, seed) for c in commands), self._needs(arm))
 
     def folder(self, arm: str, seed: int) -> Path:
         """Where a run writes."""
         return self.out / arm / f"seed_{seed}"
 
-    def _filled(self, command: str, folders: Mapping[str, Path], seed: int) -> tuple[str, ...]:
-        words = [word.format_map(folders) for word in shlex.split(command)]
+    def _needs(self, arm: str) -> frozenset[str]:
+        return frozenset().union(*map(_names, self.arms[arm])) - {OWN} - set(self.values.get(arm, ()))
+
+    def _filled(self, command: str, slots: Mapping[str, str], seed: int) -> tuple[str, ...]:
+        words = [_with_slots_filled(word, slots) for word in shlex.split(command)]
         words += ["--seed_everything", str(seed)]
         if words[0] == "fit":
             # After the configs, which would override them, and before what the arm says itself.
             configs = max((place + 2 for place, word in enumerate(words) if word in CONFIGS), default=1)
             words[configs:configs] = self.options
-            words += ["--run_dir", str(folders[OWN]), "--ckpt_path", "last"]
+            words += ["--run_dir", slots[OWN], "--ckpt_path", "last"]
         return tuple(words)
+
+
+def _grid(path: Path, grid: Any, arms: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
+        raise ValueError(f"{path}: grid={grid} must give each of its names a list of values, e.g. lr: [1.0e-4, 3.0e-4]")
+    named = frozenset().union(*(_names(command) for commands in arms.values() for command in commands))
+    for name in grid:
+        if name in arms or name == OWN:
+            raise ValueError(f"{path}: grid has {name}, which stands for a folder; call it something else")
+        if name not in named:
+            raise ValueError(f"{path}: grid has {name}, but no arm says {{{name}}}")
+    return {name: [str(value) for value in values] for name, values in grid.items()}
+
+
+def _over_grid(
+    arms: Mapping[str, Sequence[str]], grid: Mapping[str, Sequence[str]]
+) -> tuple[dict[str, Sequence[str]], dict[str, dict[str, str]]]:
+    """The arms, those that name something of the grid once for each of its values; and what each stands for."""
+    all_arms, all_values = {}, {}
+    for arm, commands in arms.items():
+        varied = [name for name in grid if any(name in _names(command) for command in commands)]
+        for values in itertools.product(*(grid[name] for name in varied)):
+            chosen = dict(zip(varied, values, strict=True))
+            name = "_".join([arm, *itertools.chain(*chosen.items())])
+            all_arms[name], all_values[name] = commands, chosen
+    return all_arms, all_values
 
 
 def _commands(path: Path, name: Any, arm: Any) -> list[str]:
@@ -148,6 +183,11 @@ def _commands(path: Path, name: Any, arm: Any) -> list[str]:
     if not isinstance(commands, list) or not commands or not all(isinstance(command, str) for command in commands):
         raise ValueError(f"{path}: arm {name} must be a cpt command, or a list of them")
     return commands
+
+
+def _with_slots_filled(word: str, slots: Mapping[str, str]) -> str:
+    # Not by str.format, which takes a dot in a name (lr_0.001) for an attribute.
+    return "".join(literal + (slots[name] if name else "") for literal, name, _, _ in Formatter().parse(word))
 
 
 def _names(command: str) -> frozenset[str]:

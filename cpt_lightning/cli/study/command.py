@@ -21,6 +21,10 @@ a study's file:
       - export {grpo} --output {run}/base
       - fit -c configs/demo/sft.yaml --model.init_args.backbone.path {run}/base
 
+A grid runs arms once for each of its values, here sft_lr_0.0001 and sft_lr_0.0003:
+  grid: {lr: [1.0e-4, 3.0e-4]}
+  arms: {sft: "fit -c configs/demo/sft.yaml --model.init_args.optimizer.init_args.lr {lr}"}
+
 Braces that are meant as such are doubled: --data.target "{{answer}}".
 
 for example:
