@@ -39,9 +39,12 @@ def quadratic_fit(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> Qua
     >>> fit = quadratic_fit(np.array([0.0, 1.0, 2.0, 3.0]), np.array([1.0, 2.0, 5.0, 10.0]))
     >>> [round(each, 6) + 0.0 for each in fit.coefficients], round(fit.r_squared, 6)
     ([1.0, 0.0, 1.0], 1.0)
+    >>> quadratic_fit(x := np.array([-1.0, 0.0, 0.0, 1.0]), x).coefficients  # which numpy takes for a line
+    (0.0, 1.0, 0.0)
     """
     if len(x) < 4 or len(np.unique(x)) < 3 or np.ptp(y) == 0:
         return None
-    a, b, c = np.polynomial.Polynomial.fit(x, y, deg=2).convert().coef.tolist()
+    # Points on a line have fewer coefficients.
+    a, b, c, *_ = [*np.polynomial.Polynomial.fit(x, y, deg=2).convert().coef.tolist(), 0.0, 0.0]
     residual = y - np.polynomial.polynomial.polyval(x, (a, b, c))
     return QuadraticFit((a, b, c), float(1 - (residual**2).sum() / ((y - y.mean()) ** 2).sum()))

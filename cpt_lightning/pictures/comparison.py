@@ -101,10 +101,10 @@ def task_curves(arms: Mapping[str, AccuracyMatrix]) -> Figure:
     width = min(3, len(names))
     height = -(-len(names) // width)
     figure = Figure(figsize=(3.1 * width, 2.3 * height + 0.4 + 0.22 * -(-len(arms) // 2)), layout="constrained")
-    panels = figure.subplots(height, width, squeeze=False, sharey=True).flat
+    panels = list(figure.subplots(height, width, squeeze=False, sharey=True).flat)
     for axes, name in zip(panels, names, strict=False):
         _curves(axes, arms, name)
-    for axes in list(panels)[len(names) :]:
+    for axes in panels[len(names) :]:
         axes.remove()
     for axes in figure.axes[::width]:
         axes.set_ylabel("accuracy, %")

@@ -1,5 +1,7 @@
 """Pictures of several arms, read back from the figure: what lies where."""
 
+import pytest
+
 from cpt_lightning.pictures.comparison import Panel, Point, style_of, task_curves, trade_off
 from cpt_lightning.pictures.files import svg
 from cpt_lightning.records import AccuracyMatrix
@@ -42,6 +44,14 @@ def test_a_panel_per_task_with_a_line_per_arm_that_has_it():
         for name, axes in panels.items()
     }
     assert found == {"a": [[[0, 50], [1, 25]]], "b": [[[1, 75]]], "probes, mean": [[[0, 100], [1, 50]]]}
+
+
+@pytest.mark.parametrize("num_tasks", [1, 3, 4, 5, 7])
+def test_no_panel_is_left_empty(num_tasks):
+    tasks = [f"task{number}" for number in range(num_tasks)]
+    row = {task: {"accuracy": 0.5, "num_samples": 4} for task in tasks}
+    matrix = AccuracyMatrix(tasks, [], [[task] for task in tasks], row, [row])
+    assert [axes.get_title() for axes in task_curves({"one": matrix}).axes] == tasks
 
 
 def test_the_same_picture_is_the_same_file():
