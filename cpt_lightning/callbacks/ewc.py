@@ -8,6 +8,7 @@ import torch
 from lightning import LightningModule, Trainer
 
 from cpt_lightning.callbacks.fisher import diagonal_fisher, own_answers
+from cpt_lightning.callbacks.kept_weights import refuse_other_adapters
 from cpt_lightning.callbacks.penalties import QuadraticPenalty
 from cpt_lightning.models.weights import Weights, copy_of
 from cpt_lightning.rollouts import Sampling
@@ -35,7 +36,7 @@ class EWC(QuadraticPenalty):
             ``every_task`` adds up one penalty per task, each with the weights after that task as its anchor.
 
     Raises:
-        ValueError: A count below 1, or a decay outside [0, 1].
+        ValueError: A count below 1, or a decay outside [0, 1]; adapters that are not shared by all tasks.
     """
 
     def __init__(
@@ -56,6 +57,10 @@ class EWC(QuadraticPenalty):
         self.num_rows = num_rows
         self.decay = decay
         self.anchors = anchors
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuses weights that no penalty can hold, before they are loaded."""
+        refuse_other_adapters(self, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A task is learned: remembers its weights, and how much each matters; before the checkpoint is saved."""

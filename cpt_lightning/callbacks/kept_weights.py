@@ -51,3 +51,22 @@ class KeptWeights(Callback):
     def load_state_dict(self, state_dict: dict) -> None:
         """Goes on with what a checkpoint held, once training starts."""
         self._resumed = state_dict["kept"]
+
+
+def refuse_other_adapters(callback: Callback, module: LightningModule, but: str = "") -> None:
+    """Refuses a stream in which tasks have other adapters, where what is kept of one task's says nothing of the next's.
+
+    Args:
+        callback: That keeps it.
+        module: That is trained.
+        but: Another mend than the adapters', if there is one.
+
+    Raises:
+        ValueError: Tasks do not share an adapter.
+    """
+    along_stream = getattr(module, "along_stream", "shared")
+    if along_stream != "shared":
+        raise ValueError(
+            f"{type(callback).__name__}: with backbone.lora.along_stream={along_stream} each task has weights of its "
+            f"own, and what is kept of one task's says nothing of the next one's; set along_stream to shared{but}"
+        )

@@ -8,7 +8,7 @@ import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor
 
-from cpt_lightning.callbacks.kept_weights import KeptWeights
+from cpt_lightning.callbacks.kept_weights import KeptWeights, refuse_other_adapters
 from cpt_lightning.models.weights import copy_of, trained
 
 
@@ -35,7 +35,8 @@ class ModelMerging(KeptWeights):
         start: A task begins from the ``merged`` model, or from the untrained ``base``.
 
     Raises:
-        ValueError: A ``scale`` that is not positive, or one given to the average.
+        ValueError: A ``scale`` that is not positive, or one given to the average; adapters that are not shared by all
+            tasks.
     """
 
     def __init__(
@@ -52,6 +53,10 @@ class ModelMerging(KeptWeights):
         self.method = method
         self.scale = scale
         self.start = start
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuses what cannot be merged, before weights are loaded."""
+        refuse_other_adapters(self, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A task begins, from the base if it is to; one that is resumed half-way does not come here."""

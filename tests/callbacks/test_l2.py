@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from cpt_lightning.callbacks import L2
+from cpt_lightning.callbacks import EWC, L2, ModelMerging
 from cpt_lightning.models import Backbone
+from cpt_lightning.models.adapters import Lora
 from cpt_lightning.modules import RFT, SFT
 from cpt_lightning.rollouts import Sampling
+from tests.callbacks.test_gradient_risk import fit as fit_stream
 from tests.training import fit, largest_difference, sgd, weights, with_examples
 
 
@@ -141,6 +143,32 @@ def test_only_adapters_are_kept_where_only_they_are_trained(small_folder, proces
         callbacks=[callback],
     )
     assert callback.kept["anchor"] and all("lora_" in name for name in callback.kept["anchor"])
+
+
+@pytest.mark.parametrize("along_stream", ["renewed", "per_task"])
+def test_a_new_adapter_is_pulled_to_its_own_start(tmp_path, small_folder, along_stream):
+    """Not to where the adapter of the task before it ended: the first step of a task has no penalty."""
+    penalties = []
+
+    class Watched(L2):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            super().on_before_optimizer_step(trainer, pl_module, optimizer)
+            penalties.append(self._penalty.item())
+
+    lora = Lora(rank=4, along_stream=along_stream)
+    module = SFT(backbone=Backbone(small_folder, tuning="lora", lora=lora), optimizer=sgd, evaluation=Sampling(2))
+    fit_stream(tmp_path, module, [Watched(1.0)])
+    first, second = penalties[: len(penalties) // 2], penalties[len(penalties) // 2 :]
+    for task in (first, second):
+        assert task[0] == 0 and min(task[1:]) > 0
+
+
+@pytest.mark.parametrize("callback", [L2(anchor="base"), EWC(), ModelMerging()], ids=lambda each: type(each).__name__)
+def test_what_one_adapter_was_is_not_held_against_the_next(tmp_path, small_folder, callback):
+    lora = Lora(along_stream="renewed")
+    module = SFT(backbone=Backbone(small_folder, tuning="lora", lora=lora), evaluation=Sampling(2))
+    with pytest.raises(ValueError, match=f"{type(callback).__name__}: with backbone.lora.along_stream=renewed"):
+        fit_stream(tmp_path, module, [callback])
 
 
 def test_a_negative_strength_is_refused():
