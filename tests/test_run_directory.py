@@ -57,6 +57,7 @@ trainer:
     - {class_path: cpt_lightning.callbacks.Influence, init_args: {num_rows: 2, max_new_tokens: 8, every_n_steps: 1}}
     - {class_path: cpt_lightning.callbacks.GradientRisk, init_args: {num_rows: 2, max_new_tokens: 8}}
     - {class_path: cpt_lightning.callbacks.WeightChange}
+    - {class_path: cpt_lightning.callbacks.WeightDistance, init_args: {num_rows: 2, max_new_tokens: 8}}
 """
 COLLECT = """
 model: {init_args: {attempts: {group_size: 2, sampling: {max_new_tokens: 32}}}}
@@ -187,6 +188,7 @@ JSON_FILES = {
     "influence.json": ["influence.json"],
     "gradient_risk.json": ["gradient_risk.json"],
     "weight_change.json": ["weight_change.json"],
+    "weight_distance.json": ["weight_distance.json"],
     "rollouts.jsonl": ["rollouts.jsonl"],
     "rollouts_summary.json": ["rollouts_summary.json"],
     "environment.json": ["environment.json"],

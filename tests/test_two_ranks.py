@@ -105,6 +105,8 @@ MEASURED = [
     "--trainer.callbacks.max_new_tokens=12", "--trainer.callbacks.every_n_steps=2",
     "--trainer.callbacks+=cpt_lightning.callbacks.GradientRisk", "--trainer.callbacks.num_rows=2",
     "--trainer.callbacks.max_new_tokens=12", "--trainer.callbacks+=cpt_lightning.callbacks.WeightChange",
+    "--trainer.callbacks+=cpt_lightning.callbacks.WeightDistance", "--trainer.callbacks.num_rows=2",
+    "--trainer.callbacks.max_new_tokens=12",
     "--trainer.callbacks+=cpt_lightning.callbacks.Influence", "--trainer.callbacks.num_rows=3",
     "--trainer.callbacks.max_new_tokens=12", "--trainer.callbacks.every_n_steps=2",
     "--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.1",
@@ -141,7 +143,7 @@ def test_ranks_with_and_without_images_and_rollouts_wait_for_each_other_and_stay
     Before that they judge 4 + 3 rows of the first stage, and of the second those of another task too, as one process
     does; the models that judge the second one may differ in their last digits, and so do their fingerprints.
     Of drift and influence, two rows on one rank and one on the other give what three rows on one give. The risk of the
-    first stage's gradients and what they did to the weights are those of one process.
+    first stage's gradients, what they did to the weights and how far these are from the base are those of one process.
     """
     (tmp_path / "config.yaml").write_text(CONFIG)
     command = [sys.executable, "-m", "cpt_lightning", "fit", "-c", str(tmp_path / "config.yaml")]
@@ -164,6 +166,7 @@ def test_ranks_with_and_without_images_and_rollouts_wait_for_each_other_and_stay
     compare_influence(*(measurements(run, "influence") for run in (filtered, tmp_path / "run")))
     compare_risk(*(measurements(run, "gradient_risk") for run in (filtered, tmp_path / "run")))
     compare_change(*(measurements(run, "weight_change")[0] for run in (filtered, tmp_path / "run")))
+    compare_distance(*(measurements(run, "weight_distance")[0] for run in (filtered, tmp_path / "run")))
 
 
 def compare_drift(one: list[dict], two: list[dict]) -> None:
@@ -202,3 +205,8 @@ def compare_change(one: dict, two: dict) -> None:
     assert two["effective_ranks"].keys() == one["effective_ranks"].keys()
     for name in ("norm", "relative_norm", "changed_fraction", "effective_rank"):
         assert two[name] == pytest.approx(one[name], rel=1e-3)
+
+
+def compare_distance(one: dict, two: dict) -> None:
+    assert one["distance"] > 0 < one["fisher_distance"]
+    assert {**two, "name": 0} == pytest.approx({**one, "name": 0}, rel=1e-3)

@@ -17,6 +17,7 @@ from cpt_lightning.callbacks.samples import SampleLog
 from cpt_lightning.callbacks.scores import TestScores
 from cpt_lightning.callbacks.stream_pictures import StreamPictures
 from cpt_lightning.callbacks.weight_change import WeightChange
+from cpt_lightning.callbacks.weight_distance import WeightDistance
 
 __all__ = [
     "EWC",
@@ -37,4 +38,5 @@ __all__ = [
     "TaskProgressBar",
     "TestScores",
     "WeightChange",
+    "WeightDistance",
 ]

@@ -4,38 +4,18 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from lightning import LightningModule, Trainer
-from torch import Tensor
 
+from cpt_lightning.callbacks.changes import changes_since
 from cpt_lightning.callbacks.kept_weights import KeptWeights
 from cpt_lightning.callbacks.measuring import refuse_other_settings, say_cost, write_record
 from cpt_lightning.functional import effective_rank, num_changed
-from cpt_lightning.models.adapters import LowRankLayer, has_adapters, low_rank_layers
-from cpt_lightning.models.sharding import whole
-from cpt_lightning.models.weights import Weights, copy_of, trained
+from cpt_lightning.models.adapters import has_adapters, low_rank_layers
+from cpt_lightning.models.weights import copy_of, trained
 
 FILENAME = "weight_change.json"
-
-
-@dataclass
-class Change:
-    """A trained weight, whole, at the task's start and now; with LoRA the weight that the adapter adds to.
-
-    Args:
-        name: Of the parameter, or of the layer with an adapter.
-        before: At the start.
-        now: Now.
-        by: What it has changed by; with LoRA more exact than the difference of the two.
-    """
-
-    name: str
-    before: Tensor
-    now: Tensor
-    by: Tensor
 
 
 class WeightChange(KeptWeights):
@@ -111,7 +91,7 @@ class WeightChange(KeptWeights):
         """The figures since the task's start; all ranks must ask."""
         num_weights, different, moved, size = 0, 0, 0.0, 0.0
         ranks = {}
-        for change in self._changes(module, self.kept["start"]):
+        for change in changes_since(module, self.kept["start"]):
             num_weights += change.now.numel()
             different += num_changed(change.before, change.now)
             moved += change.by.double().square().sum().item()
@@ -126,19 +106,6 @@ class WeightChange(KeptWeights):
         if ranks:
             found |= {"effective_rank": sum(ranks.values()) / len(ranks), "effective_ranks": ranks}
         return {"num_weights": num_weights, **found}
-
-    def _changes(self, module: LightningModule, start: Weights) -> Iterator[Change]:
-        """One after the other, so that only one is whole where they are in shards."""
-        now = trained(module)
-        if not has_adapters(module.model):
-            for name, weight in now.items():
-                one, other = whole(start[name]).float(), whole(weight).float()
-                yield Change(name, one, other, other - one)
-            return
-        for layer in low_rank_layers(module.model):
-            frozen = whole(layer.frozen).float()
-            one, other = _product(layer, start), _product(layer, now)
-            yield Change(f"model.{layer.name}", frozen + one, frozen + other, other - one)
 
     # -- the record --------------------------------------------------------------------------------------------------
 
@@ -157,9 +124,3 @@ def _trained_matrices(module: LightningModule) -> list[str]:
     if has_adapters(module.model):
         return [f"model.{layer.name}" for layer in low_rank_layers(module.model)]
     return [name for name, weight in trained(module).items() if weight.ndim == 2]
-
-
-def _product(layer: LowRankLayer, weights: Mapping[str, Tensor]) -> Tensor:
-    """What an adapter adds to its layer's weight."""
-    a, b = (whole(weights[f"model.{name}"]).float() for name in (layer.a, layer.b))
-    return layer.scale * (b @ a)

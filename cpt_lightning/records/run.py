@@ -22,6 +22,7 @@ CONFIG = "config.yaml"
 MATRIX = "accuracy_matrix.json"
 SAMPLES = "samples.jsonl"
 DRIFT = "drift.json"
+WEIGHT_DISTANCE = "weight_distance.json"
 STUDY = "study.json"
 
 
@@ -130,6 +131,12 @@ class RunFolder:
     def drift(self) -> list[dict[str, Any]] | None:
         """Measured divergences from the base, in their order."""
         path = self.path / DRIFT
+        return _part(path, "measurements") if path.exists() else None
+
+    @cached_property
+    def weight_distance(self) -> list[dict[str, Any]] | None:
+        """Measured distances of the weights from the base's, one for each stage."""
+        path = self.path / WEIGHT_DISTANCE
         return _part(path, "measurements") if path.exists() else None
 
     @cached_property

@@ -89,13 +89,31 @@ def changes_by_probe(matrix: AccuracyMatrix) -> dict[str, float]:
     return {probe: 100 * (last[probe]["accuracy"] - base[probe]["accuracy"]) for probe in matrix.probes}
 
 
-def _distances(run: RunFolder) -> Figures:
-    """On the base's own answers, when it was measured last."""
-    measured = run.drift or []
-    last = [row for row in measured if (row["stage"], row["step"]) == (measured[-1]["stage"], measured[-1]["step"])]
+def distances_of(run: RunFolder, stage: int) -> dict[str, float]:
+    """How far a run was from the base after a stage, as far as it was measured.
+
+    Returns:
+        ``forward_kl`` and ``reverse_kl`` in nats per answer, the mean over the tasks so far when they were measured
+        last; ``weights``, the Euclidean distance, and ``fisher``, that by the probes' Fisher information.
+    """
     tasks = run.matrix.tasks if run.matrix else []
-    values = [row["forward_kl_per_answer"] for row in last if row["name"] in tasks]
-    return {"KL": statistics.mean(values) if values else None}
+    measured = [row for row in run.drift or [] if row["stage"] == stage and row["name"] in tasks]
+    last = [row for row in measured if row["step"] == measured[-1]["step"]]
+    found = {
+        kind: statistics.mean(row[f"{kind}_per_answer"] for row in last)
+        for kind in ("forward_kl", "reverse_kl")
+        if last
+    }
+    for row in run.weight_distance or []:
+        if row["stage"] == stage:
+            found["weights"] = row["distance"]
+            if "fisher_distance" in row:
+                found["fisher"] = row["fisher_distance"]
+    return found
+
+
+def _distances(run: RunFolder) -> Figures:
+    return {"KL": distances_of(run, run.drift[-1]["stage"]).get("forward_kl") if run.drift else None}
 
 
 def _costs(run: RunFolder) -> Figures:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,13 +10,15 @@ import numpy as np
 from cpt_lightning.functional.regression import QuadraticFit, quadratic_fit
 from cpt_lightning.records import RunFolder
 from cpt_lightning.report.arms import Arm
-from cpt_lightning.report.figures import scores_of
+from cpt_lightning.report.figures import distances_of, scores_of
 
 DISTANCES = {
-    "forward_kl_per_answer": "KL(base || model), nats per answer",
-    "reverse_kl_per_answer": "KL(model || base), nats per answer",
+    "forward_kl": "KL(base || model), nats per answer",
+    "reverse_kl": "KL(model || base), nats per answer",
+    "weights": "Euclidean distance of the weights from the base's",
+    "fisher": "the same by the probes' Fisher information, nats per answer",
 }
-"""As ``drift.json`` names them."""
+"""Of the model from the base, as :func:`distances_of` names them."""
 LOSSES = {
     "probes": "lost on probes, points",
     "forgetting": "forgotten of earlier tasks, points",
@@ -68,17 +69,16 @@ def _law(arms: Sequence[Arm], distance: str, loss: str) -> Law:
 
 
 def _points(run: RunFolder, distance: str, loss: str) -> Iterator[tuple[float, float]]:
-    """After each stage: the distance on the tasks so far when it was measured last, and the loss."""
+    """After each stage, the distance and the loss."""
     matrix = run.matrix
-    if matrix is None or not run.drift:
+    if matrix is None:
         return
     for stage in range(1, len(matrix.rows) + 1):
-        measured = [row for row in run.drift if row["stage"] == stage and row["name"] in matrix.tasks]
-        last = max((row["step"] for row in measured), default=None)
+        reached = distances_of(run, stage).get(distance)
         scores = scores_of(replace(matrix, rows=matrix.rows[:stage]))
         lost = scores[loss] if loss == "forgetting" else _negative(scores[loss])
-        if last is not None and lost is not None:
-            yield statistics.mean(row[distance] for row in measured if row["step"] == last), lost
+        if reached is not None and lost is not None:
+            yield reached, lost
 
 
 def _negative(value: float | None) -> float | None:

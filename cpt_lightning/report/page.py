@@ -129,10 +129,23 @@ class Report:
     def law_pictures(self) -> list[Picture]:
         """Losses against distances from the base."""
         return [
-            Picture(f"law_{each.distance.partition('_')[0]}_{each.loss}", _described(each),
-                    law(each.points, each.labels, each.fit))
-            for each in laws_of(self.arms)
-        ]  # fmt: skip
+            Picture(f"law_{each.distance}_{each.loss}", _described(each), law(each.points, each.labels, each.fit))
+            for each in self.laws
+        ]
+
+    @cached_property
+    def laws(self) -> list[Law]:
+        """Every loss against every distance that was measured."""
+        return laws_of(self.arms)
+
+    @property
+    def fits(self) -> list[tuple[str, str, int, str]]:
+        """Of each: what is lost, against which distance, number of points, and R² of a parabola."""
+        return [
+            (loss, distance, each.num_points, number(each.fit.r_squared, 2) if each.fit else "too few for a fit")
+            for each in self.laws
+            for distance, loss in [each.labels]
+        ]
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
