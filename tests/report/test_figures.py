@@ -46,7 +46,7 @@ def write_drift(run) -> None:
         (2, 3, "p", 7.0),
     ]
     rows = [
-        {"stage": stage, "step": step, "name": name, "forward_kl_per_answer": value}
+        {"stage": stage, "step": step, "name": name, "forward_kl_per_answer": value, "reverse_kl_per_answer": 5.0}
         for stage, step, name, value in measured
     ]
     (run / "drift.json").write_text(json.dumps({"version": 1, "measurements": rows}))
