@@ -86,6 +86,7 @@ def test_some_arms_bring_those_that_they_need(tmp_path):
     whole = study(tmp_path, {"a": "fit", "b": "fit -c {a}", "c": "fit -c {b}", "d": "fit"})
     assert list(whole.chosen(["c"], [5]).arms) == ["a", "b", "c"]
     assert [run.seed for run in whole.chosen(["d"], [5]).runs()] == [5]
+    assert list(whole.chosen(["[ad]", "b*"], None).arms) == ["a", "b", "d"] and whole.chosen(None, None).seeds == [0]
     with pytest.raises(ValueError, match="has no arm e; there are a, b, c, d"):
         whole.chosen(["e"], None)
 
@@ -150,9 +151,10 @@ def test_a_process_of_its_own_gets_its_gpu_and_log(tmp_path, monkeypatch):
 
 
 def fits(path: Path) -> list:
-    """The fits of the first seed of a study."""
+    """The fits of the first seed of a study; of a grid one for each of its arms."""
     shipped = Study.load(path)
-    runs = [run for run in shipped.runs() if run.seed == shipped.seeds[0]]
+    first = {id(commands): arm for arm, commands in reversed(shipped.arms.items())}
+    runs = [run for run in shipped.runs() if run.seed == shipped.seeds[0] and run.arm in first.values()]
     return [pytest.param(c, id=f"{path.stem}-{run.arm}") for run in runs for c in run.commands if c[0] == "fit"]
 
 
@@ -160,13 +162,15 @@ def fits(path: Path) -> list:
 def test_an_arm_of_a_shipped_study_parses(command, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     config = resolved(command[: command.index("--ckpt_path")], capsys)
-    assert config["seed_everything"] == 0 and config["data"]["evaluate_on"] == "test"
+    assert config["seed_everything"] == 0
+    assert config["data"]["evaluate_on"] == ("val" if "_on_val" in " ".join(command) else "test")
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_every_arm_of_a_study_differs_from_the_others(path):
-    commands = list(Study.load(path).arms.values())
-    assert len({json.dumps(command) for command in commands}) == len(commands)
+    shipped = Study.load(path)
+    commands = [json.dumps(run.commands).replace(str(run.folder), "") for run in shipped.runs()]
+    assert len(set(commands)) == len(commands) == len(shipped.arms) * len(shipped.seeds)
 
 
 class Here(Runner):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -112,12 +113,17 @@ class Study:
     def chosen(self, arms: Sequence[str] | None, seeds: Sequence[int] | None) -> Study:
         """The same study of some arms, and of those that they need, or with other seeds.
 
+        Args:
+            arms: Names, or patterns such as ``*_lr_1e-4``.
+            seeds: In place of the study's.
+
         Raises:
             ValueError: It has no such arm.
         """
-        if unknown := sorted(set(arms or ()) - set(self.arms)):
-            raise ValueError(f"{self.path} has no arm {unknown[0]}; there are {', '.join(self.arms)}")
-        wanted = set(arms or self.arms)
+        for pattern in arms or ():
+            if not fnmatch.filter(self.arms, pattern):
+                raise ValueError(f"{self.path} has no arm {pattern}; there are {', '.join(self.arms)}")
+        wanted = {arm for pattern in arms or ("*",) for arm in fnmatch.filter(self.arms, pattern)}
         for arm in reversed(self.arms):  # what is needed comes earlier
             if arm in wanted:
                 wanted |= self._needs(arm)

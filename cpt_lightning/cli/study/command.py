@@ -30,6 +30,7 @@ Braces that are meant as such are doubled: --data.target "{{answer}}".
 for example:
   cpt study configs/studies/toy.yaml --jobs 2
   cpt study configs/studies/toy.yaml --arms sft grpo --seeds 0
+  cpt study configs/studies/toy_rates.yaml --arms "*_on_val" --seeds 0
   cpt study configs/studies/toy.yaml --jobs 4 --gpus 0 1 2 3
   cpt study configs/studies/toy.yaml --only_compare
 """
@@ -81,7 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("file", metavar="STUDY.yaml", help="what to run")
     parser.add_argument("--jobs", type=_at_least_one, default=1, help="runs at a time (default: 1)")
     parser.add_argument("--gpus", nargs="+", default=[], metavar="N", help="GPUs by number, one for each job")
-    parser.add_argument("--arms", nargs="+", metavar="ARM", help="these alone, and those that they need")
+    parser.add_argument(
+        "--arms", nargs="+", metavar="ARM", help="these alone (* stands for anything), and those that they need"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="these in place of the study's")
     parser.add_argument("--only_compare", action="store_true", help="run nothing, compare what is finished")
     return parser
