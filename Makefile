@@ -36,7 +36,7 @@ demo-%: $(VENV)/.project  ## the same stream with another objective: demo-sft, d
 
 .PHONY: test
 test: $(VENV)/.dev  ## all tests, doctests included
-	$(RUN)/pytest $(PYTEST_ARGS)
+	$(RUN)/pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 .PHONY: notebooks
 notebooks: $(VENV)/.dev  ## runs the notebooks and stores what they show

@@ -130,7 +130,7 @@ def backbone_of(config: dict, run: Path) -> Backbone:
         raise ValueError(f"{run / 'config.yaml'}: there is no model.init_args.backbone; is it the config of a run?")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Backbone, "backbone")
-    return parser.instantiate_classes(parser.parse_object({"backbone": options})).backbone
+    return parser.instantiate(parser.parse_object({"backbone": options})).backbone
 
 
 def learned_stages(path: Path, checkpoint: dict, matrix: AccuracyMatrix | None) -> tuple[list[str], str | None]:

@@ -6,8 +6,9 @@ from itertools import count
 from pathlib import Path
 
 from cpt_lightning.checkpoint_files import standing
+from cpt_lightning.records.run import CONFIG, MATRIX
 
-MARKS = ("config.yaml", "accuracy_matrix.json")
+MARKS = (CONFIG, MATRIX)
 """What tells a run's folder from another."""
 INSPECTION = "inspect"
 """Folder in a run's, for what ``cpt inspect`` leaves there; with nothing else in it the run's folder is free."""

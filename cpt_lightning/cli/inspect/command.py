@@ -165,7 +165,7 @@ def _failure(task: Namespace) -> str | None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--task", type=Task)
     try:
-        parser.instantiate_classes(Namespace(task=task))
+        parser.instantiate(Namespace(task=task))
     except (ValueError, OSError) as error:
         return str(error)
     return None
