@@ -8,8 +8,9 @@ claims as differences between methods (``claims.md``), what foretells the loss o
 and pictures.
 
 A method's learning rate in ``claims.md`` is the one at which it learns most, mean over seeds, on the rows that are
-shown; ``methods.md`` has them all. Intervals are 95 %: of differences by Student's t over seeds (paired: a seed draws
-the same rows for all), of predictors by drawing methods with their rates anew.
+shown (methods with KL have one rate, and are compared at that); ``methods.md`` has them all. Intervals are 95 %: of
+differences by Student's t over seeds (paired: a seed draws the same rows for all), of predictors by drawing methods
+with their rates anew.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from analysis_pictures import frontier, predictors
-from claims import Point, best_lr, learning_rates, paired_difference, prediction, values_of
+from claims import Point, learning_rates, paired_difference, prediction, rates_to_compare, values_of
 from record import write_record
 
 from cpt_lightning.cli.study.arms import Study
@@ -80,10 +81,10 @@ def points_of(study: Study) -> Iterator[Point]:
     """The finished runs."""
     for run in study.runs():
         if is_finished(run):
-            lr = study.values[run.arm]["lr"]
+            method, _, lr = run.arm.partition("_lr_")
             folder = RunFolder(run.folder)
             figures = {name: value for name, value in figures_of(folder).items() if value is not None}
-            yield Point(run.arm.removesuffix(f"_lr_{lr}"), lr, run.seed, {**figures, **measured(folder)})
+            yield Point(method, lr, run.seed, {**figures, **measured(folder)})
 
 
 def measured(run: RunFolder) -> dict[str, float]:
@@ -116,7 +117,7 @@ def methods_table(points: Sequence[Point]) -> str:
     """Every method at every learning rate: means, and standard deviations over seeds."""
     rows = []
     for method in dict.fromkeys(point.method for point in points):
-        for lr in learning_rates(points):
+        for lr in learning_rates(points, method):
             seeds = [list(values_of(points, name, method, lr).values()) for name in SHOWN]
             cells = [f"{_short(statistics.mean(each))} ± {_short(statistics.stdev(each))}" for each in seeds]
             rows.append([method, lr, *cells])
@@ -127,7 +128,7 @@ def claims_table(points: Sequence[Point]) -> str:
     """Each claim as differences of two methods, each at the rate at which it learns most."""
     rows = []
     for claim, methods in CLAIMS.items():
-        rates = [best_lr(points, method, by="learning") for method in methods]
+        rates = rates_to_compare(points, methods, by="learning")
         cells = []
         for figure in ("learning", "forgetting", "probes", "probes, lowest", "probes, forced"):
             one, other = (values_of(points, figure, *each) for each in zip(methods, rates, strict=True))
@@ -141,7 +142,7 @@ def claims_table(points: Sequence[Point]) -> str:
 
 def predictors_table(points: Sequence[Point]) -> str:
     """How well each figure foretells what the probes lose, over all runs and over those of usual learning rates."""
-    highest = learning_rates(points)[-1]
+    highest = max((point.lr for point in points), key=float)
     usual = [point for point in points if point.lr != highest]
     rows = []
     for figure, label in PREDICTORS.items():

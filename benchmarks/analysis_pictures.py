@@ -19,12 +19,13 @@ def frontier(points: Sequence[Point]) -> Figure:
     figure = Figure(figsize=(5 * len(LOSSES), 4.4 + 0.22 * -(-len(methods) // 2)), layout="constrained")
     for axes, (figure_name, label) in zip(figure.subplots(1, len(LOSSES)), LOSSES.items(), strict=True):
         for number, method in enumerate(methods):
+            rates = learning_rates(points, method)
             x, y = (
-                [statistics.mean(values_of(points, name, method, lr).values()) for lr in learning_rates(points)]
+                [statistics.mean(values_of(points, name, method, lr).values()) for lr in rates]
                 for name in (figure_name, "learning")
             )
             axes.plot(x, y, label=method, alpha=0.8, **style_of(number))
-            axes.annotate(learning_rates(points)[-1], (x[-1], y[-1]), fontsize=6, color="grey")
+            axes.annotate(rates[-1], (x[-1], y[-1]), fontsize=6, color="grey")
         axes.axvline(0, color="grey", linewidth=0.5)
         axes.set(xlabel=f"{label} (left: more is lost)", ylabel="learning, %")
     legend_below(figure)

@@ -38,15 +38,21 @@ def values_of(points: Sequence[Point], figure: str, method: str, lr: str) -> dic
     return {point.seed: point.figures[figure] for point in points if (point.method, point.lr) == (method, lr)}
 
 
-def learning_rates(points: Sequence[Point]) -> list[str]:
-    """In the order of the study."""
-    return list(dict.fromkeys(point.lr for point in points))
+def learning_rates(points: Sequence[Point], method: str) -> list[str]:
+    """Those that a method was run at, in the order of the study."""
+    return list(dict.fromkeys(point.lr for point in points if point.method == method))
 
 
 def best_lr(points: Sequence[Point], method: str, by: str) -> str:
     """The learning rate at which a method's mean over seeds is highest."""
-    rates = dict.fromkeys(point.lr for point in points if point.method == method)
+    rates = learning_rates(points, method)
     return max(rates, key=lambda lr: statistics.mean(values_of(points, by, method, lr).values()))
+
+
+def rates_to_compare(points: Sequence[Point], methods: Sequence[str], by: str) -> list[str]:
+    """For each method its best learning rate; where one has a single rate, that one for all."""
+    single = [rates[0] for method in methods if len(rates := learning_rates(points, method)) == 1]
+    return [single[0] if single else best_lr(points, method, by) for method in methods]
 
 
 def paired_difference(one: Mapping[int, float], other: Mapping[int, float]) -> tuple[float, float, float]:
