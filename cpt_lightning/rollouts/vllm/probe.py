@@ -47,7 +47,5 @@ class Probe:
             return None
         moved = float((policy_logps - policy_before).abs().max())
         if moved > 0 and torch.equal(engine_logps, before):
-            return (
-                f"the update moved the policy's log-probabilities on a probe by {moved:.3g} nats, but not the engine's"
-            )
+            return f"the update moved the policy's log-probabilities on a probe by {moved:.3g} nats, the engine's not"
         return None

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cpt_lightning.rollouts.vllm.requests import Answer, Request
 from cpt_lightning.rollouts.vllm.weights import Place, checksum, unpack
@@ -44,7 +44,7 @@ class Engine:
             disable_log_stats=True,
         )
         self.runner = self.llm.llm_engine.model_executor.driver_worker.worker.model_runner
-        self.language_model = self.runner.get_model().language_model
+        self.language_model: Any = self.runner.get_model().language_model
         self._pending: list[tuple[str, Tensor]] = []
 
     # -- weights -----------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def _answer(output: Any) -> Answer:
     return Answer(ids, logps, output.finish_reason)
 
 
-def _of_layer(layer: nn.Module, columns: list[int]) -> Iterator[tuple[str, Tensor]]:
+def _of_layer(layer: Any, columns: list[int]) -> Iterator[tuple[str, Tensor]]:
     """What a decoder layer has, under the names that it has apart from its siblings' in a checkpoint."""
     like = layer.input_layernorm.weight
     for name in ("input_layernorm", "post_attention_layernorm"):
@@ -152,7 +152,7 @@ def _of_layer(layer: nn.Module, columns: list[int]) -> Iterator[tuple[str, Tenso
     yield "mlp.down_proj.weight", _columns(mlp.down_proj, columns, like)
 
 
-def _columns(layer: nn.Module, columns: list[int], like: Tensor) -> Tensor:
+def _columns(layer: Any, columns: list[int], like: Tensor) -> Tensor:
     """``[out, columns]`` of a layer's matrix, from what it makes of unit vectors."""
     size = getattr(layer, "input_size", None) or layer.embedding_dim
     units = torch.zeros(len(columns), size, device=like.device, dtype=like.dtype)

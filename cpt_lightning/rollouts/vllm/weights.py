@@ -1,4 +1,4 @@
-"""Weights on their way to another engine: which they are now, in buckets through shared memory, and whether they came."""
+"""Weights on their way to another engine: which they are now, in buckets through shared memory, and if they came."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def language_weights(model: QwenVL, dtype: torch.dtype | None) -> Iterator[tuple
             gathered tensor by tensor, which every rank must ask for.
         dtype: That the engine wants them in; their own by default.
     """
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
         for name, weight in plain_weights(model):
             if name.startswith(LANGUAGE):
                 yield name, whole(weight).to(dtype or weight.dtype)
