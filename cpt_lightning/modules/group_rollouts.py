@@ -123,8 +123,8 @@ class GroupRollouts(ManualUpdates):
         """Computes what both rollout and update need of the prompts, where the update may use the rollout's.
 
         An update on the weights that sampled takes the whole pass over prompts and images, gradients included, if all
-        groups go through backward at once, nothing is dropped out and our own engine samples. Otherwise a frozen vision tower's features are
-        what stays the same.
+        groups go through backward at once, nothing is dropped out and our own engine samples. Otherwise a frozen vision
+        tower's features are what stays the same.
         """
         is_shared = self.sampler is None and self.rollout_batch_prompts is None
         if is_shared and self.goes_back_through_rollout and not has_dropout(self.model):

@@ -94,8 +94,8 @@ class RFT(GroupRollouts, HeldToReference):
         kl_in_reward: Subtract each completion's summed divergence from its reward, as PPO does, in place of a term of
             the loss; logged as ``train/reward/kl``.
         reference_every: Training steps between two renewals of a ``synchronised`` reference.
-        importance_sampling: Corrects for a ``sampler`` whose probabilities are not quite the policy's: weighs the policy
-            loss of each token by their ratio, the ``token``'s own or that of the whole ``sequence``, but by
+        importance_sampling: Corrects for a ``sampler`` whose probabilities are not quite the policy's: weighs the
+            policy loss of each token by their ratio, the ``token``'s own or that of the whole ``sequence``, but by
             ``importance_cap`` at most (truncated importance sampling); off by default.
         importance_cap: Largest such weight.
         **kwargs: Options of :class:`GroupRollouts`, :class:`HeldToReference` and :class:`PostTraining`.
@@ -135,8 +135,8 @@ class RFT(GroupRollouts, HeldToReference):
             )
         if importance_sampling is not None and self.sampler is None:
             raise ValueError(
-                f"importance_sampling={importance_sampling} corrects for another engine than ours: set sampler, or take "
-                "it out"
+                f"importance_sampling={importance_sampling} corrects for another engine than ours: set sampler, or "
+                "leave it out"
             )
         if importance_cap < 1:
             raise ValueError(f"importance_cap={importance_cap} must be at least 1, the weight of what fits exactly")

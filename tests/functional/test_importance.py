@@ -30,13 +30,8 @@ def test_weights_carry_no_gradient():
     assert not truncated_importance(logps, SAMPLER, MASK, "token", 2.0).requires_grad
 
 
-def test_an_unknown_level_is_refused():
-    with pytest.raises(ValueError, match="level='word' is none of token, sequence"):
-        truncated_importance(POLICY, SAMPLER, MASK, "word", 2.0)
-
-
 def test_mismatch_by_hand():
-    """Log ratios policy - sampler: log 3, -log 2, 0; k3 of the first is 3 - log 3 - 1, of the second 1/2 + log 2 - 1."""
+    """Log ratios policy - sampler are log 3, -log 2 and 0; k3 is 3 - log 3 - 1, 1/2 + log 2 - 1 and 0."""
     found = Mismatch.between(POLICY, SAMPLER, MASK).shown
     expected = {
         "mean": (log(3) + log(2)) / 3,
@@ -57,7 +52,7 @@ def test_the_mismatch_of_parts_is_that_of_the_whole():
 
 
 def test_the_correction_makes_a_mean_over_the_sampler_one_over_the_policy():
-    """Two tokens, policy .5 and .5, sampler .8 and .2: weighed by 5/8 and 5/2, the sampler's mean of f is 0.5(f1 + f2)."""
+    """Policy .5 and .5, sampler .8 and .2: weighed by 5/8 and 5/2, the sampler's mean of f is 0.5 (f1 + f2)."""
     policy, sampler = torch.full((1, 2), log(0.5)), torch.tensor([[log(0.8), log(0.2)]])
     weights = truncated_importance(policy, sampler, torch.ones(1, 2, dtype=torch.bool), "token", cap=10)
     values = torch.tensor([1.0, 7.0])

@@ -173,8 +173,8 @@ class VLLM(Sampler):
                 yield name, weight
 
         for places in buckets(noted(), self._buffer):
-            there = engine.call("receive", places)
-            if there != checksum(self._buffer[: places[-1].end]):
+            expected = checksum(self._buffer[: places[-1].end])
+            if engine.call("receive", places) != expected:
                 self._refuse(f"what came of {places[0].name} to {places[-1].name} is not what was sent")
         engine.call("load")
         if wrong := differing(sent, engine.call("read_back", columns)):
