@@ -1,4 +1,4 @@
-"""Stands in for vLLM in the process that it would have: our own model, made of the folder and of what is handed over."""
+"""Stands in for vLLM in the process that it would have: our own model, of the weights that are handed over."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ class FakeEngine:
 
     def _group(self, request: Request, temperature: float):
         options = request.options
-        sampling = Sampling(
-            options["max_tokens"], options.get("temperature", temperature), options.get("top_p", 1.0),
-            options.get("top_k", 0),
-        )  # fmt: skip
+        is_greedy = options.get("temperature") == 0
+        sampling = Sampling(options["max_tokens"], temperature, options.get("top_p", 1.0), options.get("top_k", 0))
         generator = torch.Generator().manual_seed(request.seed)
-        drawn = sample_groups(self.model, self.processor, self._prompt(request), options["n"], sampling, generator)
+        prompt, size = self._prompt(request), options["n"]
+        drawn = sample_groups(self.model, self.processor, prompt, size, sampling, generator, with_greedy=is_greedy)
+        drawn = drawn.select([size]) if is_greedy else drawn
         ended = drawn.ended(options["stop_token_ids"]).tolist()
         return [
             Answer(ids[:length].tolist(), logps[:length].tolist(), "stop" if end else "length")
