@@ -90,7 +90,7 @@ def test_importance_sampling_scales_each_token_s_gradient(small_folder, batch, c
 
 
 def test_a_sequence_s_weight_is_that_of_all_its_tokens(small_folder, batch):
-    """A completion's ratios multiply to e^(0.5 T), T at least 1, which a cap of e^0.5 brings down to that of a token."""
+    """A completion's ratios multiply to e^(0.5 T), T at least 1, which a cap of e^0.5 brings down to a token's."""
     token, sequence = (
         step(small_folder, batch, Odd(OFF_BY), importance_sampling=level, importance_cap=exp(OFF_BY))[0]
         for level in ("token", "sequence")

@@ -183,4 +183,4 @@ def test_an_engine_that_is_killed_or_hangs_is_reported(tiny, processor, mixed_pr
     with pytest.raises(RuntimeError, match=f"{said}(.|\n)*last lines of its log:(.|\n)*vllm|INFO"):
         sampler.sample(tiny, processor, mixed_prompts, 1, GREEDY)
     assert is_gone(pid)
-    assert sampler.engine.close.alive is False
+    assert not sampler.engine.is_open

@@ -64,6 +64,11 @@ class EngineProcess:
         """Of the engine's process."""
         return self._process.pid
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it can still be called."""
+        return self.close.alive
+
     def call(self, method: str, *arguments: Any) -> Any:
         """What a method of the engine returns.
 

@@ -148,6 +148,8 @@ class VLLM(Sampler):
 
     def _ready(self, model: QwenVL, processor: PromptProcessor, prompts: Prompts) -> EngineProcess:
         """The engine, awake and with the weights that the model has now."""
+        if self.engine is not None and not self.engine.is_open:
+            self._forget()
         engine = self.engine = self.engine or self._start(model, processor)
         if self._is_asleep:
             engine.call("wake_up")
