@@ -38,6 +38,8 @@ BUCKET_BYTES = 1 << 28
 """Shared memory through which weights go; more where one of them is larger."""
 PROBED_HANDOVERS = 2
 """Those of the first weights, and of the first update."""
+CPU_BATCH_TOKENS = 4096
+"""Prompt tokens that the engine processes at once on a CPU; more where one prompt is longer."""
 PROBE_TOKENS = 8
 """Longest completion of the probe."""
 
@@ -221,6 +223,10 @@ class VLLM(Sampler):
                 "enforce_eager": self.enforce_eager,
                 "enable_sleep_mode": self.sleep_level > 0,
             }
+            if model.device.type == "cpu":
+                # Half a prompt in a batch has its draw undone by a generator's offset, which those of CPUs lack (0.32).
+                tokens = max(self.max_model_len, CPU_BATCH_TOKENS)
+                options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": tokens}
             return EngineProcess(self.make_engine, options, _environment(model.device), self.time_limit_s)
 
     # -- memory ------------------------------------------------------------------------------------------------------
