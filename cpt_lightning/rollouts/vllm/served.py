@@ -65,6 +65,7 @@ class Engine:
         head = self.language_model.lm_head
         head.quant_method.process_weights_after_loading(head)  # on CPUs it keeps a packed copy, of tied weights too
         self.llm.reset_prefix_cache()
+        self.llm.llm_engine.reset_encoder_cache()  # the worker has forgotten its images, and the scheduler has not
 
     @torch.inference_mode()
     def read_back(self, columns: list[int]) -> dict[str, Tensor]:
