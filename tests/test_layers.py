@@ -43,6 +43,7 @@ OWNERS = {
     "bitsandbytes": ["models/quantization.py"],
     "torch.distributed": ["strategy.py", "sharded_checkpoints.py", "models/sharding.py"],
     "torchvision": [],
+    "vllm": ["rollouts/vllm"],
 }
 DRAWERS = {"utils", "util", "helpers", "helper", "misc", "common", "tools"}
 

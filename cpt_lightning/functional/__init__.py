@@ -11,6 +11,7 @@ from cpt_lightning.functional.advantages import (
     whitened_advantages,
     zero_signal_fraction,
 )
+from cpt_lightning.functional.importance import Mismatch, truncated_importance
 from cpt_lightning.functional.influence import LogProbChange, kernel_bound, log_prob_change, residual_squared
 from cpt_lightning.functional.kl import Divergences, divergences, forward_kl, kl_full, kl_k1, kl_k2, kl_k3
 from cpt_lightning.functional.policy_loss import PolicyStats, RatioLevel, clipped_policy_loss, clipped_weight_loss
@@ -21,6 +22,7 @@ __all__ = [
     "AdvantageScale",
     "Divergences",
     "LogProbChange",
+    "Mismatch",
     "PolicyStats",
     "RatioLevel",
     "Reduction",
@@ -45,6 +47,7 @@ __all__ = [
     "residual_squared",
     "token_moments",
     "token_weights",
+    "truncated_importance",
     "weighted_sum",
     "whitened_advantages",
     "zero_signal_fraction",

@@ -191,6 +191,23 @@ def low_rank_layers(model: QwenVL) -> Iterator[LowRankLayer]:
         yield LowRankLayer(name, base.weight, layer.scaling[adapter], a, b)
 
 
+def plain_weights(model: QwenVL) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of a model without adapters that computes the same, one at a time; the model stays as it is.
+
+    Raises:
+        ValueError: A weight to which nothing can be added, see :func:`low_rank_layers`.
+    """
+    own = dict(model.named_parameters())
+    adapted = {f"{layer.name}.base_layer.weight": layer for layer in low_rank_layers(model)}
+    for name, weight in own.items():
+        if "lora_" in name:
+            continue
+        if layer := adapted.get(name):
+            yield name.replace(".base_layer.", "."), weight + layer.scale * (own[layer.b] @ own[layer.a])
+        else:
+            yield name.replace(".base_layer.", "."), weight
+
+
 def merge_into_base(model: QwenVL) -> None:
     """Adds what the adapters do to the weights under them, in place; the adapters stay as they are.
 

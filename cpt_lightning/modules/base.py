@@ -19,7 +19,14 @@ from cpt_lightning.models.sharding import is_sharded, own_part, unsteady, whole
 from cpt_lightning.modules.accounting import Accounted
 from cpt_lightning.modules.evaluating import Evaluating
 from cpt_lightning.modules.schedules import TaskSchedule
-from cpt_lightning.rollouts import Attempts, Sampling, completion_hidden, completion_logprobs, sample_groups
+from cpt_lightning.rollouts import (
+    Attempts,
+    Sampler,
+    Sampling,
+    completion_hidden,
+    completion_logprobs,
+    sample_groups,
+)
 from cpt_lightning.rollouts.sampling import keyed_generator
 from cpt_lightning.strategy import FSDP2
 from cpt_lightning.types import Batch, Completions, Prompts, Scored
@@ -51,6 +58,8 @@ class PostTraining(Accounted, Evaluating):
             ``val/<task>/forced_accuracy``. With the base's own way to begin it tells knowledge that is lost from a
             style that is suppressed.
         attempts: Answers every row several times in ``predict``, to be collected; as in an evaluation if not given.
+        sampler: Engine that draws the completions of rollouts, evaluations and the filter, such as
+            :class:`~cpt_lightning.rollouts.VLLM`; ours if not given. What callbacks measure is always drawn by ours.
         peak_flops: Operations per second that the device can do, for ``perf/mfu``; known for common GPUs in bfloat16.
         seed: Keys all sampling of this module.
     """
@@ -64,6 +73,7 @@ class PostTraining(Accounted, Evaluating):
         evaluation: Sampling = Sampling(max_new_tokens=64, temperature=0.0),  # noqa: B008
         forced_prefix: str | None = None,
         attempts: Attempts | None = None,
+        sampler: Sampler | None = None,
         peak_flops: float | None = None,
         seed: int = 0,
     ):
@@ -77,6 +87,7 @@ class PostTraining(Accounted, Evaluating):
         self.evaluation = evaluation
         self.forced_prefix = forced_prefix
         self.attempts = attempts
+        self.sampler = sampler
         self.seed = seed
         self.listener: Callable[[Scored], None] | None = None  # is told what an update learns from
         self._nonfinite_in_a_row = 0
@@ -228,6 +239,8 @@ class PostTraining(Accounted, Evaluating):
 
     def drawn(self, batch: Batch, sampling: Sampling, *key: int) -> Batch:
         """The batch with completions that the policy draws, one of each row, in the place of its targets.
+
+        Always by our own engine: callbacks measure the policy by them.
 
         Args:
             batch: B rows.

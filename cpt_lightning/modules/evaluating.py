@@ -13,7 +13,7 @@ from torchmetrics import SumMetric
 from cpt_lightning.models import Backbone
 from cpt_lightning.modules.task_adapters import TaskAdapters
 from cpt_lightning.rewards import score, with_ratios
-from cpt_lightning.rollouts import Attempts, Sampling, sample_groups
+from cpt_lightning.rollouts import Attempts, Sampler, Sampling, sample_groups
 from cpt_lightning.rollouts.attempts import repeated
 from cpt_lightning.rollouts.sampling import row_generators
 from cpt_lightning.types import Batch, Completions, Evaluation, Prompts
@@ -31,6 +31,7 @@ class Evaluating(TaskAdapters):
     evaluation: Sampling
     forced_prefix: str | None
     attempts: Attempts | None
+    sampler: Sampler | None
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +75,8 @@ class Evaluating(TaskAdapters):
             N = B * G completions, group by group, their texts and their named scores.
         """
         generators = row_generators(self.device, prompts, self.seed, *key)
-        completions = sample_groups(self.model, self.processor, prompts, group_size, sampling, generators)
+        sample = sample_groups if self.sampler is None else self.sampler.sample
+        completions = sample(self.model, self.processor, prompts, group_size, sampling, generators)
         texts = self.processor.decode(completions)
         return completions, texts, score(texts, repeated(prompts.examples, group_size))
 
@@ -112,6 +114,8 @@ class Evaluating(TaskAdapters):
 
     def on_validation_epoch_end(self) -> None:
         """Logs ``val/<task>/accuracy`` and the other scores of every task."""
+        if self.sampler is not None:
+            self.sampler.sleep()
         self._log_scores("val")
 
     def on_test_epoch_end(self) -> None:

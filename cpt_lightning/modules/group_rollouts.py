@@ -115,6 +115,7 @@ class GroupRollouts(ManualUpdates):
             texts += new
             if self.informative_prompts and len(self._informative(scores)) >= self.informative_prompts:
                 break
+        self._let_sampler_sleep()
         rollout = self._rollout(prompts, Completions.cat(parts, self.processor.pad_token_id), texts, scores)
         return rollout if self.informative_prompts is None else self._of_informative(rollout, scores)
 
@@ -122,15 +123,21 @@ class GroupRollouts(ManualUpdates):
         """Computes what both rollout and update need of the prompts, where the update may use the rollout's.
 
         An update on the weights that sampled takes the whole pass over prompts and images, gradients included, if all
-        groups go through backward at once and nothing is dropped out. Otherwise a frozen vision tower's features are
-        what stays the same.
+        groups go through backward at once, nothing is dropped out and our own engine samples. Otherwise a frozen vision
+        tower's features are what stays the same.
         """
-        if self.goes_back_through_rollout and self.rollout_batch_prompts is None and not has_dropout(self.model):
+        is_shared = self.sampler is None and self.rollout_batch_prompts is None
+        if is_shared and self.goes_back_through_rollout and not has_dropout(self.model):
             return replace(prompts, state=run_prompts(self.model, prompts))
         if vision_is_frozen(self.model):
             with torch.no_grad():
                 return replace(prompts, image_features=encode_images(self.model, prompts))
         return prompts
+
+    def _let_sampler_sleep(self) -> None:
+        freed = None if self.sampler is None else self.sampler.sleep()
+        if freed is not None:
+            self.log("perf/sampler_freed_gb", freed / 1e9)
 
     @property
     def _per_prompt(self) -> int:
@@ -147,7 +154,8 @@ class GroupRollouts(ManualUpdates):
     def _sample(self, prompts: Prompts, batch_idx: int, phase: str) -> Completions:
         longest = self.sampling.max_new_tokens
         generators = row_generators(self.device, prompts, self.seed, self.current_epoch, batch_idx)
-        completions = sample_groups(
+        sample = sample_groups if self.sampler is None else self.sampler.sample
+        completions = sample(
             self.model,
             self.processor,
             prompts,

@@ -12,7 +12,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from cpt_lightning.functional import (
+    Mismatch,
     PolicyStats,
+    RatioLevel,
     Reduction,
     clipped_policy_loss,
     clipped_weight_loss,
@@ -22,6 +24,7 @@ from cpt_lightning.functional import (
     kl_k3,
     masked_mean,
     token_weights,
+    truncated_importance,
     weighted_sum,
 )
 from cpt_lightning.models.sharding import gather
@@ -91,6 +94,10 @@ class RFT(GroupRollouts, HeldToReference):
         kl_in_reward: Subtract each completion's summed divergence from its reward, as PPO does, in place of a term of
             the loss; logged as ``train/reward/kl``.
         reference_every: Training steps between two renewals of a ``synchronised`` reference.
+        importance_sampling: Corrects for a ``sampler`` whose probabilities are not quite the policy's: weighs the
+            policy loss of each token by their ratio, the ``token``'s own or that of the whole ``sequence``, but by
+            ``importance_cap`` at most (truncated importance sampling); off by default.
+        importance_cap: Largest such weight.
         **kwargs: Options of :class:`GroupRollouts`, :class:`HeldToReference` and :class:`PostTraining`.
     """
 
@@ -107,6 +114,8 @@ class RFT(GroupRollouts, HeldToReference):
         kl_estimator: KLEstimator = "k3",
         kl_in_reward: bool = False,
         reference_every: int | None = None,
+        importance_sampling: RatioLevel | None = None,
+        importance_cap: float = 2.0,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -124,6 +133,13 @@ class RFT(GroupRollouts, HeldToReference):
                 f"reference={self.reference_kind}, reference_every={reference_every}: a synchronised reference, and no "
                 "other, is renewed every so many steps"
             )
+        if importance_sampling is not None and self.sampler is None:
+            raise ValueError(
+                f"importance_sampling={importance_sampling} corrects for another engine than ours: set sampler, or "
+                "leave it out"
+            )
+        if importance_cap < 1:
+            raise ValueError(f"importance_cap={importance_cap} must be at least 1, the weight of what fits exactly")
         if self.group_size < 2 and advantage not in ("remax", "reinforce_plus_plus", "one_zero"):
             raise ValueError(
                 f"group_size={self.group_size}: a completion is compared with its siblings, so sample 2 or more"
@@ -141,6 +157,7 @@ class RFT(GroupRollouts, HeldToReference):
         self.reduction: Reduction = reduction
         self.kl_estimator, self.kl_in_reward = kl_estimator, kl_in_reward
         self.reference_every = reference_every
+        self.importance_sampling, self.importance_cap = importance_sampling, importance_cap
 
     # -- the algorithm -------------------------------------------------------------------------------------------
 
@@ -212,11 +229,25 @@ class RFT(GroupRollouts, HeldToReference):
             kl = KL_ESTIMATES[self.kl_estimator](logps, policy.ref_logps[index, :length], mask)
         old_logps = logps.detach() if policy.old_logps is None else policy.old_logps[index, :length]
         weights = weigh(mask) * policy.row_weights[rows].repeat_interleave(self.group_size)[:, None]
-        loss, stats = self._policy_loss(logps, old_logps, policy.advantages[rows].flatten(), mask, weights)
+        importance, mismatch = self._against_sampler(old_logps, completions.logps, mask)
+        advantages = policy.advantages[rows].flatten()
+        loss, stats = self._policy_loss(logps, old_logps, advantages, mask, weights * importance)
         if kl is None:
-            return loss, UpdateStats(loss.detach(), stats)
+            return loss, UpdateStats(loss.detach(), stats, mismatch=mismatch)
         loss = loss + self.kl_coef * weighted_sum(kl, weights, mask)
-        return loss, UpdateStats(loss.detach(), stats, masked_mean(kl.detach(), mask))
+        return loss, UpdateStats(loss.detach(), stats, masked_mean(kl.detach(), mask), mismatch)
+
+    def _against_sampler(
+        self, logps: Tensor, sampler_logps: Tensor | None, mask: Tensor
+    ) -> tuple[Tensor | float, Mismatch | None]:
+        """Weights of the tokens for what another engine sampled, and how far the policy is from it."""
+        if self.sampler is None or sampler_logps is None:
+            return 1.0, None
+        mismatch = Mismatch.between(logps, sampler_logps, mask)
+        if self.importance_sampling is None:
+            return 1.0, mismatch
+        level, cap = self.importance_sampling, self.importance_cap
+        return truncated_importance(logps, sampler_logps, mask, level, cap), mismatch
 
     @property
     def _policy_loss(self) -> Callable[..., tuple[Tensor, PolicyStats]]:

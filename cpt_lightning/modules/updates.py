@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cpt_lightning.functional import PolicyStats
+from cpt_lightning.functional import Mismatch, PolicyStats
 from cpt_lightning.models.sharding import gather
 from cpt_lightning.modules.base import PostTraining
 from cpt_lightning.types import Completions, Prompts
@@ -26,11 +26,13 @@ class UpdateStats:
         loss: Its share of the loss of the update.
         policy: Ratios and clipping, if it had a policy loss.
         kl: Token mean of the divergence from the reference, if there is one.
+        mismatch: How far the policy is from the engine that sampled, if that is another one than ours.
     """
 
     loss: Tensor
     policy: PolicyStats | None = None
     kl: Tensor | None = None
+    mismatch: Mismatch | None = None
 
 
 Loss = Callable[[], tuple[Tensor, UpdateStats]]
@@ -117,4 +119,6 @@ class ManualUpdates(PostTraining):
             shown |= {"train/clip_fraction": policy.clip_fraction, "train/ratio": policy.ratio_mean}
         if divergences := [part.kl for part in stats if part.kl is not None]:
             shown[f"train/kl_{self.kl_estimator}"] = torch.stack(divergences).mean()
+        if mismatches := [part.mismatch for part in stats if part.mismatch is not None]:
+            shown |= {f"train/mismatch/{name}": value for name, value in Mismatch.of_all(mismatches).shown.items()}
         self.log_dict(shown, batch_size=1)

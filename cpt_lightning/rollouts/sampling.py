@@ -152,8 +152,20 @@ def sample_groups(
     group_size += with_greedy
     prefix = processor.tokenizer.encode(sampling.prefix, add_special_tokens=False) if sampling.prefix else []
     with sampling_mode(model):
-        prompts = _with_prefix(prompts, prefix)
+        prompts = with_prefix(prompts, prefix)
         ids, logps = _decode(model, processor, prompts, group_size, sampling, generator, with_greedy, on_token)
+    return completed(ids, logps, prefix, processor)
+
+
+def completed(ids: Tensor, logps: Tensor, prefix: list[int], processor: PromptProcessor) -> Completions:
+    """Completions of what was sampled behind a prefix, each up to its first stop token.
+
+    Args:
+        ids: ``[N, T]`` sampled tokens; what stands behind a stop token has no meaning.
+        logps: ``[N, T]`` their log-probabilities.
+        prefix: Tokens before them, with which every completion was made to begin.
+        processor: Knows the stop tokens.
+    """
     ids = torch.cat([ids.new_tensor(prefix).expand(len(ids), -1), ids], dim=1)
     logps = torch.cat([logps.new_zeros(len(ids), len(prefix)), logps], dim=1)
     ended = torch.isin(ids, ids.new_tensor(processor.stop_token_ids))
@@ -161,7 +173,7 @@ def sample_groups(
     return Completions(ids.masked_fill(~mask, processor.pad_token_id), mask, logps.masked_fill(~mask, 0.0))
 
 
-def _with_prefix(prompts: Prompts, prefix: list[int]) -> Prompts:
+def with_prefix(prompts: Prompts, prefix: list[int]) -> Prompts:
     """The prompts, with the forced beginning of the completion behind them."""
     if not prefix:
         return prompts

@@ -101,7 +101,16 @@ class Plan:
 
 
 def make_plan(module: PostTraining, workload: Workload, devices: Devices) -> Plan:
-    """Plans the memory of a run; nothing large is allocated."""
+    """Plans the memory of a run; nothing large is allocated.
+
+    Raises:
+        ValueError: Another engine samples, whose memory is not known here.
+    """
+    if module.sampler is not None:
+        raise ValueError(
+            f"sampler={type(module.sampler).__name__}: what another engine takes is not planned; plan without it "
+            "(--model.init_args.sampler null), and leave it its share of the GPU"
+        )
     return _Planner(module, workload, devices).plan()
 
 
