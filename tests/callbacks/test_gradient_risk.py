@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpt_lightning.callbacks import EWC, GradientRisk
+from cpt_lightning.callbacks import L2, GradientRisk
 from cpt_lightning.callbacks.fisher import diagonal_fisher, gradient_risk, own_answers, squared_norm
 from cpt_lightning.data import TaskStream
 from cpt_lightning.models import Backbone
@@ -171,10 +171,10 @@ class Spy(L.Callback):
 
 
 def test_the_gradient_is_the_one_that_the_optimizer_steps_with(tmp_path, small_folder):
-    """Read off the weights: clipped, and in the second stage with the penalty of a callback that comes later."""
+    """Read off the weights: clipped, and with the penalty of a callback that comes later."""
     risk = GradientRisk(**RISK)
     spy = Spy(risk)
-    fit(tmp_path, sft(small_folder), [risk, EWC(1e6, num_rows=2), spy])
+    fit(tmp_path, sft(small_folder), [risk, L2(10.0), spy])
     found = read(tmp_path)["measurements"]
     assert [(row["stage"], row["step"]) for row in found] == [(stage, step) for stage in (1, 2) for step in (1, 2, 3)]
     assert [set(row) for row in spy.expected] == [set(row) - {"stage", "step"} for row in found]
