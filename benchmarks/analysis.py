@@ -51,8 +51,8 @@ SHOWN = {
 }
 """Columns of ``methods.md``."""
 PREDICTORS = {
-    "forward_kl": "KL(base || model), nats per answer, last task's end",
-    "reverse_kl": "KL(model || base), nats per answer, last task's end",
+    "forward_kl": "KL(base, model), nats per answer, last task's end",
+    "reverse_kl": "KL(model, base), nats per answer, last task's end",
     "weights": "Euclidean distance of the weights from the base",
     "fisher": "distance by the Fisher information of the probes",
     "log_base_perplexity": "log of the base's perplexity of the first text learned",
