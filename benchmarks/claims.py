@@ -49,12 +49,6 @@ def best_lr(points: Sequence[Point], method: str, by: str) -> str:
     return max(rates, key=lambda lr: statistics.mean(values_of(points, by, method, lr).values()))
 
 
-def rates_to_compare(points: Sequence[Point], methods: Sequence[str], by: str) -> list[str]:
-    """For each method its best learning rate; where one has a single rate, that one for all."""
-    single = [rates[0] for method in methods if len(rates := learning_rates(points, method)) == 1]
-    return [single[0] if single else best_lr(points, method, by) for method in methods]
-
-
 def paired_difference(one: Mapping[int, float], other: Mapping[int, float]) -> tuple[float, float, float]:
     """Mean over seeds of the difference, and its 95 % interval by Student's t.
 
