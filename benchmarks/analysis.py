@@ -37,18 +37,21 @@ from cpt_lightning.report import distances_of, figures_of
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDY = "configs/studies/analysis.yaml"
-SHOWN = {
+POINTS = {
     "learning": "right after a task, %",
     "forgetting": "forgotten, points",
     "probes": "probes, points",
     "probes, lowest": "lowest on the way",
     "probes, forced": "probes, forced style",
+}
+SHOWN = {
+    **POINTS,
     "forward_kl": "KL(base, model)",
     "weights": "weight distance",
     "fisher": "Fisher distance",
     "base_perplexity": "base perplexity of the text",
 }
-"""Columns of ``methods.md``."""
+"""Columns of ``methods.md``; those of ``claims.md`` are in points."""
 PREDICTORS = {
     "forward_kl": "KL(base, model), nats per answer, last task's end",
     "reverse_kl": "KL(model, base), nats per answer, last task's end",
@@ -69,12 +72,12 @@ CLAIMS = {
     "SFT on a teacher's reasoning keeps more than on gold answers (B)": ("sft_teacher", "sft_bare"),
     "negative examples do not matter (RL's Razor)": ("one_zero", "grpo"),
     "RLOO is as good as GRPO (A)": ("rloo", "grpo"),
-    "KL to the base is not why: GRPO (A)": ("grpo_kl", "grpo"),
-    "... at the highest rate, where GRPO forgets": ("grpo_kl 3e-4", "grpo 3e-4"),
-    "... RLOO": ("rloo_kl", "rloo"),
-    "... RLOO at the highest rate": ("rloo_kl 3e-4", "rloo 3e-4"),
-    "... 1-0 REINFORCE": ("one_zero_kl", "one_zero"),
-    "... 1-0 REINFORCE at the highest rate": ("one_zero_kl 3e-4", "one_zero 3e-4"),
+    "KL to the base is not why: GRPO (A)": ("grpo_kl 3e-5", "grpo 3e-5"),
+    "... at the rate at which GRPO forgets": ("grpo_kl 3e-4", "grpo 3e-4"),
+    "... RLOO": ("rloo_kl 3e-5", "rloo 3e-5"),
+    "... at the rate at which RLOO forgets": ("rloo_kl 3e-4", "rloo 3e-4"),
+    "... 1-0 REINFORCE": ("one_zero_kl 3e-5", "one_zero 3e-5"),
+    "... at the rate at which 1-0 REINFORCE forgets": ("one_zero_kl 3e-4", "one_zero 3e-4"),
 }
 """What is said, and the methods whose difference tells, with their learning rate if it is not to be the best."""
 
@@ -120,8 +123,11 @@ def methods_table(points: Sequence[Point]) -> str:
     rows = []
     for method in dict.fromkeys(point.method for point in points):
         for lr in learning_rates(points, method):
-            seeds = [list(values_of(points, name, method, lr).values()) for name in SHOWN]
-            cells = [f"{_short(statistics.mean(each))} ± {_short(statistics.stdev(each))}" for each in seeds]
+            cells = []
+            for name in SHOWN:
+                values = list(values_of(points, name, method, lr).values())
+                write = "{:.1f}".format if name in POINTS else _short
+                cells.append(f"{write(statistics.mean(values))} ± {write(statistics.stdev(values))}")
             rows.append([method, lr, *cells])
     return _markdown(["method", "lr", *SHOWN.values()], rows)
 
@@ -132,13 +138,12 @@ def claims_table(points: Sequence[Point]) -> str:
     for claim, pair in CLAIMS.items():
         compared = [_with_rate(points, each) for each in pair]
         cells = []
-        for figure in ("learning", "forgetting", "probes", "probes, lowest", "probes, forced"):
+        for figure in POINTS:
             one, other = (values_of(points, figure, method, lr) for method, lr in compared)
             mean, low, high = paired_difference(one, other)
             cells.append(f"{mean:+.1f} ({low:+.1f} to {high:+.1f})")
         rows.append([claim, " - ".join(f"{method} {lr}" for method, lr in compared), *cells])
-    heads = ["learning", "forgetting", "probes", "probes, lowest", "probes, forced style"]
-    return _markdown(["claim", "difference", *heads], rows)
+    return _markdown(["claim", "difference", *POINTS.values()], rows)
 
 
 def _with_rate(points: Sequence[Point], named: str) -> tuple[str, str]:
