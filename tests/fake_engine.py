@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import time
+from typing import Any
+from unittest import mock
 
 import torch
 
 from cpt_lightning.models.processor import PromptProcessor
 from cpt_lightning.models.qwen_vl import weightless
-from cpt_lightning.rollouts import Sampling, completion_logprobs, sample_groups
+from cpt_lightning.rollouts import VLLM, Sampling, completion_logprobs, sample_groups
+from cpt_lightning.rollouts.vllm import sampler
 from cpt_lightning.rollouts.vllm.requests import Answer, Request
 from cpt_lightning.rollouts.vllm.weights import checksum, looked_at, unpack
 from cpt_lightning.types import Completions, Prompts
@@ -71,6 +74,16 @@ class FakeEngine:
             Answer(ids[:length].tolist(), logps[:length].tolist(), "stop" if end else "length")
             for ids, logps, length, end in zip(drawn.ids, drawn.logps, drawn.lengths.tolist(), ended, strict=True)
         ]
+
+
+class FakeVLLM(VLLM):
+    """Believes vLLM to be there."""
+
+    make_engine = FakeEngine
+
+    def __init__(self, **options: Any) -> None:
+        with mock.patch.object(sampler, "find_spec", lambda name: name):
+            super().__init__(**options)
 
 
 class Unready(FakeEngine):

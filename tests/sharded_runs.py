@@ -1,9 +1,11 @@
-"""The runs that ``test_sharded`` compares: ``python -m tests.sharded_runs FOLDER STRATEGY NUM_PROCESSES``."""
+"""The runs that ``test_sharded`` compares: ``python -m tests.sharded_runs FOLDER STRATEGY NUM_PROCESSES [RUN ...]``."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,15 @@ from cpt_lightning.models import Backbone, Quantization
 from cpt_lightning.models.adapters import Lora
 from cpt_lightning.models.sharding import all_whole
 from cpt_lightning.modules import RFT, SFT, MultiTask, OnPolicySFT, group_rollouts
-from cpt_lightning.rollouts import Attempts, Sampling, Selection
+from cpt_lightning.rollouts import VLLM, Attempts, Sampling, Selection
 from cpt_lightning.strategy import FSDP2
 from cpt_lightning.tasks import Task, ToyWorld
 from cpt_lightning.types import Batch
+from tests.fake_engine import FakeVLLM
 from tests.training import sgd, with_examples
 
+ENGINE = partial(VLLM if find_spec("vllm") else FakeVLLM, tolerance=1e-3, enforce_eager=True, max_model_len=512)
+"""vLLM itself where it is installed."""
 RUNS = {
     "sft_full": partial(SFT, max_grad_norm=0.05),
     "sft_lora": partial(SFT, max_grad_norm=0.05),
@@ -41,6 +46,8 @@ RUNS = {
         OnPolicySFT, group_size=4, sampling=Sampling(max_new_tokens=8), selection=Selection(finished_only=False)
     ),
     "multitask_full": partial(MultiTask, group_size=4, sampling=Sampling(max_new_tokens=8), objectives={"odd": "sft"}),
+    "engine_full": partial(RFT, group_size=4, sampling=Sampling(max_new_tokens=8), kl_coef=0.1, sampler=ENGINE()),
+    "engine_lora": partial(RFT, group_size=4, sampling=Sampling(max_new_tokens=8), kl_coef=0.1, sampler=ENGINE()),
     "resumed_full": SFT,
     "resumed_lora": partial(RFT, group_size=4, sampling=Sampling(max_new_tokens=8), kl_coef=0.1),
 }
@@ -173,19 +180,25 @@ def watch() -> None:
     )  # fmt: skip
 
 
-def main(folder: Path, launched: str, devices: int) -> None:
-    watch()
+def all_runs(launched: str) -> list[tuple[str, str, str]]:
+    """Name, strategy and label of what one launch runs."""
     runs = [(name, launched, launched) for name in runs_by(launched)]
     if launched == "fsdp2":
         runs += [(name, "fsdp2_offload", "fsdp2_offload") for name in OFFLOADED]
         runs += [(name, "fsdp2", "shards") for name in RUNS if name.startswith("resumed")]
-    for name, strategy, label in runs:
+    return runs
+
+
+def main(folder: Path, launched: str, devices: int, names: Sequence[str] = ()) -> None:
+    watch()
+    for name, strategy, label in [(name, launched, launched) for name in names] or all_runs(launched):
         seen = run(name, folder, strategy, devices, shards=label == "shards")
         rank = distributed.get_rank() if distributed.is_initialized() else 0
         torch.save({**seen, "gathers": GATHERS[0]}, folder / f"{name}_{label}_{rank}.pt")
         SEEN.update(gathers_while_sampling=[], lengths=[], waiting_gradients=[], kept=[])
-    collect(folder, launched, devices)
+    if not names:
+        collect(folder, launched, devices)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4:])

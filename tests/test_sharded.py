@@ -33,13 +33,18 @@ CACHE: dict[str, Path] = {}
 def runs(prepared) -> Path:
     """The folder of all runs by all strategies; made once."""
     if "runs" not in CACHE:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         for strategy, devices in DEVICES.items():
-            command = [sys.executable, "-m", "tests.sharded_runs", str(prepared), strategy, str(devices)]
-            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
-            assert done.returncode == 0, done.stderr[-3000:]
+            launch(prepared, strategy, devices)
         CACHE["runs"] = prepared
     return CACHE["runs"]
+
+
+def launch(folder: Path, strategy: str, devices: int, *names: str) -> None:
+    """The runs of those names, or all, in processes of their own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.sharded_runs", str(folder), strategy, str(devices), *names]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def seen(runs: Path, name: str, strategy: str, rank: int = 0) -> dict:
@@ -128,10 +133,10 @@ def test_the_runs_that_are_compared_learn_something(runs):
     from cpt_lightning.models.qwen_vl import QwenVL
 
     start = QwenVL.from_pretrained(runs / "backbone").state_dict()
-    for name in ("sft_full", "rft_full", "on_policy_full", "resumed_full"):
+    for name in ("sft_full", "rft_full", "engine_full", "on_policy_full", "resumed_full"):
         weights = seen(runs, name, "auto")["weights"]
         assert max((weights[f"model.{key}"] - start[key]).abs().max() for key in start) > 1e-3, name
-    for name in ("sft_lora", "rft_lora"):
+    for name in ("sft_lora", "rft_lora", "engine_lora"):
         weights = seen(runs, name, "auto")["weights"]
         assert max(weight.abs().max() for key, weight in weights.items() if "lora_B" in key) > 1e-4, name
     lengths = [seen(runs, "rft_full", "fsdp2", rank)["lengths"] for rank in (0, 1)]

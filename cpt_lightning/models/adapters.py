@@ -192,20 +192,37 @@ def low_rank_layers(model: QwenVL) -> Iterator[LowRankLayer]:
 
 
 def plain_weights(model: QwenVL) -> Iterator[tuple[str, Tensor]]:
-    """The parameters of a model without adapters that computes the same, one at a time; the model stays as it is.
+    """The weights of a model without adapters that computes the same, one at a time; the model stays as it is.
+
+    Four-bit weights are unpacked, and DoRA's rows have the lengths that it learned.
 
     Raises:
-        ValueError: A weight to which nothing can be added, see :func:`low_rank_layers`.
+        ValueError: An adapter of a layer that is not linear.
     """
-    own = dict(model.named_parameters())
-    adapted = {f"{layer.name}.base_layer.weight": layer for layer in low_rank_layers(model)}
-    for name, weight in own.items():
+    from peft.utils.integrations import dequantize_module_weight
+
+    adapted = {f"{name}.base_layer": layer for name, layer in model.named_modules() if hasattr(layer, "base_layer")}
+    for name, weight in model.named_parameters():
         if "lora_" in name:
             continue
-        if layer := adapted.get(name):
-            yield name.replace(".base_layer.", "."), weight + layer.scale * (own[layer.b] @ own[layer.a])
-        else:
-            yield name.replace(".base_layer.", "."), weight
+        owner = name.rpartition(".")[0]
+        plain = weight if weight.is_floating_point() else dequantize_module_weight(model.get_submodule(owner))
+        if owner in adapted and name.endswith(".weight"):
+            plain = _with_adapter(name, adapted[owner], plain)
+        yield name.replace(".base_layer.", "."), plain
+
+
+def _with_adapter(name: str, layer: LoraLayer, weight: Tensor) -> Tensor:
+    """``[out, in]`` what a layer multiplies by, its adapter included."""
+    if not isinstance(layer.get_base_layer(), nn.Linear):
+        raise ValueError(f"{name}: an adapter cannot be added to it, for its layer is not linear")
+    (adapter,) = layer.active_adapters
+    a, b = (factors[adapter].weight for factors in (layer.lora_A, layer.lora_B))
+    merged = weight + layer.scaling[adapter] * (b @ a)
+    if not layer.use_dora[adapter]:
+        return merged
+    lengths = layer.lora_magnitude_vector[adapter].weight
+    return merged * (lengths / merged.norm(dim=1))[:, None]
 
 
 def merge_into_base(model: QwenVL) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from cpt_lightning.models import Lora, load_backbone
+from cpt_lightning.models import Lora, Quantization, load_backbone
 from cpt_lightning.models.adapters import adapter_weights, adapters_replaced, merge_into_base, plain_weights
 from cpt_lightning.rollouts import VLLM, Sampling, completion_logprobs, sample_groups
 from cpt_lightning.rollouts.vllm import sampler as vllm_sampler
@@ -16,6 +16,7 @@ from cpt_lightning.rollouts.vllm.probe import Probe
 from cpt_lightning.rollouts.vllm.requests import Answer, completions_of
 from cpt_lightning.rollouts.vllm.weights import buckets, checksum, differing, fingerprint, unpack
 from tests import fake_engine
+from tests.naive import random_completions
 
 GREEDY = Sampling(6, temperature=0)
 
@@ -147,8 +148,9 @@ def test_adapters_are_merged_on_the_way_and_other_adapters_are_noticed(make, sma
         assert sampler._num_handovers == number
 
 
-def test_plain_weights_are_what_peft_merges(small_folder):
-    model, _ = load_backbone(small_folder, tuning="lora", lora=Lora(rank=2))
+@pytest.mark.parametrize("lora", [Lora(rank=2), Lora(rank=2, use_dora=True)], ids=["lora", "dora"])
+def test_plain_weights_are_what_peft_merges(small_folder, lora):
+    model, _ = load_backbone(small_folder, tuning="lora", lora=lora)
     move(model)
     plain = {name: weight.clone() for name, weight in plain_weights(model)}
     bare, _ = load_backbone(small_folder)
@@ -157,6 +159,23 @@ def test_plain_weights_are_what_peft_merges(small_folder):
     for name, weight in model.named_parameters():
         if "lora_" not in name:
             torch.testing.assert_close(plain[name.replace(".base_layer.", ".")], weight)
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("tuning", ["lora", "qlora"])
+def test_a_plain_model_computes_what_the_adapted_one_does(small_folder, mixed_prompts, tuning, use_dora):
+    """Four-bit weights unpacked."""
+    lora = Lora(rank=2, use_dora=use_dora)
+    model, _ = load_backbone(small_folder, tuning=tuning, lora=lora, quantization=Quantization(compute_dtype="float32"))
+    move(model)
+    bare, _ = load_backbone(small_folder)
+    completions = random_completions(4, 3, 100, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        adapted, before = (completion_logprobs(each, mixed_prompts, completions) for each in (model, bare))
+        bare.load_state_dict(dict(plain_weights(model)), strict=False)
+        plain = completion_logprobs(bare, mixed_prompts, completions)
+    torch.testing.assert_close(plain, adapted, atol=1e-5, rtol=0)
+    assert float((plain - before).abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize(

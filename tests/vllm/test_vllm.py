@@ -13,6 +13,7 @@ from cpt_lightning.modules import RFT
 from cpt_lightning.rollouts import VLLM, Sampling, completion_logprobs, sample_groups
 from cpt_lightning.rollouts.vllm.process import EngineProcess
 from tests.rollouts.test_vllm import is_gone, move
+from tests.test_sharded import DEVICES, launch, seen
 from tests.training import fit, with_examples
 
 GREEDY = Sampling(24, temperature=0)
@@ -151,6 +152,20 @@ def test_ten_steps_learn_as_with_our_engine(sampler, processor, mixed_prompts):
         assert all(each < 1e-3 for each in mismatches)
     assert all(end - start > 0.2 for start, end in means.values()), means
     assert abs(means["ours"][1] - means["vllm"][1]) < 0.25, means
+
+
+def test_two_ranks_with_an_engine_each_learn_what_one_process_does(tiny, processor, mixed_prompts, tmp_path):
+    """All weights and LoRA; copies of them, and shards that are gathered for the hand-over."""
+    names = ["engine_full", "engine_lora"]
+    for part in (tiny, processor):
+        part.save_pretrained(tmp_path / "backbone")
+    torch.save(mixed_prompts, tmp_path / "prompts.pt")
+    for strategy, devices in DEVICES.items():
+        launch(tmp_path, strategy, devices, *names)
+    for name in names:
+        one, *others = (seen(tmp_path, name, strategy)["weights"] for strategy in DEVICES)
+        for two in others:
+            torch.testing.assert_close(two, one, atol=CLOSE, rtol=CLOSE)
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,7 @@ class VLLM(Sampler):
 
     def _hand_over(self, engine: EngineProcess, model: QwenVL) -> None:
         """Sends all weights, and reads some of each back."""
-        dtype = None if self.dtype is None else getattr(torch, self.dtype)
+        dtype = getattr(torch, self._dtype_of(model))
         columns = torch.linspace(0, model.config.text_config.hidden_size - 1, COLUMNS).long().tolist()
         sent: dict[str, Tensor] = {}
 
@@ -208,14 +208,13 @@ class VLLM(Sampler):
     def _start(self, model: QwenVL, processor: PromptProcessor) -> EngineProcess:
         largest = max(weight.numel() for weight in model.parameters()) * torch.float32.itemsize
         self._buffer = torch.zeros(max(BUCKET_BYTES, largest), dtype=torch.uint8).share_memory_()
-        own = str(model.model.language_model.norm.weight.dtype).removeprefix("torch.")
         with tempfile.TemporaryDirectory(prefix="cpt_vllm_") as folder:
             model.config.save_pretrained(folder)
             processor.tokenizer.save_pretrained(folder)
             processor.image_processor.save_pretrained(folder)
             options: dict[str, Any] = {
                 "model": folder,
-                "dtype": self.dtype or own,
+                "dtype": self._dtype_of(model),
                 "banned_token_ids": processor.banned_token_ids,
                 "buffer": self._buffer,
                 "gpu_memory_utilization": self.gpu_memory_utilization,
@@ -228,6 +227,10 @@ class VLLM(Sampler):
                 tokens = max(self.max_model_len, CPU_BATCH_TOKENS)
                 options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": tokens}
             return EngineProcess(self.make_engine, options, _environment(model.device), self.time_limit_s)
+
+    def _dtype_of(self, model: QwenVL) -> str:
+        """What the engine computes in."""
+        return self.dtype or str(model.model.language_model.norm.weight.dtype).removeprefix("torch.")
 
     # -- memory ------------------------------------------------------------------------------------------------------
 

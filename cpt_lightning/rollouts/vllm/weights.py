@@ -45,18 +45,18 @@ class Place:
         return self.start + torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def language_weights(model: QwenVL, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+def language_weights(model: QwenVL, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """The language model's weights one after another, adapters merged, under the names of a checkpoint.
 
     Args:
         model: The backbone. In shards that are gathered, every rank has all of it; of shards that are not, the whole is
             gathered tensor by tensor, which every rank must ask for.
-        dtype: That the engine wants them in; their own by default.
+        dtype: That the engine wants them in.
     """
     with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
         for name, weight in plain_weights(model):
             if name.startswith(LANGUAGE):
-                yield name, whole(weight).to(dtype or weight.dtype)
+                yield name, whole(weight).to(dtype)
 
 
 def fingerprint(module: nn.Module) -> list[int]:
