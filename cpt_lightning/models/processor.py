@@ -223,6 +223,10 @@ class PromptProcessor(Qwen2_5_VLProcessor):
         mask = torch.arange(length) < torch.tensor([[len(row)] for row in rows])
         return Completions(padded, mask)
 
+    def encode_prefix(self, text: str) -> list[int]:
+        """Tokens that a reply is made to begin with; special tokens in it are commands."""
+        return self.tokenizer.encode(text, add_special_tokens=False) if text else []
+
     def _check_spelling(self, ids: list[int], text: str, name: str) -> None:
         row = torch.tensor([ids])
         known = bool(ids) and min(ids) >= 0 and max(ids) < len(self.tokenizer)

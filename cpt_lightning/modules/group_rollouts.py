@@ -13,7 +13,7 @@ from cpt_lightning.models.qwen_vl import encode_images, has_dropout, vision_is_f
 from cpt_lightning.modules.updates import ManualUpdates
 from cpt_lightning.rewards import YES_NO_COUNTS, OverlongPenalty, score
 from cpt_lightning.rollouts import Sampling, run_prompts, sample_groups
-from cpt_lightning.rollouts.sampling import row_generators
+from cpt_lightning.rollouts.sampling import row_generators, with_prefix
 from cpt_lightning.types import Completions, Prompts, Rollout
 
 
@@ -22,7 +22,7 @@ class GroupRollouts(ManualUpdates):
 
     Args:
         group_size: Completions of each prompt.
-        sampling: How completions are drawn.
+        sampling: How completions are drawn; ``sampling.prefix`` is rewarded, and not learned: it belongs to the prompt.
         rollout_batch_prompts: Prompts whose groups are sampled at once; all by default. Limits memory.
         informative_prompts: Dynamic sampling (DAPO, arXiv 2503.14476, eq. 11): prompts are sampled
             ``rollout_batch_prompts`` at a time until so many groups have both better and worse answers, and only these
@@ -51,10 +51,6 @@ class GroupRollouts(ManualUpdates):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        if sampling.prefix:
-            raise ValueError(
-                f"sampling.prefix={sampling.prefix!r}: RFT learns from what was sampled, not from what was forced"
-            )
         if sampling.temperature == 0:
             raise ValueError("sampling.temperature=0 makes all completions of a group the same; use e.g. 1.0")
         if overlong_margin is not None and not 1 <= overlong_margin <= sampling.max_new_tokens:
@@ -99,7 +95,7 @@ class GroupRollouts(ManualUpdates):
     def collect(self, prompts: Prompts, batch_idx: int) -> Rollout:
         """Samples a group of completions of every prompt and has them rewarded."""
         with self.timed("rollout"):
-            prompts = self.compute_once(prompts)
+            prompts = self.compute_once(with_prefix(prompts, self.processor.encode_prefix(self.sampling.prefix)))
         parts: list[Completions] = []
         texts: list[str] = []
         scores: list[dict[str, float]] = []
@@ -108,7 +104,7 @@ class GroupRollouts(ManualUpdates):
                 first = len(texts) // self._per_prompt
                 phase = f"rollout {first + 1}-{first + len(chunk)}/{len(prompts)}"
                 parts.append(self._sample(chunk, batch_idx, phase))
-                new = self.processor.decode(parts[-1])
+                new = [self.sampling.prefix + text for text in self.processor.decode(parts[-1])]
             with self.timed("reward"):
                 examples = [example for example in chunk.examples for _ in range(self._per_prompt)]
                 scores += score(new, examples, self.overlong, parts[-1].lengths.tolist())
@@ -160,7 +156,7 @@ class GroupRollouts(ManualUpdates):
             self.processor,
             prompts,
             self.group_size,
-            self.sampling,
+            replace(self.sampling, prefix=""),
             generators,
             with_greedy=self.samples_greedy,
             on_token=lambda token: self.say_phase(f"{phase}: {token}/{longest} tokens"),

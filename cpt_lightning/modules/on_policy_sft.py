@@ -63,6 +63,10 @@ class OnPolicySFT(GroupRollouts):
         reduction: Reduction = "sequence_mean",
         **kwargs,
     ):
+        if (sampling := kwargs.get("sampling")) is not None and sampling.prefix:
+            raise ValueError(
+                f"sampling.prefix={sampling.prefix!r}: what was forced would be missing in what is learned: omit it"
+            )
         # Which groups and completions are learned from is for the selection to say.
         super().__init__(informative_prompts=None, overlong_margin=None, learn_truncated=True, **kwargs)
         if reduction == "constant":

@@ -150,7 +150,7 @@ def sample_groups(
         N = B * G completions, or B * (G + 1), group by group, right-padded.
     """
     group_size += with_greedy
-    prefix = processor.tokenizer.encode(sampling.prefix, add_special_tokens=False) if sampling.prefix else []
+    prefix = processor.encode_prefix(sampling.prefix)
     with sampling_mode(model):
         prompts = with_prefix(prompts, prefix)
         ids, logps = _decode(model, processor, prompts, group_size, sampling, generator, with_greedy, on_token)

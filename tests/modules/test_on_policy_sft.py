@@ -115,6 +115,11 @@ def test_bad_options_are_refused(small_folder, options):
         make(small_folder, **options)
 
 
+def test_a_forced_beginning_is_refused(small_folder):
+    with pytest.raises(ValueError, match="sampling.prefix='so': what was forced would be missing"):
+        make(small_folder, sampling=Sampling(6, prefix="so"))
+
+
 @pytest.mark.parametrize("text", ["no slot", "{question}", "{answer} <|im_end|>"])
 def test_a_bad_hint_is_refused(text):
     with pytest.raises(ValueError, match=r"hint\.text"):

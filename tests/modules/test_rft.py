@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from lightning import Callback
@@ -11,9 +13,10 @@ from cpt_lightning.models import Backbone, Lora
 from cpt_lightning.modules import RFT
 from cpt_lightning.rewards import Reward
 from cpt_lightning.rollouts import Sampling
+from cpt_lightning.rollouts.sampling import with_prefix
 from cpt_lightning.types import Rollout
 from tests.naive import naive_logprobs
-from tests.training import fit, largest_difference, sgd, weights, with_examples
+from tests.training import fit, largest_difference, length_reward, sgd, weights, with_examples
 
 SAMPLING = Sampling(max_new_tokens=6)
 
@@ -45,10 +48,14 @@ def by_hand(model, rollout: Rollout, reduction: str) -> torch.Tensor:
     return per_row.mean() / SAMPLING.max_new_tokens
 
 
-@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "constant"])
-def test_one_step_moves_the_weights_as_the_hand_calculation_does(small_folder, processor, mixed_prompts, reduction):
+@pytest.mark.parametrize(
+    ("reduction", "prefix"), [("token_mean", ""), ("token_mean", "<answer>"), ("sequence_mean", ""), ("constant", "")]
+)
+def test_one_step_moves_the_weights_as_the_hand_calculation_does(
+    small_folder, processor, mixed_prompts, reduction, prefix
+):
     """Plain SGD, so that the step is the gradient of the hand-written loss of the very same completions."""
-    module = make(small_folder, reduction=reduction)
+    module = make(small_folder, reduction=reduction, sampling=replace(SAMPLING, prefix=prefix))
     module.configure_model()
     untouched = make(small_folder)
     untouched.configure_model()
@@ -80,6 +87,29 @@ def test_a_step_gives_the_same_weights_for_any_micro_batch_size(
     untouched = make(small_folder)
     untouched.configure_model()
     assert largest_difference(results[0], weights(untouched)) > 1e-4
+
+
+@pytest.mark.parametrize("options", [{}, {"updates_per_rollout": 2}, {"rollout_batch_prompts": 3}])
+def test_a_forced_beginning_is_rewarded_and_belongs_to_the_prompt(small_folder, processor, mixed_prompts, options):
+    """Nothing of it is learned: with it in the prompts of the batch the weights are the same."""
+    prefix = "<think></think><answer>"
+
+    def reward(completion: str, gold: str | list[str]) -> dict[str, float]:
+        assert completion.startswith(prefix)
+        return length_reward(completion, gold)
+
+    batch = with_examples(mixed_prompts, processor, reward)
+    module = make(small_folder, sampling=replace(SAMPLING, prefix=prefix), **options)
+    rollouts = catch_rollouts(module)
+    fit(module, [batch])
+    tokens = processor.encode_prefix(prefix)
+    assert len(tokens) > 1 and rollouts[0].prompts.input_ids[:, -len(tokens) :].tolist() == [tokens] * 4
+    assert processor.decode(rollouts[0].completions) == [text.removeprefix(prefix) for text in rollouts[0].texts]
+
+    begun = with_examples(with_prefix(mixed_prompts, tokens), processor, lambda text, gold: reward(prefix + text, gold))
+    other = make(small_folder, **options)
+    fit(other, [begun])
+    assert largest_difference(weights(module), weights(other)) == 0
 
 
 def test_groups_of_equal_rewards_cost_no_forward_and_move_nothing(small_folder, processor, mixed_prompts):
@@ -264,7 +294,6 @@ def test_reward_rises_where_a_token_is_rewarded(small_folder, processor, mixed_p
         ({"kl_coef": -1}, "kl_coef=-1"),
         ({"clip_low": -0.1}, "clip_low=-0.1"),
         ({"dual_clip": 0.5}, "dual_clip=0.5"),
-        ({"sampling": Sampling(8, prefix="so")}, "sampling.prefix='so'"),
         ({"updates_per_rollout": 0}, "updates_per_rollout=0"),
         ({"micro_batch_prompts": 0}, "micro_batch_prompts=0"),
         ({"max_grad_norm": 0}, "max_grad_norm=0"),

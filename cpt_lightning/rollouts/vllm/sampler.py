@@ -131,7 +131,7 @@ class VLLM(Sampler):
             ValueError: A prompt that leaves no room for a completion within ``max_model_len``.
             RuntimeError: The engine failed, or does not have the weights.
         """
-        prefix = processor.tokenizer.encode(sampling.prefix, add_special_tokens=False) if sampling.prefix else []
+        prefix = processor.encode_prefix(sampling.prefix)
         longest = int(prompts.lengths.max()) + len(prefix) + sampling.max_new_tokens
         if longest > self.max_model_len:
             raise ValueError(
