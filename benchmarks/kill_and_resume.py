@@ -3,9 +3,10 @@
     python benchmarks/kill_and_resume.py --kills 20 --ranks 1      # benchmarks/results/kill_and_resume_1.json
     python benchmarks/kill_and_resume.py --kills 20 --ranks 2 --strategy fsdp2_sharded
 
-The embedded base learns three tasks by GRPO with LoRA, dropout and a KL term, saving after every step. Kills come at
-random times, or in the phases below; each kills all ranks, and the run goes on with ``--ckpt_path last``. Weights,
-optimizer, matrix and samples are compared. Processes are forked from one that has imported everything.
+The embedded base learns three tasks by GRPO with LoRA, dropout and a KL term, on the rows that it is right about, and
+saves after every step. Kills come at random times, or in the phases below; each kills all ranks, and the run goes on
+with ``--ckpt_path last``. Weights, optimizer, matrix, samples and verdicts are compared. Processes are forked from one
+that has imported everything.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ from lightning import Callback
 from record import write_record
 
 from cpt_lightning import checkpoint_io, sharded_checkpoints
-from cpt_lightning.callbacks import continual, samples
+from cpt_lightning.callbacks import continual, judge, samples
 from cpt_lightning.checkpoint_files import ASIDE, PART
 from cpt_lightning.cli.lightning_cli import CPTCLI
 from cpt_lightning.modules import group_rollouts
 
-TASK = "{source: {class_path: cpt_lightning.tasks.ToyWorld, init_args: {family: %s}}, num_test: 4}"
+TASK = "{source: {class_path: cpt_lightning.tasks.ToyWorld, init_args: {family: %s}}, num_train: 16, num_test: 4}"
 STREAM = f"""
 tasks: {{word2: {TASK % "word2"}, bars2: {TASK % "bars2"}, digit2: {TASK % "digit2"}}}
 probes: {{facts: {TASK % "facts"}}}
@@ -50,6 +51,8 @@ COMMAND = [
     "fit", "--model=RFT", "--model.backbone.tuning=lora", "--model.backbone.lora.dropout=0.1", "--model.group_size=4",
     "--model.kl_coef=0.05", "--model.updates_per_rollout=2", "--model.sampling.max_new_tokens=8",
     "--model.evaluation.max_new_tokens=8", "--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=1e-3",
+    "--filter.mode=solvable", "--filter.completions_per_row=4", "--filter.min_rows=1",
+    "--filter.sampling.temperature=0.5", "--filter.sampling.prefix=<think>let me think</think><answer>",
     "--checkpoint.every_n_steps=1", "--continual.print_table=false", "--trainer.accelerator=cpu",
     "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
 ]  # fmt: skip
@@ -66,6 +69,7 @@ PHASES = {
     "rollout": 2 * STEPS,
     "update": 2 * STEPS,
     "evaluation": EVALUATIONS,
+    "judging": 2 * 3 * 4,
     "saving": 3 * STEPS,
     "recording": 6,
     "between tasks": 3,
@@ -120,6 +124,7 @@ class Kill(Callback):
 
     def install(self) -> None:
         self.wrap(group_rollouts, "sample_groups", "rollout")
+        self.wrap(judge.Judge, "_judge", "judging")
         self.wrap(torch.optim.AdamW, "step", "update")
         self.wrap(continual.AccuracyMatrix, "save", "recording")
         self.wrap(samples, "append_lines", "recording")
@@ -224,7 +229,9 @@ def outcome(folder: Path) -> dict[str, Any]:
     """What must be the same."""
     last = checkpoint_io.read_checkpoint(folder / "last.ckpt")
     files = {name: (folder / name).read_bytes() for name in ("accuracy_matrix.json", "samples.jsonl")}
-    return {"weights": last["state_dict"], "optimizer": last["optimizer_states"], **files}
+    verdicts = {path.name: path.read_text().splitlines() for path in sorted((folder / "filter").iterdir())}
+    untimed = {name: [{**json.loads(line), "time_s": None} for line in lines] for name, lines in verdicts.items()}
+    return {"weights": last["state_dict"], "optimizer": last["optimizer_states"], **files, "verdicts": untimed}
 
 
 def differences(one: Any, other: Any, where: str = "") -> list[str]:
