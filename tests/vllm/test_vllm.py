@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 
-from cpt_lightning.models import Backbone, Lora, load_backbone
+from cpt_lightning.models import Backbone, Lora, Quantization, load_backbone
 from cpt_lightning.modules import RFT
 from cpt_lightning.rollouts import VLLM, Sampling, completion_logprobs, sample_groups
 from cpt_lightning.rollouts.vllm.process import EngineProcess
@@ -102,9 +102,10 @@ def test_vision_tokens_are_never_drawn_however_probable(sampler, tiny, processor
     assert float(theirs.logps[0, 0]) < -1  # what is banned has its share of the probability nevertheless
 
 
-@pytest.mark.parametrize("tuning", ["full", "lora"])
-def test_updates_are_handed_over(sampler, processor, mixed_prompts, tuning):
-    model, _ = load_backbone("tiny", tuning=tuning, lora=Lora(rank=4))
+@pytest.mark.parametrize(("tuning", "use_dora"), [("full", False), ("lora", False), ("lora", True), ("qlora", False)])
+def test_updates_are_handed_over(sampler, processor, mixed_prompts, tuning, use_dora):
+    options = {"lora": Lora(rank=4, use_dora=use_dora), "quantization": Quantization(compute_dtype="float32")}
+    model, _ = load_backbone("tiny", tuning=tuning, **options)
     for _ in range(2):
         with torch.no_grad():
             for weight in model.parameters():
@@ -116,6 +117,21 @@ def test_updates_are_handed_over(sampler, processor, mixed_prompts, tuning):
         assert sampler._num_handovers == count + 1
     sampler.sample(model, processor, mixed_prompts, 4, Sampling(24))
     assert sampler._num_handovers == count + 1
+
+
+def test_an_engine_in_bfloat16_is_near_the_policy(tiny, processor, mixed_prompts):
+    """What is handed over is what it computes in, and its log-probabilities differ by what that rounds."""
+    sampler = VLLM(**{**OPTIONS, "dtype": "bfloat16", "tolerance": 0.1})
+    try:
+        for _ in range(2):
+            drawn = sampler.sample(tiny, processor, mixed_prompts, 8, Sampling(24))
+            with torch.no_grad():
+                logps = completion_logprobs(tiny, mixed_prompts, drawn)
+            gaps = (drawn.logps - logps)[drawn.mask].abs()
+            assert 1e-4 < float(gaps.mean()) < 0.05 and float(gaps.max()) < 0.5
+            move(tiny)
+    finally:
+        sampler.close()
 
 
 def says_look(completion: str, gold: str | list[str]) -> dict[str, float]:

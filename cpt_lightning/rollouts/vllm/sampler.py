@@ -48,12 +48,12 @@ class VLLM(Sampler):
     """Samples with vLLM 0.32, one engine beside each rank, on the rank's device; ``pip install cpt-lightning[vllm]``.
 
     Before completions are drawn the weights are compared with those that the engine got last; if any differs, all of
-    the language model is handed over, adapters merged, and read back. Image features are computed here, once a
-    prompt, and go along with it. An engine that does not have the weights of the moment raises an error; so does one
-    that dies or hangs. Its log-probabilities are its own, see ``RFT.importance_sampling``.
+    the language model is handed over, adapters merged and four bits unpacked, and read back. Image features are
+    computed here, once a prompt, and go along with it. An engine that does not have the weights of the moment raises an
+    error; so does one that dies or hangs. Its log-probabilities are its own, see ``RFT.importance_sampling``.
 
-    It was run on the CPU, in float32 and eagerly. Not run yet: a GPU, and with it graphs (``enforce_eager: false``),
-    ``gpu_memory_utilization`` and ``sleep_level``. Tensor parallelism is not built.
+    It was run on the CPU, eagerly, in float32 and bfloat16. Not run yet: a GPU, and with it graphs
+    (``enforce_eager: false``), ``gpu_memory_utilization`` and ``sleep_level``. Tensor parallelism is not built.
 
     Args:
         gpu_memory_utilization: Share of the GPU's memory that the engine may take, weights included.
