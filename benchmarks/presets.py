@@ -1,4 +1,4 @@
-"""The models that benchmarks run: the embedded base, a 6 M-parameter Qwen2.5-VL, and the published 3B and 7B shapes.
+"""The models that benchmarks run: the embedded base, Qwen2.5-VL of 6 M and 100 M parameters, and the 3B and 7B shapes.
 
 All but the embedded base have random weights, the same for the same seed. All speak with the embedded base's
 tokenizer, whose ids lie within every vocabulary.
@@ -27,6 +27,15 @@ TEXT_6M = {
     "mrope_section": [4, 6, 6],
 }
 VISION_6M = {"depth": 4, "hidden_size": 128, "num_heads": 4, "intermediate_size": 384, "fullatt_block_indexes": [3]}
+TEXT_100M = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "intermediate_size": 3072,
+    "mrope_section": [8, 12, 12],
+}
+VISION_100M = {"depth": 6, "hidden_size": 384, "num_heads": 6, "intermediate_size": 1152, "fullatt_block_indexes": [5]}
 TEXT_3B = {
     "hidden_size": 2048,
     "num_hidden_layers": 36,
@@ -55,6 +64,7 @@ VISION_QWEN = {
 }
 SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "cpu-6m": (TEXT_6M, VISION_6M),
+    "cpu-100m": (TEXT_100M, VISION_100M),
     "qwen2.5-vl-3b": (TEXT_3B, VISION_QWEN),
     "qwen2.5-vl-7b": (TEXT_7B, VISION_QWEN),
 }
