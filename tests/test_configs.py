@@ -197,7 +197,8 @@ def test_rif_settings_of_the_paper_reach_the_filter(capsys, monkeypatch):
 def test_a_demo_learns_a_few_steps(path, tmp_path, monkeypatch):
     """The command of its comment with two steps per stage and two rows per evaluation."""
     monkeypatch.chdir(ROOT)
-    stream = yaml.safe_load((path.parent / yaml.safe_load(path.read_text())["data"]).read_text())
+    base = path if path.stem != "grpo_no_cot" else path.parent / "grpo.yaml"  # which it is laid over
+    stream = yaml.safe_load((base.parent / yaml.safe_load(base.read_text())["data"]).read_text())
     args = ["--data.steps=2", "--data.prompts_per_step=5", f"--run_dir={tmp_path / 'run'}"]
     args += [f"--data.{group}.{name}.num_test=2" for group in ("tasks", "probes") for name in stream[group]]
     main([*command_of(path), *args, "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"])

@@ -224,8 +224,16 @@ class PromptProcessor(Qwen2_5_VLProcessor):
         return Completions(padded, mask)
 
     def encode_prefix(self, text: str) -> list[int]:
-        """Tokens that a reply is made to begin with; special tokens in it are commands."""
-        return self.tokenizer.encode(text, add_special_tokens=False) if text else []
+        """Tokens that a reply is made to begin with.
+
+        Raises:
+            ValueError: It ends the turn, or has a token that is never sampled, such as one of an image.
+        """
+        ids = self.tokenizer.encode(text, add_special_tokens=False) if text else []
+        if commands := {*self.stop_token_ids, *self.banned_token_ids, self.pad_token_id}.intersection(ids):
+            named = self.tokenizer.convert_ids_to_tokens(sorted(commands))
+            raise ValueError(f"sampling.prefix={text!r} has {', '.join(named)}, which no reply can go on behind")
+        return ids
 
     def _check_spelling(self, ids: list[int], text: str, name: str) -> None:
         row = torch.tensor([ids])

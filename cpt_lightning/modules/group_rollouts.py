@@ -95,7 +95,9 @@ class GroupRollouts(ManualUpdates):
     def collect(self, prompts: Prompts, batch_idx: int) -> Rollout:
         """Samples a group of completions of every prompt and has them rewarded."""
         with self.timed("rollout"):
-            prompts = self.compute_once(with_prefix(prompts, self.processor.encode_prefix(self.sampling.prefix)))
+            prefix = self.processor.encode_prefix(self.sampling.prefix)
+            begun = self.processor.tokenizer.decode(prefix)
+            prompts = self.compute_once(with_prefix(prompts, prefix))
         parts: list[Completions] = []
         texts: list[str] = []
         scores: list[dict[str, float]] = []
@@ -104,7 +106,7 @@ class GroupRollouts(ManualUpdates):
                 first = len(texts) // self._per_prompt
                 phase = f"rollout {first + 1}-{first + len(chunk)}/{len(prompts)}"
                 parts.append(self._sample(chunk, batch_idx, phase))
-                new = [self.sampling.prefix + text for text in self.processor.decode(parts[-1])]
+                new = [begun + text for text in self.processor.decode(parts[-1])]
             with self.timed("reward"):
                 examples = [example for example in chunk.examples for _ in range(self._per_prompt)]
                 scores += score(new, examples, self.overlong, parts[-1].lengths.tolist())
