@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from cpt_lightning.callbacks.base_model import BaseModel
 from cpt_lightning.records.files import replace_text
 from cpt_lightning.rollouts import Sampling, sample_groups
-from cpt_lightning.rollouts.sampling import row_generators
+from cpt_lightning.rollouts.sampling import row_generators, with_prefix
 from cpt_lightning.types import Completions, Prompts
 
 if TYPE_CHECKING:
@@ -109,7 +109,9 @@ class Measuring(Callback):
     # -- asking ------------------------------------------------------------------------------------------------------
 
     def _ask(self, trainer: Trainer, module: LightningModule, base: BaseModel, name: str) -> Asked:
-        every = trainer.datamodule.rows_of_evaluation(name, self.num_rows).prompts
+        """The base's answers, begun as evaluations have them begin."""
+        prefix = module.processor.encode_prefix(module.evaluation.prefix)
+        every = with_prefix(trainer.datamodule.rows_of_evaluation(name, self.num_rows).prompts, prefix)
         mine = list(range(trainer.global_rank, len(every), trainer.world_size))
         if not mine:
             return Asked(len(every), mine)
