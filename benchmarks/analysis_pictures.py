@@ -15,16 +15,14 @@ from cpt_lightning.pictures.comparison import legend_below, style_of
 LOSSES = {"probes": "probes, points", "probes, forced": "probes in the base's forced style, points"}
 
 
-SIZES = {"3e-5": 4, "1e-4": 6, "3e-4": 9}
-"""Of a marker, by learning rate."""
-
-
 def frontier(points: Sequence[Point]) -> Figure:
     """Learning against what the probes lost: a line per method through its learning rates, means over seeds.
 
     Beyond five points what is lost is drawn by its logarithm.
     """
     styles = _styles(points)
+    all_rates = sorted({point.lr for point in points}, key=float)
+    sizes = {lr: 4 * 1.5**number for number, lr in enumerate(all_rates)}
     figure = Figure(figsize=(5 * len(LOSSES), 4.4 + 0.22 * -(-len(styles) // 2)), layout="constrained")
     for axes, (figure_name, label) in zip(figure.subplots(1, len(LOSSES)), LOSSES.items(), strict=True):
         for method, style in styles.items():
@@ -35,7 +33,7 @@ def frontier(points: Sequence[Point]) -> Figure:
             )
             axes.plot(x, y, alpha=0.8, **{**style, "marker": ""}, zorder=1)
             axes.scatter(
-                x, y, [SIZES[lr] ** 2 for lr in rates], marker=style["marker"], edgecolors=style["color"],
+                x, y, [sizes[lr] ** 2 for lr in rates], marker=style["marker"], edgecolors=style["color"],
                 facecolors=style["markerfacecolor"], alpha=0.8, label=method,
             )  # fmt: skip
         axes.axvline(0, color="grey", linewidth=0.5)
@@ -43,7 +41,7 @@ def frontier(points: Sequence[Point]) -> Figure:
         axes.set(xlabel=f"{label} (left: more is lost)", ylabel="learning, %", xlim=(-100, 2))
         axes.set_xticks(ticks := [-100, -50, -20, -10, -5, -3, -2, -1, 0, 1], [str(tick) for tick in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
-    figure.suptitle(f"larger: higher learning rate ({', '.join(SIZES)})", fontsize=9)
+    figure.suptitle(f"larger: higher learning rate ({', '.join(all_rates)})", fontsize=9)
     legend_below(figure)
     return figure
 

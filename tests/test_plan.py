@@ -159,6 +159,17 @@ def test_what_the_options_limit_gets_smaller():
     assert kinds(RFT(group_size=4, micro_batch_prompts=1))[name] < kinds(RFT(group_size=4, micro_batch_prompts=2))[name]
 
 
+def test_what_replies_are_made_to_begin_with_makes_prompts_longer():
+    """A prompt of the plan has so many tokens more: keys and values of each are kept once a group."""
+    forced = Sampling(max_new_tokens=64, prefix="<answer>" * 30)
+    module = RFT(group_size=4, sampling=forced, evaluation=forced)
+    num_tokens = len(module.processor.encode_prefix(forced.prefix))
+    longer = replace(WORKLOAD, prompt_tokens=WORKLOAD.prompt_tokens + num_tokens)
+    plain = RFT(group_size=4, sampling=Sampling(64), evaluation=Sampling(64))
+    for ours, theirs in zip(make_plan(module, WORKLOAD, CPU).phases, make_plan(plain, longer, CPU).phases, strict=True):
+        assert (ours.name, ours.kinds) == (theirs.name, theirs.kinds)
+
+
 def test_the_verb_prints_a_plan_and_a_verdict(capsys):
     args = ["plan", "-c", "configs/demo/grpo.yaml", "--plan.prompt_tokens", "75"]
     main([*args, "--plan.gpu", "H100"])

@@ -26,7 +26,8 @@ class Drift(Measuring):
     """Measures the divergence between the base and the current model, after every task and every ``n`` steps.
 
     On fixed prompts of the current task, of the tasks before it and of the probes, all from the split that is evaluated
-    (``data.evaluate_on``), evenly spaced. At each token of an answer the divergence is that of the whole vocabulary:
+    (``data.evaluate_on``), evenly spaced, with ``evaluation.prefix`` behind them if there is one. At each token of an
+    answer the divergence is that of the whole vocabulary:
 
     - ``forward_kl``: KL(base || current) on answers that the base gave, which are drawn once (temperature 1);
     - ``reverse_kl``: KL(current || base) on answers that the current model gives;

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 
 import torch
 from lightning import LightningModule
@@ -13,19 +12,14 @@ from cpt_lightning.models.qwen_vl import without_dropout
 from cpt_lightning.models.sharding import exchange_gradients, gather, trained_backbones, whole
 from cpt_lightning.models.weights import Weights, trained
 from cpt_lightning.rollouts import Sampling
-from cpt_lightning.rollouts.sampling import with_prefix
 from cpt_lightning.types import Batch
 
 
 def own_answers(module: LightningModule, batch: Batch, sampling: Sampling, *key: int) -> Batch:
-    """The batch with answers of the policy itself as its targets; the same on every rank, all of which must ask.
-
-    What evaluations have them begin with belongs to the prompts.
-    """
+    """The batch with answers of the policy itself as its targets; the same on every rank, all of which must ask."""
     for backbone in trained_backbones(module):
         gather(backbone)
-    prefix = module.processor.encode_prefix(module.evaluation.prefix)
-    return module.drawn(replace(batch, prompts=with_prefix(batch.prompts, prefix)), sampling, *key)
+    return module.drawn(batch, sampling, *key)
 
 
 def diagonal_fisher(module: LightningModule, batch: Batch) -> Weights:

@@ -191,10 +191,14 @@ def low_rank_layers(model: QwenVL) -> Iterator[LowRankLayer]:
         yield LowRankLayer(name, base.weight, layer.scaling[adapter], a, b)
 
 
-def plain_weights(model: QwenVL) -> Iterator[tuple[str, Tensor]]:
+def plain_weights(model: QwenVL, parts: tuple[str, ...] = ("",)) -> Iterator[tuple[str, Tensor]]:
     """The weights of a model without adapters that computes the same, one at a time; the model stays as it is.
 
     Four-bit weights are unpacked, and DoRA's rows have the lengths that it learned.
+
+    Args:
+        model: The backbone.
+        parts: How the names begin of those that are wanted.
 
     Raises:
         ValueError: An adapter of a layer that is not linear.
@@ -203,7 +207,7 @@ def plain_weights(model: QwenVL) -> Iterator[tuple[str, Tensor]]:
 
     adapted = {f"{name}.base_layer": layer for name, layer in model.named_modules() if hasattr(layer, "base_layer")}
     for name, weight in model.named_parameters():
-        if "lora_" in name:
+        if "lora_" in name or not name.startswith(parts):
             continue
         owner = name.rpartition(".")[0]
         plain = weight if weight.is_floating_point() else dequantize_module_weight(model.get_submodule(owner))

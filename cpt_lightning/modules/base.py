@@ -27,7 +27,7 @@ from cpt_lightning.rollouts import (
     completion_logprobs,
     sample_groups,
 )
-from cpt_lightning.rollouts.sampling import keyed_generator
+from cpt_lightning.rollouts.sampling import keyed_generator, with_prefix
 from cpt_lightning.strategy import FSDP2
 from cpt_lightning.types import Batch, Completions, Prompts, Scored
 
@@ -240,7 +240,8 @@ class PostTraining(Accounted, Evaluating):
     def drawn(self, batch: Batch, sampling: Sampling, *key: int) -> Batch:
         """The batch with completions that the policy draws, one of each row, in the place of its targets.
 
-        Always by our own engine: callbacks measure the policy by them.
+        Always by our own engine: callbacks measure the policy by them. What evaluations have them begin with
+        (``evaluation.prefix``) belongs to the prompts of the result.
 
         Args:
             batch: B rows.
@@ -248,6 +249,8 @@ class PostTraining(Accounted, Evaluating):
             key: What the draws depend on, besides the seed and a row's place: the same on every rank.
         """
         completions = []
+        prefix = self.processor.encode_prefix(self.evaluation.prefix)
+        batch = replace(batch, prompts=with_prefix(batch.prompts, prefix))
         for rows in torch.arange(len(batch)).split(DRAWN_AT_ONCE):
             generators = [keyed_generator(self.device, self.seed, *key, row) for row in rows.tolist()]
             prompts = batch.prompts.select(rows.tolist())

@@ -26,7 +26,8 @@ class Sampling:
     """How completions are drawn.
 
     Args:
-        max_new_tokens: Longest completion, end-of-turn token included; a longer one is cut off there (truncated).
+        max_new_tokens: Longest completion, end-of-turn token included and ``prefix`` not; a longer one is cut off there
+            (truncated).
         temperature: Divides the logits; 0 takes the most probable token (greedy).
         top_p: Draws from the smallest set of tokens with at least this probability (nucleus sampling); 1 is off.
         top_k: Draws from the k most probable tokens; 0 is off.

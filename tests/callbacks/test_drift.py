@@ -88,6 +88,20 @@ def test_the_base_against_itself_is_at_exactly_no_distance(tmp_path, small_folde
     assert {row["top1_agreement"] for row in found} == {1.0}
 
 
+def test_answers_begin_as_those_of_evaluations(tmp_path, small_folder):
+    """What is forced belongs to the prompts: no divergence is counted there."""
+    module, keep = sft(small_folder), Keep(Drift(num_rows=2, max_new_tokens=6))
+    module.evaluation = Sampling(2, temperature=0.0, prefix="<think></think><answer>")
+    stream = fit(tmp_path, module, [keep.drift, keep])
+    tokens = module.processor.encode_prefix(module.evaluation.prefix)
+    for asked in keep.asked.values():
+        assert asked.prompts.input_ids[:, -len(tokens) :].tolist() == [tokens] * 2
+        assert asked.answers.ids.shape[1] <= 6
+    batch = stream.rows_of_evaluation("facts", 2)
+    drawn = module.drawn(batch, Sampling(6))
+    assert drawn.prompts.input_ids[:, -len(tokens) :].tolist() == [tokens] * len(batch)
+
+
 class Sharpen(L.Callback):
     """Multiplies all logits: the last norm's weight stands before the output matrix."""
 

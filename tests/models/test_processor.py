@@ -71,6 +71,13 @@ def test_banned_tokens_are_the_vision_tokens(processor: PromptProcessor):
     assert not set(processor.banned_token_ids) & set(processor.stop_token_ids)
 
 
+@pytest.mark.parametrize("text", ["<|im_end|>", "so <|image_pad|>"])
+def test_a_prefix_that_ends_the_turn_or_has_an_image_is_refused(processor: PromptProcessor, text):
+    assert processor.tokenizer.decode(processor.encode_prefix("<think></think><answer>")) == "<think></think><answer>"
+    with pytest.raises(ValueError, match=r"sampling.prefix='.*' has <\|\w+\|>, which no reply can go on behind"):
+        processor.encode_prefix(text)
+
+
 def test_an_image_without_a_place_or_a_place_without_an_image_names_the_row(processor: PromptProcessor):
     with pytest.raises(ValueError, match=r"rows.json:7: 1 places for an image in the prompt, but 2 images"):
         processor.encode([WITH_IMAGE], [[picture(), picture()]], ["rows.json:7"])

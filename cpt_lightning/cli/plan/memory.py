@@ -222,7 +222,7 @@ class _Planner:
         group_size, sampling = module.group_size, module.sampling
         sampled = min(module.rollout_batch_prompts or num_prompts, num_prompts)
         micro, old = self._micro_batch(module, num_prompts)
-        prompts = whole = self._prompts(num_prompts)
+        prompts = whole = self._prompts(num_prompts, sampling.prefix)
         with self._counting() as live:
             if module.goes_back_through_rollout and sampled == num_prompts and not has_dropout(self.model):
                 prompts = replace(prompts, state=run_prompts(self.model, prompts))
@@ -263,9 +263,10 @@ class _Planner:
 
     def _evaluation(self) -> Phase:
         """Answers of a batch of rows; automatic optimization leaves the gradients of the last step lying."""
-        prompts = self._prompts(self.devices.share(self.workload.eval_prompts_per_step))
+        sampling = self.module.evaluation
+        prompts = self._prompts(self.devices.share(self.workload.eval_prompts_per_step), sampling.prefix)
         with self._counting() as live:
-            cache = self._sample(prompts, 1, self.module.evaluation)
+            cache = self._sample(prompts, 1, sampling)
         return self._phase(
             "evaluation",
             gradients=self._kept(self.gradient_bytes) if self.module.automatic_optimization else 0,
@@ -280,11 +281,11 @@ class _Planner:
     def _counting(self) -> AbstractContextManager[LiveBytes]:
         return counted(self.devices.autocast, self.model.parameters() if self.devices.is_sharded else ())
 
-    def _prompts(self, num_prompts: int) -> Prompts:
+    def _prompts(self, num_prompts: int, prefix: str = "") -> Prompts:
+        """The longest prompts, with what completions are made to begin with."""
         sizes = self.workload
-        return longest_prompts(
-            self.model, num_prompts, sizes.prompt_tokens, self.module.backbone.max_pixels, sizes.num_images
-        )
+        num_tokens = sizes.prompt_tokens + (len(self.module.processor.encode_prefix(prefix)) if prefix else 0)
+        return longest_prompts(self.model, num_prompts, num_tokens, self.module.backbone.max_pixels, sizes.num_images)
 
     def _sample(self, prompts: Prompts, group_size: int, sampling: Sampling) -> int:
         """The prompts, and the last step of decoding, which sees all keys; gives the bytes of keys and values."""

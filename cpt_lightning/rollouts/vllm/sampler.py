@@ -135,8 +135,9 @@ class VLLM(Sampler):
         longest = int(prompts.lengths.max()) + len(prefix) + sampling.max_new_tokens
         if longest > self.max_model_len:
             raise ValueError(
-                f"a prompt and its completion may have {longest} tokens, but sampler.max_model_len is "
-                f"{self.max_model_len}: raise it, or lower sampling.max_new_tokens or data.max_prompt_tokens"
+                f"a prompt and its completion may have {longest} tokens, {len(prefix)} of them of sampling.prefix, but "
+                f"sampler.max_model_len is {self.max_model_len}: raise it, or lower sampling.max_new_tokens or "
+                "data.max_prompt_tokens"
             )
         with sampling_mode(model):
             engine = self._ready(model, processor, prompts)

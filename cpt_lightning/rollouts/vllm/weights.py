@@ -54,9 +54,8 @@ def language_weights(model: QwenVL, dtype: torch.dtype) -> Iterator[tuple[str, T
         dtype: That the engine wants them in.
     """
     with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
-        for name, weight in plain_weights(model):
-            if name.startswith(LANGUAGE):
-                yield name, whole(weight).to(dtype)
+        for name, weight in plain_weights(model, LANGUAGE):
+            yield name, whole(weight).to(dtype)
 
 
 def fingerprint(module: nn.Module) -> list[int]:
