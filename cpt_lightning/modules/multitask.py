@@ -25,6 +25,9 @@ class MultiTask(RFT):
     step, each weighing what its share of the batch is times its task's weight. How often a task is drawn is the
     stream's ``mixing``.
 
+    What ``sampling.prefix`` has completions begin with is none of the supervised rows' business: their targets are
+    learned as they are.
+
     Args:
         objective: Objective of the tasks that ``objectives`` does not name.
         objectives: Objective by task name: ``sft`` or ``rft``.

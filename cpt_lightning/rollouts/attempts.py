@@ -51,7 +51,8 @@ class Attempts:
 
     Args:
         group_size: Completions of each row.
-        sampling: How completions are drawn.
+        sampling: How completions are drawn. It is not that of training: what completions were made to begin with there
+            (``sampling.prefix``) is to be said here too; it is part of the completion, drawn as if with certainty.
         hint: Shows the reference answer meanwhile, see :class:`Hint`; ``{}`` does so in its default words.
 
     Raises:
