@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -21,7 +23,7 @@ class ContinualLearning(Callback):
     there is no such row and no metric that needs it. After every task ``accuracy_matrix.json`` in the log directory is
     written anew; the record is also part of the checkpoint, so that a resumed run goes on with it and measures nothing
     twice. The record also keeps each task's and probe's fingerprint; a checkpoint whose scores were measured with other
-    questions, references or rewards is refused.
+    questions, references or rewards, or on answers drawn otherwise, is refused.
 
     Logs ``continual/average_accuracy``, ``continual/forgetting_measure``, ``continual/backward_transfer``,
     ``continual/forward_transfer``, ``continual/learning``, ``continual/mean_average_accuracy`` and
@@ -47,6 +49,7 @@ class ContinualLearning(Callback):
         self.zero_shot: Scores | None = None
         self.rows: list[Scores] = []
         self.fingerprints: dict[str, str] = {}
+        self.answers: dict[str, Any] = {}
         self._resumed: dict | None = None
         self._last_validation: Scores | None = None
 
@@ -83,6 +86,7 @@ class ContinualLearning(Callback):
                     f"the checkpoint belongs to another stream: its {part} are {before}, now they are {now}"
                 )
         self._check_fingerprints(self._resumed.get("fingerprints", {}))
+        self._check_answers(self._resumed.get("answers", {}))
         if len(self.rows) == len(matrix.stages):
             rank_zero_info("all stages of the stream were learned before this checkpoint; nothing is left to learn")
 
@@ -156,11 +160,15 @@ class ContinualLearning(Callback):
             self._check_evaluation(trainer)
             names = [*stream.task_names, *stream.probe_names]
             self.fingerprints = {name: stream.fingerprint(name, stream.evaluate_on) for name in names}
+            if (sampling := getattr(pl_module, "evaluation", None)) is not None:
+                self.answers = {**asdict(sampling), "forced_prefix": pl_module.forced_prefix}
         self._stream = {"tasks": stream.task_names, "probes": stream.probe_names, "stages": stream.stages}
 
     def state_dict(self) -> dict:
         """The record, as plain lists and numbers."""
-        record = {"zero_shot": self.zero_shot, "rows": self.rows, "fingerprints": self.fingerprints}
+        record = {
+            "zero_shot": self.zero_shot, "rows": self.rows, "fingerprints": self.fingerprints, "answers": self.answers,
+        }  # fmt: skip
         return {**self._stream, **record}
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -177,6 +185,16 @@ class ContinualLearning(Callback):
                     f"task '{name}' is evaluated otherwise than in the checkpoint (fingerprint {before[name]}, now "
                     f"{now}), and the matrix would mix two measurements: restore its prompt, reward, rows and "
                     "data.evaluate_on, or begin a new run"
+                )
+
+    def _check_answers(self, before: Mapping[str, Any]) -> None:
+        """Refuses to go on where answers are drawn otherwise."""
+        for name, now in self.answers.items():
+            if before.get(name, now) != now:
+                option = name if name == "forced_prefix" else f"evaluation.{name}"
+                raise ValueError(
+                    f"{option} is {now!r}, in the checkpoint it is {before[name]!r}, and the matrix would mix two "
+                    "measurements: restore it, or begin a new run"
                 )
 
     def _check_evaluation(self, trainer: Trainer) -> None:

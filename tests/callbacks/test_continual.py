@@ -4,6 +4,7 @@ import io
 import json
 import re
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,7 @@ from cpt_lightning.records import AccuracyMatrix
 from cpt_lightning.records.files import keep_lines
 from cpt_lightning.records.matrix import FURTHER, Cell
 from cpt_lightning.rewards.yes_no import YES_NO_RATIOS
+from cpt_lightning.rollouts import Sampling
 from cpt_lightning.tasks import Prompt
 from tests.fakes import LinearModule, make_trainer, number_stream
 
@@ -228,6 +230,28 @@ def test_a_run_does_not_go_on_where_a_task_or_probe_is_measured_otherwise(tmp_pa
     with pytest.raises(ValueError, match=f"'{name}' is evaluated otherwise.*{before}, now {now}.*restore its prompt"):
         trainer.fit(LinearModule(), asked_otherwise(name), ckpt_path=str(tmp_path / "1_a.ckpt"))
     assert not (tmp_path / "other" / "accuracy_matrix.json").exists()
+
+
+def answering(forced_prefix: str | None = None, **options) -> LinearModule:
+    """A module that says how it answers."""
+    module = LinearModule()
+    module.evaluation, module.forced_prefix = Sampling(4, **options), forced_prefix
+    return module
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"prefix": "<answer>"}, "evaluation.prefix is '<answer>', in the checkpoint it is ''"),
+        ({"forced_prefix": "so"}, "forced_prefix is 'so', in the checkpoint it is None"),
+    ],
+)
+def test_a_run_does_not_go_on_where_answers_are_drawn_otherwise(tmp_path, options, said):
+    run(tmp_path, module=answering())
+    for module, expected in ((answering(), None), (answering(**options), said)):
+        trainer = make_trainer(tmp_path / "other", number_stream())
+        with pytest.raises(ValueError, match=expected) if expected else nullcontext():
+            trainer.fit(module, number_stream(), ckpt_path=str(tmp_path / "1_a.ckpt"))
 
 
 def test_a_checkpoint_from_before_there_were_fingerprints_is_gone_on_with(tmp_path):

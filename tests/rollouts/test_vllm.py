@@ -77,9 +77,7 @@ def test_sleep_without_a_gpu_is_refused(make):
 
 
 def test_a_prompt_without_room_for_a_completion_is_refused(make, small_model, processor, mixed_prompts):
-    with pytest.raises(
-        ValueError, match="0 of them of sampling.prefix, but sampler.max_model_len is 20"
-    ):
+    with pytest.raises(ValueError, match="0 of them of sampling.prefix, but sampler.max_model_len is 20"):
         make(max_model_len=20).sample(small_model, processor, mixed_prompts, 1, GREEDY)
 
 
