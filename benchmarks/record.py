@@ -28,7 +28,7 @@ def circumstances() -> dict:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", *sys.argv]),
-        "commit": _git("describe", "--always", "--dirty", "--abbrev=12"),
+        "commit": _commit(),
         "hardware": {
             "cpu": _cpu_name(),
             "num_cpus": os.cpu_count(),
@@ -48,6 +48,13 @@ def _package_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def _commit() -> str | None:
+    """The commit, and whether anything but results differs from it."""
+    head = _git("rev-parse", "--short=12", "HEAD")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(top,exclude)benchmarks/results")
+    return f"{head}-dirty" if head and changed else head
 
 
 def _cpu_name() -> str:
