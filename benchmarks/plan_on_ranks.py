@@ -20,6 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
+from unittest import mock
 
 import lightning as L
 import torch
@@ -38,6 +39,8 @@ QUIET = {
     "logger": False, "enable_checkpointing": False, "limit_val_batches": 0, "enable_progress_bar": False,
     "enable_model_summary": False, "inference_mode": False, "use_distributed_sampler": False,
 }  # fmt: skip
+OBJECTIVES = ["sft", "rft", "rft in parts"]
+TUNINGS = ["full", "lora"]
 NUM_STEPS = 3
 """In the second ddp makes its buckets anew, so that they stand beside a whole step in the third for the first time."""
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
@@ -56,8 +59,9 @@ def measured(case: Case, strategy: str, ranks: int) -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    os.environ.update(ALLOCATOR, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(ranks), NODE_RANK="0")
-    with ProcessPoolExecutor(ranks, mp_context=get_context("spawn")) as pool:
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "NODE_RANK": "0"}
+    inherited = mock.patch.dict(os.environ, {**ALLOCATOR, **place})
+    with inherited, ProcessPoolExecutor(ranks, mp_context=get_context("spawn")) as pool:
         return max(pool.map(peak_of_rank, *zip(*[(case, strategy, rank, ranks) for rank in range(ranks)], strict=True)))
 
 
@@ -140,14 +144,16 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--strategy", nargs="+", choices=["ddp", "fsdp2"], default=["ddp", "fsdp2"])
     parser.add_argument("--preset", choices=PRESETS, default="cpu-100m")
+    parser.add_argument("--objective", nargs="+", choices=OBJECTIVES, default=OBJECTIVES)
+    parser.add_argument("--tuning", nargs="+", choices=TUNINGS, default=TUNINGS)
     parser.add_argument("--prompt_tokens", type=int, default=315)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "plan_on_ranks.json")
     options = parser.parse_args()
     quiet()
     results = []
     for strategy in options.strategy:
-        for objective in ("sft", "rft", "rft in parts"):
-            for tuning in ("full", "lora"):
+        for objective in options.objective:
+            for tuning in options.tuning:
                 case = Case(objective, options.preset, tuning, prompt_tokens=options.prompt_tokens)
                 phases = planned(case, strategy, options.ranks)
                 most, took = max(phases.values()), measured(case, strategy, options.ranks)

@@ -9,6 +9,7 @@ import decode
 import grpo_step
 import logprob_memory
 import naive
+import plan_on_ranks
 import pytest
 import sft_step
 import startup
@@ -88,6 +89,15 @@ def test_startup_times_commands(run, monkeypatch):
     monkeypatch.setattr(startup, "COMMANDS", {"python": [sys.executable, "-c", "pass"]})
 
     assert 0 < run(startup, "--repeats", "1")["median_s"]["python"] < 10
+
+
+def test_two_ranks_hold_about_what_is_planned(run, monkeypatch):
+    """Of a small model: what the libraries hold is much of it."""
+    monkeypatch.setattr(plan_on_ranks, "quiet", lambda: None)
+    small = ["--preset", "cpu-6m", "--prompt_tokens", "75", "--objective", "sft", "--tuning", "full"]
+    record = run(plan_on_ranks, *small, "--strategy", "fsdp2")
+    (result,) = record["results"]
+    assert result["strategy"] == "fsdp2" and 0.5 < result["ratio"] < 1.5
 
 
 def test_a_workload_has_prompts_of_exactly_the_length_asked_for():
