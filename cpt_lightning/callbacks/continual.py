@@ -161,7 +161,7 @@ class ContinualLearning(Callback):
             names = [*stream.task_names, *stream.probe_names]
             self.fingerprints = {name: stream.fingerprint(name, stream.evaluate_on) for name in names}
             if (sampling := getattr(pl_module, "evaluation", None)) is not None:
-                self.answers = {**asdict(sampling), "forced_prefix": pl_module.forced_prefix}
+                self.answers = {**asdict(sampling), "forced_prefix": getattr(pl_module, "forced_prefix", None)}
         self._stream = {"tasks": stream.task_names, "probes": stream.probe_names, "stages": stream.stages}
 
     def state_dict(self) -> dict:
