@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -40,6 +41,7 @@ PROBED_HANDOVERS = 2
 """Those of the first weights, and of the first update."""
 CPU_BATCH_TOKENS = 4096
 """Prompt tokens that the engine processes at once on a CPU; more where one prompt is longer."""
+ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
 PROBE_TOKENS = 8
 """Longest completion of the probe."""
 
@@ -210,7 +212,9 @@ class VLLM(Sampler):
         largest = max(weight.numel() for weight in model.parameters()) * torch.float32.itemsize
         self._buffer = torch.zeros(max(BUCKET_BYTES, largest), dtype=torch.uint8).share_memory_()
         with tempfile.TemporaryDirectory(prefix="cpt_vllm_") as folder:
-            model.config.save_pretrained(folder)
+            config = deepcopy(model.config)
+            config.architectures = [ARCHITECTURE]  # a model that no folder was read for does not say it
+            config.save_pretrained(folder)
             processor.tokenizer.save_pretrained(folder)
             processor.image_processor.save_pretrained(folder)
             options: dict[str, Any] = {
