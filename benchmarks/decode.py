@@ -102,8 +102,6 @@ def measure(sampler: Sampler, workload: Workload, ragged: bool) -> dict[str, flo
         meter.end("first_token")
         sampled.append(sampler(model, processor, prompts, workload.group_size, workload.new_tokens))
         meter.end("rollout")
-    if sampler is vllm:
-        engine().close()  # which this process would wait for
     num_tokens, longest = (mean(numbers) for numbers in zip(*sampled[workload.warm_up :], strict=True))
     figures = meter.results()
     return {

@@ -86,6 +86,10 @@ class FakeVLLM(VLLM):
             super().__init__(**options)
 
 
+class Idle:
+    """Does nothing."""
+
+
 class Unready(FakeEngine):
     """Cannot be made."""
 

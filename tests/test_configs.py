@@ -197,7 +197,7 @@ def test_rif_settings_of_the_paper_reach_the_filter(capsys, monkeypatch):
 def test_a_demo_learns_a_few_steps(path, tmp_path, monkeypatch):
     """The command of its comment with two steps per stage and two rows per evaluation."""
     monkeypatch.chdir(ROOT)
-    base = path if path.stem != "grpo_no_cot" else path.parent / "grpo.yaml"  # which it is laid over
+    base = ROOT / command_of(path)[2]  # itself, or what it is laid over
     stream = yaml.safe_load((base.parent / yaml.safe_load(base.read_text())["data"]).read_text())
     args = ["--data.steps=2", "--data.prompts_per_step=5", f"--run_dir={tmp_path / 'run'}"]
     args += [f"--data.{group}.{name}.num_test=2" for group in ("tasks", "probes") for name in stream[group]]

@@ -176,11 +176,7 @@ def low_rank_layers(model: QwenVL) -> Iterator[LowRankLayer]:
     Raises:
         ValueError: A weight that is no such sum: of a layer that is not linear, with DoRA, or in four bits.
     """
-    from peft.tuners.lora import LoraLayer
-
-    for name, layer in model.named_modules():
-        if not isinstance(layer, LoraLayer):
-            continue
+    for name, layer in _adapted_layers(model).items():
         base, (adapter,) = layer.get_base_layer(), layer.active_adapters
         if not (isinstance(base, nn.Linear) and base.weight.is_floating_point()) or layer.use_dora[adapter]:
             raise ValueError(
@@ -205,7 +201,7 @@ def plain_weights(model: QwenVL, parts: tuple[str, ...] = ("",)) -> Iterator[tup
     """
     from peft.utils.integrations import dequantize_module_weight
 
-    adapted = {f"{name}.base_layer": layer for name, layer in model.named_modules() if hasattr(layer, "base_layer")}
+    adapted = {f"{name}.base_layer": layer for name, layer in _adapted_layers(model).items()}
     for name, weight in model.named_parameters():
         if "lora_" in name or not name.startswith(parts):
             continue
@@ -235,7 +231,7 @@ def merge_into_base(model: QwenVL) -> None:
     Raises:
         ValueError: A sum is not finite.
     """
-    for layer in _adapted_layers(model):
+    for layer in _adapted_layers(model).values():
         layer.merge(safe_merge=True)
         layer.merged_adapters.clear()  # PEFT would go on without the adapter
 
@@ -263,12 +259,12 @@ def begin_adapters_anew(model: QwenVL, seed: int) -> None:
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        for layer in _adapted_layers(model):
+        for layer in _adapted_layers(model).values():
             for name in layer.active_adapters:
                 layer.reset_lora_parameters(name, init_lora_weights=True)
 
 
-def _adapted_layers(model: QwenVL) -> list[LoraLayer]:
+def _adapted_layers(model: QwenVL) -> dict[str, LoraLayer]:
     from peft.tuners.lora import LoraLayer
 
-    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}

@@ -232,7 +232,7 @@ class PromptProcessor(Qwen2_5_VLProcessor):
         ids = self.tokenizer.encode(text, add_special_tokens=False) if text else []
         if commands := {*self.stop_token_ids, *self.banned_token_ids, self.pad_token_id}.intersection(ids):
             named = self.tokenizer.convert_ids_to_tokens(sorted(commands))
-            raise ValueError(f"sampling.prefix={text!r} has {', '.join(named)}, which no reply can go on behind")
+            raise ValueError(f"the prefix {text!r} has {', '.join(named)}, which no reply can go on behind")
         return ids
 
     def _check_spelling(self, ids: list[int], text: str, name: str) -> None:

@@ -63,12 +63,12 @@ class OnPolicySFT(GroupRollouts):
         reduction: Reduction = "sequence_mean",
         **kwargs,
     ):
-        if (sampling := kwargs.get("sampling")) is not None and sampling.prefix:
-            raise ValueError(
-                f"sampling.prefix={sampling.prefix!r}: what was forced would be missing in what is learned: omit it"
-            )
         # Which groups and completions are learned from is for the selection to say.
         super().__init__(informative_prompts=None, overlong_margin=None, learn_truncated=True, **kwargs)
+        if prefix := self.sampling.prefix:
+            raise ValueError(
+                f"sampling.prefix={prefix!r}: what was forced would be missing in what is learned: omit it"
+            )
         if reduction == "constant":
             raise ValueError("reduction='constant' belongs to RFT; SFT has 'sequence_mean' and 'token_mean'")
         self.selection = selection

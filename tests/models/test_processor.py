@@ -74,7 +74,7 @@ def test_banned_tokens_are_the_vision_tokens(processor: PromptProcessor):
 @pytest.mark.parametrize("text", ["<|im_end|>", "so <|image_pad|>"])
 def test_a_prefix_that_ends_the_turn_or_has_an_image_is_refused(processor: PromptProcessor, text):
     assert processor.tokenizer.decode(processor.encode_prefix("<think></think><answer>")) == "<think></think><answer>"
-    with pytest.raises(ValueError, match=r"sampling.prefix='.*' has <\|\w+\|>, which no reply can go on behind"):
+    with pytest.raises(ValueError, match=r"the prefix '.*' has <\|\w+\|>, which no reply can go on behind"):
         processor.encode_prefix(text)
 
 

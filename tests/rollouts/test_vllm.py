@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from functools import partial
 
@@ -13,6 +14,7 @@ from cpt_lightning.models.adapters import adapter_weights, adapters_replaced, me
 from cpt_lightning.rollouts import VLLM, Sampling, completion_logprobs, sample_groups
 from cpt_lightning.rollouts.vllm import sampler as vllm_sampler
 from cpt_lightning.rollouts.vllm.probe import Probe
+from cpt_lightning.rollouts.vllm.process import EngineProcess
 from cpt_lightning.rollouts.vllm.requests import Answer, completions_of
 from cpt_lightning.rollouts.vllm.weights import buckets, checksum, differing, fingerprint, unpack
 from tests import fake_engine
@@ -279,3 +281,26 @@ def test_an_engine_that_fails_is_reported_with_its_last_words_and_leaves_nothing
     with pytest.raises(RuntimeError, match=said):
         sampler.sample(small_model, processor, mixed_prompts, 1, GREEDY)
     assert pids and is_gone(pids[0])
+
+
+def begin_and_leave(pids) -> None:
+    engine = EngineProcess(fake_engine.Idle, {}, {}, 120)
+    pids.put(engine.pid)
+    kept.append(engine)  # until the process ends
+
+
+kept: list[EngineProcess] = []
+
+
+def test_a_process_of_multiprocessing_ends_with_its_engine():
+    """It waits for its children, whom SIGTERM does not end."""
+    context = multiprocessing.get_context("spawn")
+    pids = context.Queue()
+    process = context.Process(target=begin_and_leave, args=(pids,))
+    process.start()
+    pid = pids.get(timeout=120)
+    process.join(20)
+    if process.exitcode is None:
+        process.kill()
+    assert process.exitcode == 0
+    assert is_gone(pid)

@@ -180,6 +180,9 @@ def test_two_ranks_with_an_engine_each_learn_what_one_process_does(tiny, process
         launch(tmp_path, strategy, devices, *names)
     for name in names:
         one, *others = (seen(tmp_path, name, strategy)["weights"] for strategy in DEVICES)
+        start = tiny.state_dict()
+        moved = [(weight - start.get(key.removeprefix("model."), 0.0)).abs().max() for key, weight in one.items()]
+        assert max(moved) > 1e-3
         for two in others:
             torch.testing.assert_close(two, one, atol=CLOSE, rtol=CLOSE)
 

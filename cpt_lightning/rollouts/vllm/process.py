@@ -9,10 +9,10 @@ import tempfile
 import threading
 import time
 import traceback
-import weakref
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,8 @@ class EngineProcess:
         )
         self._process.start()
         theirs.close()  # or its end would not be noticed
-        self.close = weakref.finalize(self, _end, self._process, self._connection, self._folder)
+        # Not weakref's: a child of multiprocessing first waits for its daemons, and this one ignores SIGTERM.
+        self.close = Finalize(self, _end, (self._process, self._connection, self._folder), exitpriority=10)
         self._exchange("start", None)
 
     @property
@@ -67,7 +68,7 @@ class EngineProcess:
     @property
     def is_open(self) -> bool:
         """Whether it can still be called."""
-        return self.close.alive
+        return self.close.still_active()
 
     def call(self, method: str, *arguments: Any) -> Any:
         """What a method of the engine returns.

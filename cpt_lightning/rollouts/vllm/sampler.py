@@ -42,6 +42,7 @@ PROBED_HANDOVERS = 2
 CPU_BATCH_TOKENS = 4096
 """Prompt tokens that the engine processes at once on a CPU; more where one prompt is longer."""
 ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
+"""The backbone, as vLLM knows it."""
 PROBE_TOKENS = 8
 """Longest completion of the probe."""
 
