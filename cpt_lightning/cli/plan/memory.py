@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from cpt_lightning.cli.plan.devices import Devices
 from cpt_lightning.cli.plan.weights import (
@@ -37,7 +38,7 @@ from cpt_lightning.modules.group_rollouts import GroupRollouts
 from cpt_lightning.modules.reference import HeldToReference
 from cpt_lightning.rollouts import Sampling, completion_hidden, completion_logprobs, run_prompts
 from cpt_lightning.rollouts.cache import GroupCache
-from cpt_lightning.rollouts.sampling import sampling_mode
+from cpt_lightning.rollouts.sampling import casts_kept, sampling_mode
 from cpt_lightning.types import Completions, Prompts
 
 
@@ -289,7 +290,7 @@ class _Planner:
 
     def _sample(self, prompts: Prompts, group_size: int, sampling: Sampling) -> int:
         """The prompts, and the last step of decoding, which sees all keys; gives the bytes of keys and values."""
-        with sampling_mode(self.model):
+        with sampling_mode(self.model), casts_kept(torch.device("cpu")):
             state = run_prompts(self.model, prompts) if prompts.state is None else prompts.state
             cache = GroupCache(prompts, state, group_size, sampling.max_new_tokens)
             cache.length = sampling.max_new_tokens - 1
@@ -297,7 +298,7 @@ class _Planner:
             positions = state.next_position.repeat_interleave(group_size).expand(3, 1, -1)
             ids = full_completions(self.model, 1, len(hidden)).ids
             hidden = hidden_states(self.model, embed(self.model, ids), positions, cache)[0]
-            logits = (hidden @ output_weight(self.model).T).float()
+            logits = linear(hidden, output_weight(self.model)).float()
             sampling.pick(logits, ids.new_zeros(1), torch.empty(len(hidden), device="meta"))
             room = [*cache.prompts, *cache.completions, *zip(state.keys, state.values, strict=True)]
             return storage_bytes([tensor for pair in room for tensor in pair])
