@@ -90,6 +90,8 @@ class FusedKernels(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         """Runs the function, or its fused form."""
         kwargs = kwargs or {}
+        if not torch.is_autocast_cache_enabled():
+            self._kept.clear()
         if not (args and isinstance(args[0], Tensor) and args[0].is_meta):
             return func(*args, **kwargs)
         if self.autocast and func in PRODUCTS:
@@ -105,9 +107,7 @@ class FusedKernels(TorchFunctionMode):
             return tensor
         if id(tensor) in self._casts:
             return self._casts[id(tensor)]
-        if not torch.is_autocast_cache_enabled():
-            self._kept.clear()
-        elif isinstance(tensor, nn.Parameter) and tensor.requires_grad:
+        if torch.is_autocast_cache_enabled() and isinstance(tensor, nn.Parameter) and tensor.requires_grad:
             return self._kept.setdefault(id(tensor), tensor.to(self.autocast))
         return tensor.to(self.autocast)
 

@@ -103,14 +103,6 @@ class PostTraining(Accounted, Evaluating, ClippedGradients):
             "lr_scheduler": {"scheduler": self.make_schedule(optimizer), "interval": "step"},
         }
 
-    def on_fit_start(self) -> None:
-        """Refuses Trainer options that would silently do nothing, or that another option replaces."""
-        super().on_fit_start()
-        if self.trainer.gradient_clip_val is not None:
-            raise ValueError(
-                "trainer.gradient_clip_val: set model.init_args.max_grad_norm instead, for every objective"
-            )
-
     def on_train_epoch_start(self) -> None:
         """A task begins: its schedule learns how long it lasts."""
         super().on_train_epoch_start()

@@ -22,7 +22,13 @@ class ClippedGradients(AcrossRanks):
         self._nonfinite_in_a_row = 0
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """Clips by norm, and logs the gradient's norm and the learning rate of the coming step."""
+        """Clips by norm, and logs the gradient's norm and the learning rate of the coming step.
+
+        Raises:
+            ValueError: The Trainer would clip too.
+        """
+        if gradient_clip_val is not None:
+            raise ValueError("trainer.gradient_clip_val: set max_grad_norm of the module instead")
         # Not in on_before_optimizer_step: once another hook logs, Lightning (2.6) drops what training_step had logged
         # before its optimizer step in the first batch of an epoch.
         self.log_clipping(self.clip_gradients_by_norm(optimizer))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cpt_lightning.functional import masked_mean
-from cpt_lightning.models.qwen_vl import encode_images, has_dropout, vision_is_frozen
+from cpt_lightning.models.qwen_vl import QwenVL, encode_images, has_dropout, vision_is_frozen
 from cpt_lightning.modules.updates import ManualUpdates
 from cpt_lightning.rewards import YES_NO_COUNTS, OverlongPenalty, score
 from cpt_lightning.rollouts import Sampling, run_prompts, sample_groups
@@ -117,6 +117,11 @@ class GroupRollouts(ManualUpdates):
         rollout = self._rollout(prompts, Completions.cat(parts, self.processor.pad_token_id), texts, scores)
         return rollout if self.informative_prompts is None else self._of_informative(rollout, scores)
 
+    def shares_prompt_pass(self, model: QwenVL) -> bool:
+        """Whether the update goes back through the rollout's pass over prompts and images."""
+        samples_all_at_once = self.sampler is None and self.rollout_batch_prompts is None
+        return samples_all_at_once and self.goes_back_through_rollout and not has_dropout(model)
+
     def compute_once(self, prompts: Prompts) -> Prompts:
         """Computes what both rollout and update need of the prompts, where the update may use the rollout's.
 
@@ -124,8 +129,7 @@ class GroupRollouts(ManualUpdates):
         groups go through backward at once, nothing is dropped out and our own engine samples. Otherwise a frozen vision
         tower's features are what stays the same.
         """
-        is_shared = self.sampler is None and self.rollout_batch_prompts is None
-        if is_shared and self.goes_back_through_rollout and not has_dropout(self.model):
+        if self.shares_prompt_pass(self.model):
             return replace(prompts, state=run_prompts(self.model, prompts))
         if vision_is_frozen(self.model):
             with torch.no_grad():
