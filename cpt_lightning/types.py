@@ -121,6 +121,10 @@ class Prompts:
         """A copy with its tensors on ``device``."""
         return _tensors_to(self, device, **kwargs)
 
+    def pin_memory(self) -> Self:
+        """A copy that a GPU can fetch while the CPU goes on; torch's loaders ask for it."""
+        return _of_tensors(self, Tensor.pin_memory)
+
     def select(self, rows: Sequence[int]) -> Prompts:
         """The prompts of the given rows, with their images, without needless left padding."""
         rows = list(rows)
@@ -181,6 +185,10 @@ class Completions:
     def to(self, device: torch.device | str, **kwargs) -> Self:
         """A copy with its tensors on ``device``."""
         return _tensors_to(self, device, **kwargs)
+
+    def pin_memory(self) -> Self:
+        """A copy that a GPU can fetch while the CPU goes on; torch's loaders ask for it."""
+        return _of_tensors(self, Tensor.pin_memory)
 
     def select(self, rows: Sequence[int]) -> Completions:
         """The given completions, without needless right padding."""
@@ -270,6 +278,11 @@ class Batch:
         targets = None if self.targets is None else self.targets.to(device, **kwargs)
         return replace(self, prompts=self.prompts.to(device, **kwargs), targets=targets)
 
+    def pin_memory(self) -> Self:
+        """A copy that a GPU can fetch while the CPU goes on; torch's loaders ask for it."""
+        targets = None if self.targets is None else self.targets.pin_memory()
+        return replace(self, prompts=self.prompts.pin_memory(), targets=targets)
+
 
 @dataclass
 class Rollout:
@@ -344,5 +357,10 @@ class Evaluation:
 
 
 def _tensors_to(batch: T, device: torch.device | str, **kwargs) -> T:
-    moved = {name: value.to(device, **kwargs) for name, value in vars(batch).items() if isinstance(value, Tensor)}
-    return replace(batch, **moved)  # type: ignore[type-var]
+    is_gpu = torch.device(device).type != "cpu"  # which fetches what is pinned while the CPU goes on
+    return _of_tensors(batch, lambda tensor: tensor.to(device, **{"non_blocking": is_gpu, **kwargs}))
+
+
+def _of_tensors(batch: T, change: Callable[[Tensor], Tensor]) -> T:
+    changed = {name: change(value) for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    return replace(batch, **changed)  # type: ignore[type-var]

@@ -9,6 +9,7 @@ goes through it in the calling thread.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -247,6 +248,8 @@ def pretended_gpu() -> Iterator[Counter[str]]:
         "torch.utils.checkpoint.get_device_states": lambda *args: ([], []),
     }
     with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "'pin_memory' argument is set as true")  # torch sees no accelerator
         for name, value in replaced.items():
             stack.enter_context(patch(name, value))
         torch.__future__.set_overwrite_module_params_on_conversion(True)

@@ -212,7 +212,7 @@ class TaskStream(L.LightningDataModule):
         stage = min(epoch, self.num_stages - 1)
         collate = Collate(self.processor, self.max_prompt_tokens)
         batches = StreamBatches(self._learned_rows(stage), collate)
-        return StageLoader(batches, self._stage_sampler(stage), self.num_workers)
+        return StageLoader(batches, self._stage_sampler(stage), self.num_workers, self._feeds_gpu)
 
     def rows_to_judge(self, stage: int, first: Mapping[str, int]) -> DataLoader:
         """Every training row of a stage once and in order, from row ``first`` of each task on, as in an evaluation."""
@@ -294,7 +294,14 @@ class TaskStream(L.LightningDataModule):
         collate = Collate(self.processor, with_targets=False, keep_images=split == "train")
         batches = StreamBatches(self._split(split, names), collate, keep_places=True)
         generator = Generator()  # of its own, as StageLoader says
-        return DataLoader(batches, sampler=sampler, batch_size=None, num_workers=self.num_workers, generator=generator)
+        return DataLoader(
+            batches, sampler=sampler, batch_size=None, num_workers=self.num_workers, generator=generator,
+            pin_memory=self._feeds_gpu,
+        )  # fmt: skip
+
+    @property
+    def _feeds_gpu(self) -> bool:
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     def _evaluated(self, split: str) -> list[str]:
         """Whose rows of a split are asked: probes are never learned, and need not have training rows."""

@@ -81,15 +81,21 @@ class StageLoader(DataLoader):
         batches: Makes a batch of row references.
         sampler: Says which rows each batch has.
         num_workers: Processes that load; 0 loads in this one.
+        pin_memory: Whether a GPU fetches the batches.
     """
 
     sampler: StageSampler
 
-    def __init__(self, batches: StreamBatches, sampler: StageSampler, num_workers: int = 0) -> None:
+    def __init__(
+        self, batches: StreamBatches, sampler: StageSampler, num_workers: int = 0, pin_memory: bool = False
+    ) -> None:
         # Items of the sampler are whole batches: Lightning re-makes batch samplers, and knows only one kind of them.
         # A loader without a generator of its own draws its workers' seed from torch's, each time it starts: a resumed
         # run, which starts it once more, would then train on other dropout.
-        super().__init__(batches, sampler=sampler, batch_size=None, num_workers=num_workers, generator=Generator())
+        super().__init__(
+            batches, sampler=sampler, batch_size=None, num_workers=num_workers, generator=Generator(),
+            pin_memory=pin_memory,
+        )  # fmt: skip
         self._num_loaded = 0
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]

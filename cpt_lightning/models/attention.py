@@ -21,6 +21,8 @@ class Pattern(Protocol):
     """``[W]`` places whose final hidden state is wanted, in order; ``None`` wants all."""
     decoding: bool = False
     """Whether this is a step of sampling: few tokens, whose last bits no update has to repeat."""
+    angles: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+    """The cosines of a pass, and what its layers rotate queries and keys by; made by the first of them."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """``[B, heads, Q, D]`` from queries of that shape and new keys and values ``[B, kv_heads, Q, D]``.

@@ -42,7 +42,7 @@ class PatternLayer(Qwen2_5_VLDecoderLayer):
             )
         pattern: Pattern = attention_mask
         inputs = self.input_layernorm(hidden_states)
-        angles = _signed(*position_embeddings)
+        angles = _angles_of(pattern, position_embeddings)
         wanted = pattern.wanted if self._is_last else None
         if wanted is None:
             heads = self._attend(pattern, inputs, inputs, angles, angles)
@@ -102,6 +102,14 @@ def _projected(pattern: Pattern, hidden: Tensor, layer: nn.Module) -> Tensor:
     bias = layer.bias
     product = layer.weight @ columns if bias is None else torch.addmm(bias[:, None], layer.weight, columns)
     return product.T.unflatten(0, hidden.shape[:-1])
+
+
+def _angles_of(pattern: Pattern, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines of a pass, made in its first layer for all of them."""
+    cos, sin = position_embeddings
+    if pattern.angles is None or pattern.angles[0] is not cos:
+        pattern.angles = (cos, _signed(cos, sin))
+    return pattern.angles[1]
 
 
 def _signed(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
