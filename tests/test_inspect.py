@@ -150,7 +150,7 @@ def test_refused_images_are_counted_by_reason_and_the_first_is_named(tmp_path, c
 
 
 def test_a_split_all_of_whose_rows_would_be_skipped_is_a_problem(tmp_path, charts, capsys):
-    """Train and test are the same file. Where 2 of its 3 rows are left that is said, but no problem."""
+    """Train and test are the same file. Where 1 of its 3 rows is left that is said, but no problem."""
     assert inspect(*charts(("gone.png", "1"), ("narrow.png", "2")), "--data.tasks.charts.bad_images=skip") == 1
     (problem,) = report_of(tmp_path)["problems"]
     assert problem.startswith(
@@ -161,13 +161,35 @@ def test_a_split_all_of_whose_rows_would_be_skipped_is_a_problem(tmp_path, chart
     shown = capsys.readouterr().out
     assert "1 problem" in shown and "no problem was found" not in shown
 
-    rows = [("gone.png", "1"), ("good.png", "2"), ("good.png", "3")]
+    rows = [("gone.png", "1"), ("good.png", "2"), ("narrow.png", "3")]
     assert inspect(*charts(*rows), "--data.tasks.charts.bad_images=skip") == 0
-    assert [warning[:39] for warning in report_of(tmp_path)["warnings"]] == [
-        "task charts, train: 33% of the measured",
-        "task charts, test: 33% of the measured ",
+    known, *skipped = report_of(tmp_path)["warnings"]
+    assert known.startswith("task charts, test: 1 of 3 measured rows") and "in train too" in known
+    assert [warning[:39] for warning in skipped] == [
+        "task charts, train: 67% of the measured",
+        "task charts, test: 67% of the measured ",
     ]
-    assert "warning: task charts, train: 33%" in capsys.readouterr().out
+    assert "warning: task charts, train: 67%" in capsys.readouterr().out
+
+
+def test_rows_of_an_evaluation_that_are_learned_too_are_counted(tmp_path, charts, capsys):
+    """Another picture of one colour and another question are another row; another answer is not."""
+    Image.new("RGB", (84, 84), "red").save(tmp_path / "red.png")
+    overlay = charts(("good.png", "1"), ("red.png", "2"))
+    (tmp_path / "test.json").write_text(
+        json.dumps(
+            [
+                {"images": ["good.png"], "problem": "How many?", "answer": "7"},
+                {"images": ["good.png"], "problem": "How many more?", "answer": "1"},
+                {"images": ["narrow.png"], "problem": "How many?", "answer": "1"},
+            ]
+        )
+    )
+    skipping = "--data.tasks.charts.bad_images=skip"
+    assert inspect(*overlay, skipping, f"--data.tasks.charts.source.init_args.test={tmp_path / 'test.json'}") == 0
+    by_split = {split["split"]: split["num_learned"] for split in report_of(tmp_path)["tasks"][0]["splits"]}
+    assert by_split["train"] == 0 and by_split["test"] == 1
+    assert "task charts, test: 1 of 3 measured rows stand in train too" in capsys.readouterr().out
 
 
 def test_a_task_whose_file_is_missing_is_reported_and_the_others_inspected(tmp_path, charts, capsys):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -61,6 +63,7 @@ class Measured:
         tokens: Tokens of each prompt, and those of images among them.
         skipped: Rows that are left out because of an image.
         refused: Rows that would stop a run.
+        asked: Of each row what stands for its words and images.
     """
 
     processor: PromptProcessor
@@ -69,6 +72,7 @@ class Measured:
     tokens: list[tuple[int, int]] = field(default_factory=list)
     skipped: Complaints = field(default_factory=Complaints)
     refused: Complaints = field(default_factory=Complaints)
+    asked: list[bytes] = field(default_factory=list)
 
     def add(self, rows: Sequence[Example], index: int) -> None:
         """Reads and measures a row."""
@@ -81,6 +85,7 @@ class Measured:
         sizes = [image.size for image in example.images]
         self.sizes.append(sizes)
         self.tokens.append(self.processor.count_tokens(example.messages, sizes))
+        self.asked.append(_digest(example))
         self.examples.append(replace(example, images=[]))
 
     def target_lengths(self) -> list[int]:
@@ -96,6 +101,7 @@ def measure_split(
     limit: int | None = None,
     max_rows: int | None = None,
     advance: Callable[[], object] = lambda: None,
+    learned: set[bytes] | None = None,
 ) -> SplitReport:
     """Measures a split: all of it but its fingerprint.
 
@@ -106,12 +112,16 @@ def measure_split(
         limit: ``data.max_prompt_tokens``.
         max_rows: Measure so many rows, evenly spaced; all by default.
         advance: Called after each row.
+        learned: What stands for the rows of ``train``, which adds its own.
     """
     found, indices = Measured(processor), spaced(len(rows), max_rows)
     for index in indices:
         found.add(rows, index)
         advance()
     earned, wrong = grade_targets(found.examples)
+    learned = set() if learned is None else learned
+    num_learned = 0 if split == "train" else sum(row in learned for row in found.asked)
+    learned.update(found.asked if split == "train" else ())
     return SplitReport(
         split,
         num_rows=len(rows),
@@ -127,7 +137,16 @@ def measure_split(
         answers=_answers(found.examples),
         target_earns=earned,
         wrong_targets=wrong,
+        num_learned=num_learned,
     )
+
+
+def _digest(example: Example) -> bytes:
+    """The same for rows that ask the same of the same images."""
+    digest = hashlib.blake2b(json.dumps(example.messages).encode())
+    for image in example.images:
+        digest.update(repr(image.size).encode() + image.tobytes())
+    return digest.digest()
 
 
 def _extremes(sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -89,6 +89,8 @@ class SplitReport:
         wrong_targets: SFT targets that do not earn what a right answer earns, by reason.
         fingerprint: Where it differs, scores do not compare.
         num_without_options: Rows of the source's split without the options that its ``columns.options`` promises.
+        num_learned: Measured rows of an evaluation split that stand in ``train`` too, in the same words with the same
+            images.
     """
 
     split: str
@@ -109,6 +111,7 @@ class SplitReport:
     wrong_targets: list[Complaint] = field(default_factory=list)
     fingerprint: str | None = None
     num_without_options: int = 0
+    num_learned: int = 0
 
     @property
     def num_skipped(self) -> int:

@@ -137,8 +137,10 @@ def inspect_task(
     task = stream.everything[name]
     role = "task" if name in stream.task_names else "probe"
     report = TaskReport(name, role, asked_how(task.prompt), graded_how(task.reward), task.target, task.licence)
-    for split in options.splits:
-        report.splits.append(_inspect_split(stream, name, split, processor, options.max_rows, progress))
+    learned: set[bytes] = set()
+    for split in sorted(options.splits, key=lambda split: split != "train"):  # the others are compared with it
+        report.splits.append(_inspect_split(stream, name, split, processor, options.max_rows, progress, learned))
+    report.splits.sort(key=lambda split: options.splits.index(split.split))
     # What is learned is shown as it is learned; what is only asked, as it is asked.
     order = ["train" if role == "task" else stream.evaluate_on, stream.evaluate_on, *options.splits]
     opened = [split.split for split in report.splits if split.error is None]
@@ -151,8 +153,9 @@ def inspect_task(
 
 
 def _inspect_split(
-    stream: TaskStream, name: str, split: Split, processor: PromptProcessor, max_rows: int | None, progress: Progress
-) -> SplitReport:
+    stream: TaskStream, name: str, split: Split, processor: PromptProcessor, max_rows: int | None, progress: Progress,
+    learned: set[bytes],
+) -> SplitReport:  # fmt: skip
     try:
         with opening(stream, name, progress):
             rows = stream.examples(name, split)
@@ -160,7 +163,7 @@ def _inspect_split(
         return SplitReport(split, error=str(error).removeprefix(f"task '{name}': "))
     bar = progress.add_task(f"{name}, {split}", total=len(spaced(len(rows), max_rows)))
     report = measure_split(
-        split, rows, processor, stream.max_prompt_tokens, max_rows, advance=lambda: progress.advance(bar)
+        split, rows, processor, stream.max_prompt_tokens, max_rows, lambda: progress.advance(bar), learned
     )
     report.fingerprint = stream.fingerprint(name, split)
     source = stream.everything[name].source
@@ -246,7 +249,13 @@ def _all_are_skipped(split: SplitReport) -> bool:
 def warnings_of(task: TaskReport, evaluate_on: str) -> list[str]:
     """What of a task a run would do all the same, and perhaps should not."""
     needed = needed_splits(task, evaluate_on)
-    return [
+    known = [
+        f"task {task.name}, {split.split}: {split.num_learned:,} of {split.num_measured:,} measured rows stand in "
+        "train too, in the same words with the same images: what they score may be remembered"
+        for split in task.splits
+        if split.num_learned and task.role == "task" and split.split in needed
+    ]
+    return known + [
         f"{task.role} {task.name}, {split.split}: {split.num_skipped / split.num_measured:.0%} of the measured rows "
         f"would be skipped for their images; first: {split.skipped[0].first}"
         for split in task.splits
