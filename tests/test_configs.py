@@ -48,6 +48,21 @@ def resolved(args: list[str], capsys) -> dict:
     return yaml.safe_load(output.out)
 
 
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ([], {"lr": 1e-5, "weight_decay": 0.01, "momentum": 0.0}),
+        (["--model.optimizer.weight_decay=0", "--model.optimizer.lr=0.1"], {"lr": 0.1, "weight_decay": 0.0}),
+    ],
+)
+def test_an_optimizer_that_is_named_takes_over_what_the_default_has_too(options, kept, capsys):
+    """As the help of ``optimizer`` says; torch's own SGD has lr 1e-3 and decays nothing."""
+    config = resolved(["fit", "--model=SFT", "--model.optimizer=torch.optim.SGD", *options], capsys)
+    found = config["model"]["init_args"]["optimizer"]
+    assert found["class_path"] == "torch.optim.SGD"
+    assert {name: found["init_args"][name] for name in kept} == kept
+
+
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
 def test_a_config_parses_with_its_command(path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
