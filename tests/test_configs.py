@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import re
 import shlex
 from pathlib import Path
@@ -39,13 +40,20 @@ def command_of(path: Path) -> list[str]:
     return shlex.split(found[1]) if found else []
 
 
+PRINTED: dict[tuple[str, ...], str] = {}
+"""What ``--print_config`` printed, by folder and arguments: what several tests look at is parsed once."""
+
+
 def resolved(args: list[str], capsys) -> dict:
     """What ``--print_config`` prints."""
-    with pytest.raises(SystemExit) as stop:
-        main([*args, "--print_config"])
-    output = capsys.readouterr()
-    assert stop.value.code in (0, None), output.err
-    return yaml.safe_load(output.out)
+    key = (os.getcwd(), *args)
+    if key not in PRINTED:
+        with pytest.raises(SystemExit) as stop:
+            main([*args, "--print_config"])
+        output = capsys.readouterr()
+        assert stop.value.code in (0, None), output.err
+        PRINTED[key] = output.out
+    return yaml.safe_load(PRINTED[key])
 
 
 @pytest.mark.parametrize(
