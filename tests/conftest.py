@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 # Before torch is imported: two threads collapse on a busy machine, and nothing here may reach for the hub.
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
+import hypothesis
 import jaxtyping
 import numpy as np
 import pytest
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 # Before the package is imported. Tests only: the package itself runs without beartype. An int may stand for a float.
 CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 jaxtyping.install_import_hook("cpt_lightning.functional", CHECKER)
+
+# Its 200 ms for an example are over whenever another process has the core; pytest's own limit stays.
+hypothesis.settings.register_profile("busy", deadline=None)
+hypothesis.settings.load_profile("busy")
 
 
 @pytest.fixture(autouse=True)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import time
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
+from torch import multiprocessing
 
 from cpt_lightning.models.processor import PromptProcessor
 from cpt_lightning.models.qwen_vl import weightless
 from cpt_lightning.rollouts import VLLM, Sampling, completion_logprobs, sample_groups
-from cpt_lightning.rollouts.vllm import sampler
+from cpt_lightning.rollouts.vllm import process, sampler
 from cpt_lightning.rollouts.vllm.requests import Answer, Request
 from cpt_lightning.rollouts.vllm.weights import checksum, looked_at, unpack
 from cpt_lightning.types import Completions, Prompts
@@ -74,6 +76,16 @@ class FakeEngine:
             Answer(ids[:length].tolist(), logps[:length].tolist(), "stop" if end else "length")
             for ids, logps, length, end in zip(drawn.ids, drawn.logps, drawn.lengths.tolist(), ended, strict=True)
         ]
+
+
+def engines_from_a_server() -> Any:
+    """A patch under which engines are forked by a process that has imported this module, as each does when spawned.
+
+    What they share with this process is as little: its memory, its open files and its streams are not theirs.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return mock.patch.object(process, "multiprocessing", SimpleNamespace(get_context=lambda method: context))
 
 
 class FakeVLLM(VLLM):

@@ -26,7 +26,7 @@ from cpt_lightning.rollouts import VLLM, Attempts, Sampling, Selection
 from cpt_lightning.strategy import FSDP2
 from cpt_lightning.tasks import Task, ToyWorld
 from cpt_lightning.types import Batch
-from tests.fake_engine import FakeVLLM
+from tests.fake_engine import FakeVLLM, engines_from_a_server
 from tests.training import sgd, with_examples
 
 ENGINE = partial(VLLM if find_spec("vllm") else FakeVLLM, tolerance=1e-3, enforce_eager=True, max_model_len=512)
@@ -192,6 +192,8 @@ def all_runs(launched: str) -> list[tuple[str, str, str]]:
 
 def main(folder: Path, launched: str, devices: int, names: Sequence[str] = ()) -> None:
     watch()
+    if not find_spec("vllm"):
+        engines_from_a_server().start()
     for name, strategy, label in [(name, launched, launched) for name in names] or all_runs(launched):
         seen = run(name, folder, strategy, devices, shards=label == "shards")
         rank = distributed.get_rank() if distributed.is_initialized() else 0

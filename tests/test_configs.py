@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import re
 import shlex
 from pathlib import Path
@@ -39,13 +40,35 @@ def command_of(path: Path) -> list[str]:
     return shlex.split(found[1]) if found else []
 
 
+PRINTED: dict[tuple[str, ...], str] = {}
+"""What ``--print_config`` printed, by folder and arguments: what several tests look at is parsed once."""
+
+
 def resolved(args: list[str], capsys) -> dict:
     """What ``--print_config`` prints."""
-    with pytest.raises(SystemExit) as stop:
-        main([*args, "--print_config"])
-    output = capsys.readouterr()
-    assert stop.value.code in (0, None), output.err
-    return yaml.safe_load(output.out)
+    key = (os.getcwd(), *args)
+    if key not in PRINTED:
+        with pytest.raises(SystemExit) as stop:
+            main([*args, "--print_config"])
+        output = capsys.readouterr()
+        assert stop.value.code in (0, None), output.err
+        PRINTED[key] = output.out
+    return yaml.safe_load(PRINTED[key])
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ([], {"lr": 1e-5, "weight_decay": 0.01, "momentum": 0.0}),
+        (["--model.optimizer.weight_decay=0", "--model.optimizer.lr=0.1"], {"lr": 0.1, "weight_decay": 0.0}),
+    ],
+)
+def test_an_optimizer_that_is_named_takes_over_what_the_default_has_too(options, kept, capsys):
+    """As the help of ``optimizer`` says; torch's own SGD has lr 1e-3 and decays nothing."""
+    config = resolved(["fit", "--model=SFT", "--model.optimizer=torch.optim.SGD", *options], capsys)
+    found = config["model"]["init_args"]["optimizer"]
+    assert found["class_path"] == "torch.optim.SGD"
+    assert {name: found["init_args"][name] for name in kept} == kept
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: str(path.relative_to(ROOT / "configs")))

@@ -13,10 +13,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from cpt_lightning.callbacks.cards import model_card
 from cpt_lightning.callbacks.exports import TaskExport, weights_of_model
 from cpt_lightning.checkpoint_io import read_checkpoint
 from cpt_lightning.cli import main
-from cpt_lightning.export import export, push
+from cpt_lightning.export import export, prefixes_of, push
 from cpt_lightning.models import Backbone, Lora
 from cpt_lightning.models.processor import TINY
 from cpt_lightning.modules import SFT
@@ -42,6 +43,7 @@ MODELS = {
     "full": [
         "--model=RFT", "--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=1e-3", "--model.group_size=4",
         "--model.kl_coef=0.05", "--model.sampling.max_new_tokens=12", "--model.backbone.freeze=[vision_tower]",
+        "--model.sampling.prefix=<answer>",
     ],
     "lora": [
         "--model=SFT", "--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=5e-3",
@@ -146,6 +148,36 @@ def test_a_card_says_what_was_learned_and_how_well(runs):
     assert header["library_name"] == "peft"
     assert "base_model" not in header  # tiny is nothing that the hub knows
     assert "rank: 4" in card and "## Licence" in card
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "said"),
+    [
+        (
+            {"sampling.prefix": "<a>", "evaluation.prefix": "<a>"},
+            "Every reply was made to begin in rollouts and evaluations with `<a>`. The scores are those of replies",
+        ),
+        (
+            {"sampling.prefix": "<a>", "evaluation.prefix": "b"},
+            "made to begin in rollouts with `<a>`, and in evaluations with `b`. The scores are those",
+        ),
+        ({"evaluation.prefix": "b"}, "made to begin in evaluations with `b`. The scores are those of replies that go"),
+        ({"sampling.prefix": "<a>"}, "made to begin in rollouts with `<a>`. It was evaluated without"),
+    ],
+)
+def test_a_card_says_in_words_what_replies_were_made_to_begin_with(prefixes, said):
+    assert said in model_card("x", "full", "tiny", "float32", ["a"], prefixes=prefixes)
+    config = {"model": {"init_args": {"sampling": None, "evaluation": {"prefix": ""}}}}
+    for option, text in prefixes.items():
+        config["model"]["init_args"][option.removesuffix(".prefix")] = {"prefix": text}
+    assert prefixes_of(config) == prefixes
+
+
+def test_a_run_without_a_forced_beginning_has_a_card_without_a_word_of_it(runs):
+    """Of the two the one with rollouts forces one in them alone; both are exported by callback and command alike."""
+    cards = {name: (run / "exports" / "2_bars2" / "README.md").read_text() for name, run in runs.items()}
+    assert "made to begin in rollouts with `<answer>`. It was evaluated without" in cards["full"]
+    assert "made to begin" not in cards["lora"]
 
 
 def test_the_cards_code_loads_the_trained_adapter(runs, mixed_prompts):

@@ -125,6 +125,32 @@ def test_no_weights_are_loaded_and_options_of_fit_apply(tmp_path, config, monkey
     assert "5 left out" in capsys.readouterr().out
 
 
+def test_what_replies_are_made_to_begin_with_is_shown_with_the_prompt(tmp_path, config, capsys):
+    """Of a task in rollouts and evaluations, of a probe in evaluations; an objective without rollouts forces none."""
+    options = ["--inspect.max_rows=2", "--inspect.split=test", "--inspect.num_examples=1"]
+    forced = "<think></think><answer>"
+    rft = [f"--model.sampling.prefix={forced}", f"--model.evaluation.prefix={forced}"]
+    assert inspect("-c", config, "--model=RFT", *rft, *options) == 0
+    task, probe = (each["prefixes"] for each in report_of(tmp_path)["tasks"])
+    assert task == {"sampling.prefix": forced, "evaluation.prefix": forced}
+    assert probe == {"evaluation.prefix": forced}
+    shown = capsys.readouterr().out
+    line = f"begins with '{forced}' "
+    # Once above the splits and once below the example's prompt.
+    assert shown.count(f"{line}(sampling.prefix, evaluation.prefix)") == shown.count(f"{line}(evaluation.prefix)") == 2
+    assert inspect("-c", config, "--model=RFT", *rft[:1], "--model.evaluation.prefix=The", *options) == 0
+    shown = capsys.readouterr().out
+    assert shown.count(f"{line}(sampling.prefix)") == 2 and shown.count("begins with 'The' (evaluation.prefix)") == 4
+    assert inspect("-c", config, *options) == 0
+    assert "begins with" not in capsys.readouterr().out
+
+
+def test_a_beginning_behind_which_no_reply_can_go_on_is_a_problem(tmp_path, config):
+    assert inspect("-c", config, "--model.evaluation.prefix=<|im_end|>", "--inspect.max_rows=1") == 1
+    (problem,) = report_of(tmp_path)["problems"]
+    assert problem.startswith("evaluation.prefix: the prefix '<|im_end|>' has <|im_end|>, which no reply")
+
+
 def test_a_stream_alone_is_measured_with_the_embedded_base(tmp_path, config):
     (tmp_path / "stream.yaml").write_text(
         "tasks: {facts: {source: {class_path: cpt_lightning.tasks.ToyWorld, init_args: {family: facts}}, num_test: 2}}"
@@ -354,7 +380,7 @@ def test_a_contact_sheet_has_room_for_every_row():
 
 @pytest.mark.parametrize("licence", ["CC BY-NC-SA 4.0", None])
 def test_a_tasks_licence_is_shown_where_it_is_known(licence, capsys):
-    report = TaskReport("a", "task", {"style": "none"}, "text", target=None, licence=licence)
+    report = TaskReport("a", "task", {"style": "none"}, {}, "text", target=None, licence=licence)
     console().print(task_section(report))
     shown = capsys.readouterr().out
     assert ("licence" in shown) == (licence is not None) and (licence or "") in shown

@@ -183,6 +183,20 @@ def test_the_verb_prints_a_plan_and_a_verdict(capsys):
     assert "--plan.prompt_tokens" in capsys.readouterr().err
 
 
+def test_the_line_of_tokens_counts_what_replies_are_made_to_begin_with(capsys):
+    """Once a prompt, as keys and values of it are kept: 16 prompts of 75 + prefix + 8 x 16 tokens, or without it."""
+    forced = "<think></think><answer>"
+    num_tokens = len(PromptProcessor.load("tiny").encode_prefix(forced))
+    args = ["plan", "-c", "configs/demo/grpo.yaml", "--plan.prompt_tokens=75", "--model.sampling.max_new_tokens=16"]
+    for options, said, length in (
+        ([f"--model.sampling.prefix={forced}"], f"75 + {num_tokens} of sampling.prefix", 75 + num_tokens),
+        ([], "75", 75),
+    ):
+        main([*args, *options])
+        total = f"{16 * (length + 8 * 16):,}"
+        assert f"up to {said} + 8 x 16 tokens a prompt, {total} on a device" in capsys.readouterr().out
+
+
 def test_a_gpu_is_a_size_or_a_name():
     assert gpu_bytes("a100-40") == gpu_bytes("40GB") == gpu_bytes("40") == 40 * 10**9
     with pytest.raises(ValueError, match=r"plan.gpu='big'"):

@@ -12,20 +12,15 @@ import torch
 from cpt_lightning.cli import main
 from cpt_lightning.records import RunFolder
 from cpt_lightning.report import figures_of
+from tests.fakes import LinearModule, make_trainer, number_stream
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
 import sys
 from pathlib import Path
-from tests.fakes import LinearModule, make_trainer, number_stream
+from tests.test_two_ranks import learn
 
-folder, devices, checkpoint = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
-module, stream = LinearModule(), number_stream()
-ranks = {"strategy": "ddp", "devices": devices} if devices > 1 else {}
-trainer = make_trainer(folder, stream, **ranks)
-if not checkpoint:
-    trainer.validate(module, stream, verbose=False)
-trainer.fit(module, stream, ckpt_path=checkpoint[0] if checkpoint else None)
+learn(Path(sys.argv[1]), strategy="ddp", devices=2)
 """
 
 
@@ -33,17 +28,27 @@ trainer.fit(module, stream, ckpt_path=checkpoint[0] if checkpoint else None)
 def runs(tmp_path_factory) -> dict[int, Path]:
     """The same run on one rank and on two, by number of ranks."""
     folders = {devices: tmp_path_factory.mktemp(f"ranks{devices}") for devices in (1, 2)}
-    for devices, folder in folders.items():
-        launch(folder, devices)
+    learn(folders[1])
+    launch(folders[2])
     return folders
 
 
-def launch(folder: Path, devices: int, *checkpoint: str) -> None:
+def learn(folder: Path, checkpoint: Path | None = None, **ranks) -> None:
+    """A run, or the rest of one."""
+    module, stream = LinearModule(), number_stream()
+    trainer = make_trainer(folder, stream, **ranks)
+    if checkpoint is None:
+        trainer.validate(module, stream, verbose=False)
+    trainer.fit(module, stream, ckpt_path=checkpoint)
+
+
+def launch(folder: Path) -> None:
+    """Two ranks, in processes of their own."""
     # Lightning starts the second rank by running the same script again.
-    script = folder.parent / f"script_{devices}.py"
+    script = folder.parent / "script.py"
     script.write_text(SCRIPT)
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), str(folder), str(devices), *checkpoint]
+    command = [sys.executable, str(script), str(folder)]
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr[-3000:]
 
@@ -69,7 +74,7 @@ def test_two_halves_of_every_batch_teach_what_the_batch_does(runs):
 
 
 def test_a_run_of_two_ranks_goes_on_with_one(runs, tmp_path):
-    launch(tmp_path / "branch", 1, str(runs[2] / "1_a.ckpt"))
+    learn(tmp_path / "branch", runs[2] / "1_a.ckpt")
     assert (tmp_path / "branch" / "samples.jsonl").read_text() == (runs[1] / "samples.jsonl").read_text()
 
 

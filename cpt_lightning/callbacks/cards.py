@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -27,6 +28,9 @@ ADAPTERS = {
     "are those of their own adapters, which are exported from the checkpoints of these tasks.",
 }
 """What became of the adapters, where it was not one that learned all tasks."""
+
+USES = {"sampling.prefix": "rollouts", "evaluation.prefix": "evaluations"}
+"""Where an option makes replies begin in a certain way."""
 
 LIBRARIES = ("torch", "transformers", "peft", "lightning")
 
@@ -64,6 +68,7 @@ def model_card(
     matrix: AccuracyMatrix | None = None,
     config: dict | None = None,
     along_stream: AlongStream = "shared",
+    prefixes: Mapping[str, str] | None = None,
 ) -> str:
     """The text of the card.
 
@@ -77,6 +82,7 @@ def model_card(
         matrix: The run's record up to the last of them; ``None`` where it has none.
         config: The run's configuration, if it has one.
         along_stream: What became of adapters from task to task.
+        prefixes: What replies were made to begin with, by option, as a module's ``prefixes`` are.
     """
     is_adapter = kind == "adapter"
     header = {
@@ -93,6 +99,7 @@ def model_card(
         f"{WHAT[kind]} `{base}` (weights in {dtype}), by continual post-training with cpt_lightning {__version__}.",
         f"Learned, in this order: {_learned(stages, within)}.",
         *([ADAPTERS[along_stream]] if along_stream in ADAPTERS else []),
+        *([_begun(prefixes)] if prefixes else []),
         f"```python\n{code}```",
         "## Scores\n\n" + ("Not measured at this point." if within else _scores(matrix, len(stages))),
         *([f"## Settings\n\n```yaml\n{yaml.safe_dump(_shown(config), sort_keys=False)}```"] if config else []),
@@ -105,6 +112,19 @@ def model_card(
 
 def _learned(stages: list[str], within: str | None) -> str:
     return ", and ".join(filter(None, [", ".join(stages), within and f"{within} at least in part"])) or "nothing"
+
+
+def _begun(prefixes: Mapping[str, str]) -> str:
+    """How replies were begun, which nothing else in the folder tells whoever loads it."""
+    uses = {text: [USES[option] for option, other in prefixes.items() if other == text] for text in prefixes.values()}
+    said = ", and ".join(f"in {' and '.join(where)} with `{text}`" for text, where in uses.items())
+    if "evaluation.prefix" in prefixes:
+        scores = (
+            "The scores are those of replies that go on behind it: for such replies it has to stand at the prompt's end"
+        )
+    else:
+        scores = "It was evaluated without, and the scores are those of replies that begin as the model likes"
+    return f"Every reply was made to begin {said}. {scores}."
 
 
 def _base_in_code(base: str) -> str:

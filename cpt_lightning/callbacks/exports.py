@@ -85,7 +85,7 @@ class TaskExport(Checkpoint):
         matrix = None if record is None else record.matrix(trainer)
         dtype = str(model.dtype).removeprefix("torch.")
         base, along_stream = lasting_name(backbone.path), backbone.lora.along_stream
-        card = model_card(name, kind, base, dtype, names, None, matrix, config_of(run), along_stream)
+        card = model_card(name, kind, base, dtype, names, None, matrix, config_of(run), along_stream, module.prefixes)
         folder = run / EXPORTS / name
         save_folder(model, module.processor, folder, backbone.path, card, weights, overwrite=True)
         rank_zero_info(f"exported: {folder}")

@@ -31,7 +31,8 @@ class PostTraining(Accounted, Evaluating, ClippedGradients):
     Args:
         backbone: The model that is tuned, and how.
         optimizer: Makes the optimizer from the trainable parameters; a fresh one for every task unless the callback
-            ``ContinualLearning`` is told otherwise.
+            ``ContinualLearning`` is told otherwise. On the command line and in files another class takes over what it
+            also has of the options before it, of this default ``lr`` 1e-5 and ``weight_decay`` 0.01: give it its own.
         lr_scheduler: Makes the learning-rate schedule, stepped after every optimizer step; constant if not given.
         max_grad_norm: Gradients of a larger norm are scaled down to it. ``null`` switches clipping off.
         evaluation: How answers are drawn when the model is evaluated; greedy by default.
@@ -128,6 +129,11 @@ class PostTraining(Accounted, Evaluating, ClippedGradients):
         if self.listener is not None and logps.requires_grad:
             self.listener(Scored(prompts, completions, hidden.detach(), logps, temperature))
         return completions.unpacked(logps)
+
+    @property
+    def prefixes(self) -> dict[str, str]:
+        """What replies are made to begin with, by the option that says so; an option that forces nothing is no part."""
+        return {"evaluation.prefix": self.evaluation.prefix} if self.evaluation.prefix else {}
 
     @property
     def learns_by_logprobs(self) -> bool:

@@ -23,8 +23,15 @@ from tests.naive import random_completions
 GREEDY = Sampling(6, temperature=0)
 
 
+@pytest.fixture(scope="module")
+def server():
+    """Starts engines in a tenth of the time."""
+    with fake_engine.engines_from_a_server():
+        yield
+
+
 @pytest.fixture
-def make(monkeypatch):
+def make(monkeypatch, server):
     """Makes samplers that believe vLLM to be there, and ends them."""
     monkeypatch.setattr(vllm_sampler, "find_spec", lambda name: name)
     made = []

@@ -135,7 +135,8 @@ class InspectCLI(BeforehandCLI):
         folder = Path(self.config.run_dir) / INSPECTION
         folder.mkdir(parents=True, exist_ok=True)
         out = console()
-        report = inspect_stream(self.datamodule, self._processor(), self.model.backbone.path, options, folder, out)
+        backbone, prefixes = self.model.backbone.path, self.model.prefixes
+        report = inspect_stream(self.datamodule, self._processor(), backbone, prefixes, options, folder, out)
         path = folder / "report.json"
         path.write_text(json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         out.print(

@@ -146,6 +146,7 @@ class TaskReport:
         name: Its name in the stream.
         role: ``task`` or ``probe``.
         prompt: How it is asked: style and, where there are some, prefix, suffix and system turn.
+        prefixes: What its replies are made to begin with, by the module's option that says so.
         reward: How it is graded.
         target: Template of what SFT learns; ``None`` is the row's own target, else its answer.
         licence: Terms under which the data may be used; ``None`` where the configuration does not say.
@@ -157,6 +158,7 @@ class TaskReport:
     name: str
     role: str
     prompt: dict[str, str]
+    prefixes: dict[str, str]
     reward: str
     target: str | None
     licence: str | None = None

@@ -60,7 +60,13 @@ class Unopened(Source):
 
 
 def inspect_stream(
-    stream: TaskStream, processor: PromptProcessor, backbone: str, options: Options, folder: Path, out: Console
+    stream: TaskStream,
+    processor: PromptProcessor,
+    backbone: str,
+    prefixes: dict[str, str],
+    options: Options,
+    folder: Path,
+    out: Console,
 ) -> Report:
     """Measures the whole stream and prints what it finds on the way.
 
@@ -68,6 +74,7 @@ def inspect_stream(
         stream: The tasks.
         processor: Encodes prompts.
         backbone: What the processor belongs to.
+        prefixes: What replies are made to begin with, by option.
         options: What to look at.
         folder: Gets the contact sheets.
         out: Where to print.
@@ -75,12 +82,13 @@ def inspect_stream(
     with progress_bar() as progress:
         stages = stages_of(stream, progress)
     report = Report(backbone, stream.max_prompt_tokens, stream.evaluate_on, stages)
+    report.problems += problems_of_prefixes(prefixes, processor)
     limit = "none" if stream.max_prompt_tokens is None else f"{stream.max_prompt_tokens:,} tokens"
     out.print(Text(f"backbone {backbone}, limit of training prompts: {limit}, evaluated on: {stream.evaluate_on}\n"))
     out.print(stream_table(report))
     with progress_bar() as progress:
         for name in stream.everything:
-            inspected = inspect_task(stream, name, processor, options, folder, progress)
+            inspected = inspect_task(stream, name, processor, prefixes, options, folder, progress)
             report.tasks.append(inspected)
             report.problems += problems_of(inspected, stream.evaluate_on)
             report.warnings += warnings_of(inspected, stream.evaluate_on)
@@ -131,12 +139,20 @@ def stages_of(stream: TaskStream, progress: Progress) -> list[StageReport]:
 
 
 def inspect_task(
-    stream: TaskStream, name: str, processor: PromptProcessor, options: Options, folder: Path, progress: Progress
+    stream: TaskStream,
+    name: str,
+    processor: PromptProcessor,
+    prefixes: dict[str, str],
+    options: Options,
+    folder: Path,
+    progress: Progress,
 ) -> TaskReport:
     """Measures a task or probe and draws its contact sheet."""
     task = stream.everything[name]
     role = "task" if name in stream.task_names else "probe"
-    report = TaskReport(name, role, asked_how(task.prompt), graded_how(task.reward), task.target, task.licence)
+    # A probe is only evaluated.
+    own = {option: text for option, text in prefixes.items() if role == "task" or option == "evaluation.prefix"}
+    report = TaskReport(name, role, asked_how(task.prompt), own, graded_how(task.reward), task.target, task.licence)
     learned: set[bytes] = set()
     for split in sorted(options.splits, key=lambda split: split != "train"):  # the others are compared with it
         report.splits.append(_inspect_split(stream, name, split, processor, options.max_rows, progress, learned))
@@ -208,6 +224,17 @@ def graded_how(reward: Reward) -> str:
     elif parts:
         parts.insert(0, "accuracy")
     return f"{reward.kind} ({' + '.join(parts)})" if parts else reward.kind
+
+
+def problems_of_prefixes(prefixes: dict[str, str], processor: PromptProcessor) -> list[str]:
+    """Why replies cannot be made to begin so, where they cannot."""
+    problems = []
+    for option, text in prefixes.items():
+        try:
+            processor.encode_prefix(text)
+        except ValueError as error:
+            problems.append(f"{option}: {error}")
+    return problems
 
 
 def needed_splits(task: TaskReport, evaluate_on: str) -> set[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
@@ -46,7 +46,7 @@ def task_section(task: TaskReport) -> RenderableType:
         parts += [complaint_text(split, "skipped", "yellow", complaint) for complaint in split.skipped]
         parts += [complaint_text(split, "WOULD STOP THE RUN", "bold red", complaint) for complaint in split.refused]
         parts += [complaint_text(split, "WRONG DATA", "bold red", complaint) for complaint in split.wrong_targets]
-    parts += [shown_panel(shown) for shown in task.examples]
+    parts += [shown_panel(shown, task.prefixes) for shown in task.examples]
     if task.contact_sheet:
         parts.append(Text.assemble(("contact sheet  ", "dim"), task.contact_sheet))
     return Group(*parts)
@@ -58,12 +58,19 @@ def _facts(task: TaskReport) -> Text:
     facts = Text()
     for label, text in (
         ("asked", ", ".join([f"style {task.prompt['style']}", *texts])),
+        *_beginnings(task.prefixes),
         ("graded", task.reward),
         ("SFT target", target),
         *([("licence", task.licence)] if task.licence else []),
     ):
         facts.append(f"{label:12}", style="dim").append(f"{text}\n")
     return facts
+
+
+def _beginnings(prefixes: Mapping[str, str]) -> list[tuple[str, str]]:
+    """What replies are made to begin with, and by which options, each text once."""
+    options = {text: [option for option, other in prefixes.items() if other == text] for text in prefixes.values()}
+    return [("begins with", f"{text!r} ({', '.join(names)})") for text, names in options.items()]
 
 
 def split_table(splits: Sequence[SplitReport]) -> Table:
@@ -170,7 +177,7 @@ def complaint_text(split: SplitReport, label: str, style: str, complaint: Compla
     return text.append(f"  first: {complaint.first}", style="not bold")
 
 
-def shown_panel(shown: Shown) -> Panel:
+def shown_panel(shown: Shown, prefixes: Mapping[str, str]) -> Panel:
     """An example, told apart from what is said about it."""
     prompt = Text(shown.prompt.rstrip("\n"))
     prompt.highlight_regex(r"<\|[^|]*\|>(?: x \d+)?", "dim cyan")
@@ -178,6 +185,7 @@ def shown_panel(shown: Shown) -> Panel:
     earns = ", ".join(f"{name} {value:g}" for name, value in shown.earns.items())
     about = Text()
     for label, value in (
+        *_beginnings(prefixes),
         ("answer", gold),
         ("SFT target", shown.target or "none"),
         ("it earns", earns or "nothing: the reward cannot grade it"),

@@ -54,15 +54,17 @@ def arithmetic(module: PostTraining, workload: Workload, devices: Devices, plan:
     table.add_row("devices", f"{devices.world_size}, strategy {devices.strategy}, precision {devices.precision}")
     prompts = devices.share(workload.prompts_per_step)
     table.add_row("a step", f"{workload.prompts_per_step} prompts, {prompts} on a device")
-    new, group = workload.target_tokens, 1
+    new, group, forced = workload.target_tokens, 1, 0
     if isinstance(module, GroupRollouts):
         new, group = module.sampling.max_new_tokens, module.group_size
+        forced = len(module.processor.encode_prefix(module.sampling.prefix))
         rows = -(-prompts // module.updates_per_rollout)
         micro = min(module.micro_batch_prompts or rows, rows)
         table.add_row("", f"{group} completions of each, {module.updates_per_step} updates of {rows} prompts")
         table.add_row("", f"{-(-rows // micro)} micro-batches of {micro} prompts in an update")
-    tokens = prompts * (workload.prompt_tokens + group * new)
-    table.add_row("", f"up to {workload.prompt_tokens:,} + {group} x {new:,} tokens a prompt, {tokens:,} on a device")
+    tokens = prompts * (workload.prompt_tokens + forced + group * new)
+    asked = f"{workload.prompt_tokens:,}" + (f" + {forced:,} of sampling.prefix" if forced else "")
+    table.add_row("", f"up to {asked} + {group} x {new:,} tokens a prompt, {tokens:,} on a device")
     return table
 
 
