@@ -23,12 +23,12 @@ from cpt_lightning.types import Completions, Prompts
 class FakeEngine:
     """Answers as ``Engine`` does, by our own sampling."""
 
-    def __init__(self, banned_token_ids, buffer, model, dtype, **options) -> None:
+    def __init__(self, banned_token_ids, buffer, model, dtype, tensor_parallel_size, **options) -> None:
         torch.set_num_threads(1)
         self.buffer, self.pending, self.begun = open_buffer(buffer), {}, {}
         self.processor = PromptProcessor.load(model)
         self.model = weightless(model, dtype).eval()
-        self.numbers = count()
+        self.numbers, self.num_shares = count(), tensor_parallel_size
         print("the engine is ready", flush=True)
 
     def receive(self, places):
@@ -40,7 +40,11 @@ class FakeEngine:
         assert self.model.load_state_dict(pending, strict=False).unexpected_keys == []
 
     def read_back(self):
-        return parts_of({name: value for name, value in self.model.state_dict().items() if "visual" not in name})
+        return self.parts_of({name: value for name, value in self.model.state_dict().items() if "visual" not in name})
+
+    def parts_of(self, weights) -> list[Part]:
+        """As a single worker has them."""
+        return [Part(name, 0, 0, looked_at(name, weight, self.num_shares)) for name, weight in weights.items()]
 
     def begin(self, requests, temperature):
         numbers = [next(self.numbers) for _ in requests]
@@ -91,11 +95,6 @@ class FakeEngine:
         ]
 
 
-def parts_of(weights) -> list[Part]:
-    """As a single worker has them."""
-    return [Part(name, 0, 0, looked_at(name, weight, 1)) for name, weight in weights.items()]
-
-
 class FakeVLLM(VLLM):
     """Believes vLLM to be there."""
 
@@ -135,7 +134,7 @@ class Blind(Stale):
         super().load()
 
     def read_back(self):
-        return parts_of(self.heard)
+        return self.parts_of(self.heard)
 
 
 class Garbling(FakeEngine):

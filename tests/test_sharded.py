@@ -57,7 +57,7 @@ def seen(runs: Path, name: str, strategy: str, rank: int = 0) -> dict:
         (name, strategy)
         for strategy in ("ddp", "fsdp2")
         for name in runs_by(strategy)
-        if not name.startswith(("mixed", "multitask"))
+        if not name.startswith(("mixed", "multitask", "shared"))
     ],
 )
 def test_two_ranks_learn_what_one_process_does(runs, name, strategy):
@@ -66,6 +66,13 @@ def test_two_ranks_learn_what_one_process_does(runs, name, strategy):
     assert one["weights"].keys() == two["weights"].keys()
     for key, weight in one["weights"].items():
         torch.testing.assert_close(two["weights"][key], weight, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_that_share_an_engine_learn_what_one_process_does(runs, strategy):
+    one, two = (seen(runs, *run)["weights"] for run in (("engine_full", "auto"), ("shared_full", strategy)))
+    for key, weight in one.items():
+        torch.testing.assert_close(two[key], weight, atol=1e-5, rtol=1e-5)
 
 
 def test_objectives_that_differ_by_rank_learn_the_same_in_shards(runs):

@@ -21,7 +21,7 @@ from typing import Any, TextIO
 
 from torch import multiprocessing
 
-from cpt_lightning.rollouts.vllm.reception import Reception
+from cpt_lightning.rollouts.vllm.reception import Reception, hear, tell
 
 LAST_LINES = 20
 """Of the engine's log, told with an error."""
@@ -125,8 +125,8 @@ class EngineProcess:
         guard.start()
         try:
             with contextlib.suppress(BrokenPipeError):  # it may have said why before it ended
-                self._connection.send((method, arguments))
-            is_error, value = self._connection.recv()
+                tell(self._connection, (method, arguments))
+            is_error, value = hear(self._connection)
         except (EOFError, OSError):
             raise self._failure(method, self._end_of_line(time.monotonic() - start)) from None
         finally:
