@@ -109,6 +109,33 @@ class Idle:
     """Does nothing."""
 
 
+class Counting:
+    """Draws three tokens of anything; what it gives is how many requests were drawn together with the last one."""
+
+    def __init__(self) -> None:
+        self.numbers, self.left = count(), {}
+
+    def begin(self, requests, temperature):
+        numbers = [next(self.numbers) for _ in requests]
+        if "never" in requests:
+            raise ValueError("no such request")
+        self.left |= dict.fromkeys(numbers, 3)
+        return numbers
+
+    def step(self):
+        time.sleep(0.4)
+        together = len(self.left)
+        self.left = {number: left - 1 for number, left in self.left.items()}
+        ended = [number for number, left in self.left.items() if not left]
+        return {number: together for number in ended if self.left.pop(number) == 0}
+
+    def sleep(self, level):
+        return 7
+
+    def wake_up(self):
+        """Nothing: it never slept."""
+
+
 class Unready(FakeEngine):
     """Cannot be made."""
 

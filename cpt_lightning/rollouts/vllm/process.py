@@ -128,6 +128,7 @@ class EngineProcess:
                 tell(self._connection, (method, arguments))
             is_error, value = hear(self._connection)
         except (EOFError, OSError):
+            _kill(self.pid)
             raise self._failure(method, self._end_of_line(time.monotonic() - start)) from None
         finally:
             guard.cancel()
@@ -146,7 +147,7 @@ class EngineProcess:
     def _failure(self, method: str, said: str) -> RuntimeError:
         self._log.seek(0)
         lines = self._log.read().splitlines()[-LAST_LINES:]
-        self.kill()
+        self.close()  # after an error it ends by itself, when all ranks have heard of it
         return RuntimeError(f"sampling engine, {method}: {said}\nThe last lines of its log:\n" + "\n".join(lines))
 
     def kill(self) -> None:

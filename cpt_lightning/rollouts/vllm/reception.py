@@ -61,12 +61,15 @@ class Reception:
             "start": self._start, "use": self._use, "has": self._has, "end": self._end, "generate": self._generate,
             "sleep": self._sleep,
         }  # fmt: skip
-        self._listen()
+        self._listen(None)
         while self.callers:
             while self._let_in(ways):
                 pass
-            self._draw()
-            self._listen()
+            if self.drawn:
+                self._draw()
+                self._listen(0)
+            else:
+                self._listen(None)
 
     def give_up(self, reason: str) -> None:
         """Tells all who are connected; what they called, or call next, is an error."""
@@ -77,9 +80,9 @@ class Reception:
 
     # -- who calls ---------------------------------------------------------------------------------------------------
 
-    def _listen(self) -> None:
-        """Notes who has come, gone or called; waits for it, unless there is something to do."""
-        for line in wait([self.listener, *self.callers], 0 if self.drawn else None):
+    def _listen(self, timeout_s: float | None) -> None:
+        """Notes who has come, gone or called."""
+        for line in wait([self.listener, *self.callers], timeout_s):
             if isinstance(line, Connection):
                 self._hear(line)
             else:
@@ -162,8 +165,6 @@ class Reception:
 
     def _draw(self) -> None:
         """A token of each completion; answers the calls whose completions have all ended."""
-        if not self.drawn:
-            return
         self.answers |= self.engine.step()
         for call, numbers in list(self.drawn.items()):
             if self.answers.keys() >= set(numbers):
