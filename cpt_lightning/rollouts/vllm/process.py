@@ -23,7 +23,7 @@ from torch import multiprocessing
 
 from cpt_lightning.rollouts.vllm.reception import Reception, hear, tell
 
-LAST_LINES = 20
+LAST_LINES = 30
 """Of the engine's log, told with an error."""
 PARENT_CHECK_S = 1.0
 """How often an engine looks whether the training that it serves still exists."""
@@ -211,7 +211,7 @@ def serve(
     try:
         reception.serve(make_engine(**options))
     except Exception as error:  # whatever it is, all ranks have to hear of it
-        traceback.print_exc()
+        traceback.print_exc(limit=-4)  # all of vLLM's would hide in the log's last lines what was said before
         reception.give_up(f"{type(error).__name__}: {error}")
     os.killpg(0, signal.SIGKILL)  # vLLM's workers would take their time
 
