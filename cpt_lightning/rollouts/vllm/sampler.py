@@ -166,17 +166,17 @@ class VLLM(Sampler):
         engine = self.engine = self.engine or self._start(model, processor)
         current = fingerprint(model)
         has_them = engine.call("use", current)
-        if not has_them:
-            dtype = getattr(torch, self._dtype_of(model))
-            _refuse(engine, hand_over(engine, model, self._buffer, dtype, self.tensor_parallel_size))
-            self._num_handovers += 1
-        if current != self._known and self._num_probes < PROBES:
-            _refuse(engine, self._complaint(engine, model, processor, prompts))
-            self._num_probes += 1
-        if not has_them:
-            engine.call("has", current)
-        self._known = current
         try:
+            if not has_them:
+                dtype = getattr(torch, self._dtype_of(model))
+                _refuse(engine, hand_over(engine, model, self._buffer, dtype, self.tensor_parallel_size))
+                self._num_handovers += 1
+            if current != self._known and self._num_probes < PROBES:
+                _refuse(engine, self._complaint(engine, model, processor, prompts))
+                self._num_probes += 1
+            if not has_them:
+                engine.call("has", current)
+            self._known = current
             yield engine
         finally:
             if engine.is_open:
@@ -253,7 +253,7 @@ class VLLM(Sampler):
         Returns:
             Bytes that this freed; ``None`` without a sleep.
         """
-        if self.sleep_level == 0 or self.engine is None:
+        if self.sleep_level == 0 or self.engine is None or not self.engine.is_open:
             return None
         return self.engine.call("sleep", self.sleep_level)
 
