@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,20 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    Strategy,
+    StrategyRegistry,
+)
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from cpt_lightning.checkpoint_files import standing
 from cpt_lightning.checkpoint_io import AtomicCheckpointIO, read_checkpoint
+from cpt_lightning.models import Backbone
 from cpt_lightning.models.qwen_vl import QwenVL
 from cpt_lightning.models.sharding import (
     all_whole,
@@ -30,6 +37,7 @@ from cpt_lightning.models.sharding import (
     like_shards,
     release,
     shard,
+    sharded_left_out,
 )
 from cpt_lightning.sharded_checkpoints import PARTS, Place, fill, save_shards
 
@@ -53,6 +61,8 @@ class FSDP2(ModelParallelStrategy):
     """
 
     def __init__(self, cpu_offload: bool = False, save_distributed_checkpoint: bool = False, **kwargs: Any) -> None:
+        if cpu_offload and torch.cuda.is_available():  # shards are exchanged in main memory, whole weights on GPUs
+            kwargs.setdefault("process_group_backend", "cpu:gloo,cuda:nccl")
         super().__init__(save_distributed_checkpoint=save_distributed_checkpoint, **kwargs)
         self.cpu_offload = cpu_offload
         self._exchange_is_blocked = False
@@ -108,7 +118,8 @@ class FSDP2(ModelParallelStrategy):
 
     def model_to_device(self) -> None:
         """Moves what is not sharded; shards are where they belong."""
-        if not self.cpu_offload:
+        assert self.lightning_module is not None
+        with sharded_left_out(self.lightning_module) if self.cpu_offload else nullcontext():
             super().model_to_device()
 
     def setup_optimizers(self, trainer: Trainer) -> None:
@@ -249,6 +260,35 @@ class FSDP2(ModelParallelStrategy):
                 for number, part in state["state"].items()
             }
             optimizer.load_state_dict({**state, "state": shares})
+
+
+def check_strategy(strategy: Strategy, backbone: Backbone) -> None:
+    """Refuses to split what must stay whole, and to split by other means than ours.
+
+    Four-bit weights know their scales by an attribute of the tensor, which no sharding takes along. Under other
+    strategies a rank would clip by the norm of its own share of the gradient, and sample from its share of weights.
+
+    Raises:
+        ValueError: Says what would go wrong, and what to set instead.
+    """
+    if not isinstance(strategy, ModelParallelStrategy | FSDPStrategy | DeepSpeedStrategy):
+        return
+    name, along_stream = type(strategy).__name__, backbone.lora.along_stream
+    if backbone.tuning == "qlora":
+        raise ValueError(
+            f"backbone.tuning=qlora: {name} would split four-bit weights and lose their scales; set trainer.strategy "
+            "to auto or ddp, or backbone.tuning to lora"
+        )
+    if along_stream != "shared":
+        raise ValueError(
+            f"backbone.lora.along_stream={along_stream}: {name} splits adapters and weights over ranks, which are "
+            "exchanged and merged whole; set trainer.strategy to auto or ddp, or along_stream to shared"
+        )
+    if not isinstance(strategy, FSDP2):
+        raise ValueError(
+            f"trainer.strategy={name}: every rank would clip by the norm of its own share of the gradient, and sample "
+            "without the whole weights; set trainer.strategy to fsdp2"
+        )
 
 
 StrategyRegistry.register("fsdp2", FSDP2, description="Weights, gradients and optimizer spread over all ranks (FSDP2)")

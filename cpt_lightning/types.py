@@ -7,6 +7,7 @@ Log-probabilities are in nats.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Self, TypeVar
@@ -141,7 +142,8 @@ class Prompts:
         if self.pixel_values is None or self.image_grid_thw is None or not has_image:
             return {}
         grids = self.image_grid_thw.split(self.images_per_prompt)
-        patches = [int(grid.prod(dim=1).sum()) for grid in grids]
+        of_images = iter(self.image_grid_thw.prod(dim=1).tolist())
+        patches = [sum(itertools.islice(of_images, count)) for count in self.images_per_prompt]
         chosen = {"pixel_values": self.pixel_values.split(patches), "image_grid_thw": grids}
         if self.image_features is not None:
             patches_per_token = len(self.pixel_values) // len(self.image_features)
@@ -245,6 +247,20 @@ class Batch:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def required_targets(self) -> Completions:
+        """The reference completions.
+
+        Raises:
+            ValueError: A row has none; names it.
+        """
+        if self.targets is None:
+            row = next((example for example in self.prompts.examples if example.target is None), None)
+            where = f"row {row.row_id} of task {row.task!r}" if row else "this batch"
+            raise ValueError(
+                f"{where} has no target to learn by SFT: give its task a `target` template, e.g. '{{answer}}'"
+            )
+        return self.targets
+
     def select(self, rows: Sequence[int]) -> Batch:
         """The batch of the given rows."""
         return Batch(self.prompts.select(rows), None if self.targets is None else self.targets.select(rows))
@@ -268,6 +284,8 @@ class Rollout:
         learned: ``[B, G]`` bool, completions that updates learn from; ``None`` if all are.
         greedy_rewards: ``[B]`` total reward of each prompt's most probable completion, where that was asked for.
         scores: N named scores, as the completions' own rewards gave them.
+        counts: ``False`` for one that is sampled so that a rank without rows keeps in step with the others: neither
+            loss nor log know of it.
     """
 
     prompts: Prompts
@@ -278,6 +296,7 @@ class Rollout:
     learned: Tensor | None = None
     greedy_rewards: Tensor | None = None
     scores: list[dict[str, float]] = field(default_factory=list)
+    counts: bool = True
 
     @property
     def group_size(self) -> int:
@@ -301,6 +320,7 @@ class Rollout:
             None if self.learned is None else self.learned[index],
             None if self.greedy_rewards is None else self.greedy_rewards[index],
             [self.scores[completion] for completion in completions] if self.scores else [],
+            self.counts,
         )
 
 

@@ -45,7 +45,7 @@ RUNS = {
     "on_policy_full": partial(
         OnPolicySFT, group_size=4, sampling=Sampling(max_new_tokens=8), selection=Selection(finished_only=False)
     ),
-    "multitask_full": partial(MultiTask, group_size=4, sampling=Sampling(max_new_tokens=8), objectives={"odd": "sft"}),
+    "multitask_full": partial(MultiTask, group_size=4, sampling=Sampling(max_new_tokens=8), objectives={"even": "rft"}),
     "engine_full": partial(RFT, group_size=4, sampling=Sampling(max_new_tokens=8), kl_coef=0.1, sampler=ENGINE()),
     "engine_lora": partial(RFT, group_size=4, sampling=Sampling(max_new_tokens=8), kl_coef=0.1, sampler=ENGINE()),
     "shared_full": partial(
@@ -66,7 +66,8 @@ SEEN: dict[str, Any] = {"gathers_while_sampling": [], "lengths": [], "waiting_gr
 class Share(Dataset):
     """Four batches of the same four prompts, this rank's share of each: one rank may have text alone, the other images.
 
-    Only the second row has no image: it makes up a micro-batch of RFT alone.
+    In every other batch a rank has three of the rows, as where rows are left out. Only the second row has no image: it
+    makes up a micro-batch of RFT alone.
     """
 
     def __init__(self, whole: Batch, trainer: L.Trainer) -> None:
@@ -77,8 +78,8 @@ class Share(Dataset):
 
     def __getitem__(self, step: int) -> Batch:
         rows = [[1, 1, 2, 3], [2, 3, 1, 0]][step % 2]
-        part = len(rows) // self.trainer.world_size
-        mine = rows[self.trainer.global_rank * part :][:part]
+        first = len(rows) // self.trainer.world_size + step % 2 if self.trainer.world_size > 1 else len(rows)
+        mine = rows[first:] if self.trainer.global_rank else rows[:first]
         return Batch(self.whole.prompts.select(mine), self.whole.targets.select(mine))
 
 

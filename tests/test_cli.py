@@ -10,6 +10,7 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin_data
+from tensorboard.summary.writer import event_file_writer
 
 from cpt_lightning import __version__
 from cpt_lightning.cli import main
@@ -52,11 +53,11 @@ def printed_config(args, capsys) -> str:
     return output.out
 
 
-def refusal(args, capsys) -> str:
-    """What is said to arguments that cannot be parsed."""
+def refusal(args, capsys, code: int = 2) -> str:
+    """What is said to arguments that cannot be parsed, or, with code 1, to what a run then finds."""
     with pytest.raises(SystemExit) as stop:
         main(args)
-    assert stop.value.code == 2
+    assert stop.value.code == code
     return capsys.readouterr().err
 
 
@@ -141,7 +142,9 @@ def test_the_last_checkpoint_by_name_starts_or_goes_on(tmp_path, config):
     assert parse_session_start_info_plugin_data(hparams).hparams["objective"].string_value == "SFT"
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_leaves_nothing_in_tensorboard(tmp_path, config):
+def test_a_run_that_was_killed_before_its_first_checkpoint_leaves_nothing_in_tensorboard(tmp_path, config, monkeypatch):
+    # A process numbers its files, and what reads them takes a tenth for one before the second.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     command = ["fit", "-c", config, "--data.steps=1", "--trainer.max_epochs=1", "--ckpt_path=last"]
     main(command)
     for checkpoint in (tmp_path / "run").glob("*.ckpt"):
@@ -227,17 +230,27 @@ def test_a_misspelt_option_is_named(config, tmp_path, capsys, misspelt, named):
 
 
 @pytest.mark.parametrize(
-    "option, error, message",
+    "options, message",
     [
-        ("--trainer.max_epochs=3", ValueError, "max_epochs=3: the stream has 2 stages"),
-        ("--trainer.limit_val_batches=0.4", RuntimeError, "val/digit2/accuracy was not logged"),
-        ("--data.max_prompt_tokens=5", ValueError, "max_prompt_tokens=5: task 'word2', toy/word2/train/"),
-        ("--data.tasks.word2.num_train=5000", ValueError, "task 'word2': num_train is 5000, but the train split has"),
+        (["--trainer.max_epochs=3"], "trainer.max_epochs=3: the stream has 2 stages"),
+        (["--data.max_prompt_tokens=5"], "max_prompt_tokens=5: task 'word2', toy/word2/train/"),
+        (["--data.max_prompt_tokens=5", "--data.num_workers=1"], "max_prompt_tokens=5: task 'word2', toy/word2/train/"),
+        (["--data.tasks.word2.num_train=5000"], "task 'word2': num_train is 5000, but the train split has"),
     ],
 )
-def test_a_mistake_is_named_with_its_mend(config, option, error, message):
-    with pytest.raises(error, match=message):
-        main(["fit", "-c", config, "--trainer.logger=false", option])
+def test_a_mistake_is_named_in_a_line_with_its_mend(config, capsys, options, message):
+    """Found by this process or by one that loads; where, is told who asks."""
+    said = refusal(["fit", "-c", config, "--trainer.logger=false", *options], capsys, code=1).splitlines()
+    assert message in said[-2] and said[-2].startswith("cpt fit: error: ")
+    assert "JSONARGPARSE_DEBUG=true" in said[-1]
+    assert "Traceback" not in "\n".join(said)
+
+
+def test_what_a_library_raises_keeps_its_traceback(config):
+    with pytest.raises(RuntimeError, match="val/digit2/accuracy was not logged"):
+        main(["fit", "-c", config, "--trainer.logger=false", "--trainer.limit_val_batches=0.4"])
+    with pytest.raises(ValueError, match="Invalid learning rate: -1"):
+        main(["fit", "-c", config, "--trainer.logger=false", "--model.optimizer.lr=-1"])
 
 
 @pytest.mark.parametrize(
@@ -313,3 +326,6 @@ def test_run_directory_of_checkpoints(tmp_path):
     assert run_directory(str(tmp_path / "new"), str(tmp_path / "loose" / "x.ckpt"), named=False) == tmp_path / "new"
     (tmp_path / "run_2").mkdir()
     assert run_directory(str(run), None, named=False) == tmp_path / "run_2"  # an empty folder is free
+    for number in (2, 3):
+        (tmp_path / f"run_{number}" / "filter").mkdir(parents=True)
+    assert run_directory(str(run), None, named=True) == tmp_path / "run_4"

@@ -6,10 +6,12 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cpt_lightning.callbacks import TaskCheckpoint
 from cpt_lightning.cli import main
+from cpt_lightning.records import RunFolder
 from tests.fakes import KillAt, Killed, LinearModule, make_trainer, number_stream
 
 ROOT = Path(__file__).parents[1]
@@ -239,6 +241,25 @@ def test_tensorboard_shows_a_resumed_run_as_one(tmp_path):
     main([*command, f"--ckpt_path={killed / 'last.ckpt'}"])
     assert len(list(killed.glob("*tfevents*"))) == len(list(whole.glob("*tfevents*"))) + 1
     assert scalars(killed) == scalars(whole)
+
+
+def test_a_run_that_goes_on_with_other_options_says_so_and_keeps_those_it_had(tmp_path, caplog):
+    """Not if they are the same, and not where nothing is left to learn."""
+    (tmp_path / "stream.yaml").write_text(STREAM)
+    command = ["fit", f"--data={tmp_path / 'stream.yaml'}", *MODELS["sft"], *OPTIONS]
+    run, other = tmp_path / "run", "--model.optimizer.lr=2e-3"
+    caplog.set_level("INFO")
+    main([*command, f"--run_dir={run}", "--trainer.max_epochs=1"])
+    main([*command, f"--ckpt_path={run / 'last.ckpt'}", other, "--trainer.max_epochs=2"])
+    assert "model.init_args.optimizer.init_args.lr 0.001 -> 0.002." in caplog.text
+    folder = RunFolder(run)
+    assert folder.changed_at == [3]
+    assert folder.config["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.002
+    before = yaml.safe_load((run / "config_until_step_3.yaml").read_text())
+    assert before["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.001
+    main([*command, f"--ckpt_path={run / 'last.ckpt'}", "--trainer.max_epochs=2"])
+    assert RunFolder(run).changed_at == [3]
+    assert RunFolder(run).config == folder.config
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again_in_its_folder(tmp_path):

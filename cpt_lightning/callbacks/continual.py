@@ -83,7 +83,9 @@ class ContinualLearning(Callback):
             before, now = self._resumed[part], getattr(matrix, part)
             if before != now:
                 raise ValueError(
-                    f"the checkpoint belongs to another stream: its {part} are {before}, now they are {now}"
+                    f"the checkpoint belongs to another stream: its {part} are {before}, now they are {now}. To learn "
+                    "more tasks after these, begin a new run from the model: `cpt export` it, and name the folder as "
+                    "backbone.path"
                 )
         self._check_fingerprints(self._resumed.get("fingerprints", {}))
         self._check_answers(self._resumed.get("answers", {}))

@@ -17,7 +17,7 @@ class Stopped(SystemExit):
 
 
 class StopSignals:
-    """Notes SIGTERM, and the signal that SLURM sends when the time is nearly up (``#SBATCH --signal=SIGUSR1@90``).
+    """Notes Ctrl-C, SIGTERM, and the signal of SLURM when the time is nearly up (``#SBATCH --signal=SIGUSR1@90``).
 
     Lightning's handlers (2.6) save and talk to other ranks within the handler, so perhaps in the middle of an update;
     these only take a note, and ranks agree on it between batches.
@@ -29,6 +29,8 @@ class StopSignals:
     def watch(self, trainer: Trainer) -> None:
         """Takes the place of Lightning's handlers, until its Trainer puts back what was there before."""
         signals = [signal.SIGTERM]
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background ignores it
+            signals.append(signal.SIGINT)
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
             signals.append(environment.requeue_signal)
@@ -36,6 +38,9 @@ class StopSignals:
             trainer._signal_connector._register_signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            rank_zero_info("stopping after this batch, to save it; press Ctrl-C again to stop at once")
         self.received = number
 
     def asked_to_stop(self, trainer: Trainer) -> bool:
@@ -50,7 +55,7 @@ class StopSignals:
         """
         number = self.received or signal.SIGTERM
         rank_zero_info(f"stopped by {signal.Signals(number).name}; {how_to_go_on}")
-        if self.received not in (None, signal.SIGTERM) and trainer.is_global_zero:
+        if self.received not in (None, signal.SIGTERM, signal.SIGINT) and trainer.is_global_zero:
             requeue()
         # A rank that Lightning started and that ends with an error would have the first one killed.
         raise Stopped(128 + number if trainer.is_global_zero else 0)

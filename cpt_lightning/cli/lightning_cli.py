@@ -29,7 +29,7 @@ from cpt_lightning.callbacks import (
 from cpt_lightning.checkpoint_io import check_resumable, next_step, read_checkpoint
 from cpt_lightning.cli import VERBS
 from cpt_lightning.cli.console import tidy
-from cpt_lightning.cli.errors import refusal
+from cpt_lightning.cli.errors import complaint, is_debugged, refusal
 from cpt_lightning.cli.run_directory import last_checkpoint, run_directory
 from cpt_lightning.cli.run_record import RunRecord
 from cpt_lightning.data import TRAINER_OPTIONS, TaskStream
@@ -167,11 +167,14 @@ class CPTCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            if os.environ.get("JSONARGPARSE_DEBUG", "false") != "false":
+            if is_debugged():
                 raise
-            command = " ".join(filter(None, [self.parser.prog, self.subcommand]))
-            print(f"{command}: error: {refusal(error)}", file=sys.stderr)
+            print(f"{self._command}: error: {refusal(error)}", file=sys.stderr)
             raise SystemExit(2) from None
+
+    @property
+    def _command(self) -> str:
+        return " ".join(filter(None, [self.parser.prog, self.subcommand]))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A Trainer that writes into the run directory, and whose epochs are the stages of the stream."""
@@ -192,6 +195,18 @@ class CPTCLI(LightningCLI):
             own.insert(0, TaskProgressBar())  # its line ends before others print
         rank_zero_info(f"run directory: {config.run_dir}")
         return super().instantiate_trainer(callbacks=own, **kwargs)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Runs a verb; what the stream refuses of the user's rows, files and options is said in a line."""
+        try:
+            super()._run_subcommand(subcommand)
+        except ValueError as error:
+            said = complaint(error)
+            if said is None or is_debugged():
+                raise
+            shown = "(JSONARGPARSE_DEBUG=true shows where this was found.)"
+            print(f"{self._command}: error: {said}\n{shown}", file=sys.stderr)
+            raise SystemExit(1) from None
 
     # -- verbs -----------------------------------------------------------------------------------------------------
 

@@ -30,10 +30,10 @@ def run_directory(wanted: str, ckpt_path: str | None, named: bool) -> Path:
         home = Path(ckpt_path).parent
         if home.resolve() == Path(wanted).resolve() or (not named and any((home / mark).exists() for mark in MARKS)):
             return home
-    folder = Path(wanted)
-    names = (folder.with_name(f"{folder.name}_{number}") for number in count(2))
+    first = folder = Path(wanted)
+    numbers = count(2)
     while folder.is_dir() and any(entry.name != INSPECTION for entry in folder.iterdir()):
-        folder = next(names)
+        folder = first.with_name(f"{first.name}_{next(numbers)}")
     return folder
 
 

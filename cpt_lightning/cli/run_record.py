@@ -7,20 +7,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from jsonargparse import Namespace
 from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info
 
 from cpt_lightning.callbacks.loggers import log_hparams, log_text, logged_step
 from cpt_lightning.cli.hparams import METRICS, NUMBERS, TEXTS, hparams_of
+from cpt_lightning.records import RunFolder
 from cpt_lightning.records.environment import Device, Start, cpu_name, record_start, surroundings
+from cpt_lightning.records.run import OLDER_CONFIG
+from cpt_lightning.report.settings import leaves
+
+LEARNED_BY = ("model.", "data.", "filter.", "continual.", "seed_everything", "trainer.precision", "trainer.accumulate")
+"""Options that what is learned depends on, or their beginnings."""
 
 
 class RunRecord(SaveConfigCallback):
     """Writes ``config.yaml`` and ``environment.json``, and shows both, with the options that matter, in the loggers.
 
     The configuration does not say from where the run was resumed: used again, it begins a new run. The environment
-    does, and has an entry for each start.
+    does, and has an entry for each start. A run that goes on with other options says which, and keeps those that it had
+    as ``config_until_step_<step>.yaml``.
 
     Args:
         parser: That made the configuration.
@@ -39,6 +48,9 @@ class RunRecord(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Writes both, once, on rank 0."""
         self.folder = Path(trainer.log_dir or trainer.default_root_dir)  # log_dir is a broadcast: all ranks must ask
+        known = self.resumed_from is not None and (self.folder / self.config_filename).exists()
+        self.goes_on = trainer.strategy.broadcast(known)
+        self.save_to_log_dir = not self.goes_on  # as long as it learns nothing, what it was told does not matter
         super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -50,11 +62,31 @@ class RunRecord(SaveConfigCallback):
         """Shows both; at the step at which a resumed run goes on."""
         if not trainer.is_global_zero:
             return
+        if self.goes_on:
+            self._renew(trainer.global_step)
         config = (self.folder / self.config_filename).read_text(encoding="utf-8")
         step = logged_step(trainer)
         log_text(trainer, "config", f"```yaml\n{config}\n```", step)
         log_text(trainer, "environment", _table(self.start), step)
         log_hparams(trainer, hparams_of(self.config), list(NUMBERS), list(TEXTS), METRICS)
+
+    def _renew(self, step: int) -> None:
+        """Replaces the configuration of a run that goes on, if it is told something else."""
+        path = self.folder / self.config_filename
+        before = dict(leaves(RunFolder(self.folder).config or {}))
+        now = dict(leaves(yaml.safe_load(self.parser.dump(self.config, skip_none=False))))
+        changed = [name for name in now | before if now.get(name) != before.get(name) and name.startswith(LEARNED_BY)]
+        kept = path.with_name(OLDER_CONFIG.format(step))
+        if changed:
+            path.rename(kept)
+        self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=self.multifile)
+        if not changed:
+            return
+        rank_zero_info(
+            "note: the run goes on with other options than it had; comparisons will take them for those of all of it: "
+            + "; ".join(f"{name} {before.get(name)} -> {now.get(name)}" for name in changed)
+            + f". Within a task optimizer and schedule stay those of the checkpoint. Before: {kept}"
+        )
 
     def _start(self, trainer: Trainer) -> Start:
         return Start(

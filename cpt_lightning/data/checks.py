@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
+from lightning.pytorch.callbacks import Timer
+
 if TYPE_CHECKING:
     from cpt_lightning.data.datamodule import TaskStream
 
@@ -75,6 +77,13 @@ def check_trainer(stream: TaskStream) -> None:
     stages = f"the stream has {stream.num_stages} stages, and an epoch is a stage"
     if trainer.max_epochs is None or not 0 <= trainer.max_epochs <= stream.num_stages:
         raise ValueError(f"trainer.max_epochs={trainer.max_epochs}: {stages}; set it to {stream.num_stages}")
+    if trainer.max_steps != -1 or any(isinstance(callback, Timer) for callback in trainer.callbacks):
+        raise ValueError(
+            "trainer.max_steps or max_time would end the run in the middle of a task, whose row of scores would be "
+            "missing; data.steps says how long tasks are, and a run that is stopped (Ctrl-C, SIGTERM) can go on later"
+        )
+    if trainer.gradient_clip_val is not None:
+        raise ValueError("trainer.gradient_clip_val: set model.init_args.max_grad_norm instead, for every objective")
     if stream.num_stages > 1 and trainer.reload_dataloaders_every_n_epochs != 1:
         raise ValueError(f"trainer.reload_dataloaders_every_n_epochs must be 1: {stages}")
     if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:

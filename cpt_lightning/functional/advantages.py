@@ -121,11 +121,11 @@ def one_zero_advantages(correct: Bool[Tensor, "B G"]) -> Float[Tensor, "B G"]:
     return correct.float()
 
 
-def zero_signal_fraction(rewards: Float[Tensor, "B G"]) -> Float[Tensor, ""]:
-    """The share of groups whose rewards are all equal, from which nothing is learned; 0 without groups."""
-    if len(rewards) == 0:
-        return rewards.new_zeros(())
-    return (rewards == rewards[:, :1]).all(dim=1).to(rewards.dtype).mean()
+def zero_signal_fraction(advantages: Float[Tensor, "B G"]) -> Float[Tensor, ""]:
+    """The share of groups whose advantages are all 0, from which nothing is learned; 0 without groups."""
+    if len(advantages) == 0:
+        return advantages.new_zeros(())
+    return 1 - advantages.any(dim=1).to(advantages.dtype).mean()
 
 
 def _centred(rewards: Tensor) -> Tensor:

@@ -49,9 +49,10 @@ def token_weights(
             f"constant={constant} with reduction={reduction!r}: leave it out, only 'constant' divides by it"
         )
     counted = mask.float()
-    sequences = max(1, len(mask) if num_sequences is None else num_sequences)
+    # Of several ranks' counts the mean may lie below 1; where all are 0 there is nothing to divide.
+    sequences = (len(mask) if num_sequences is None else num_sequences) or 1
     if reduction == "token_mean":
-        return counted / (counted.sum().clamp(min=1) if num_tokens is None else max(1, num_tokens))
+        return counted / (counted.sum().clamp(min=1) if num_tokens is None else num_tokens or 1)
     if reduction == "sequence_mean":
         return counted / counted.sum(dim=1, keepdim=True).clamp(min=1) / sequences
     if constant is None or constant <= 0:

@@ -80,7 +80,11 @@ class PatternLayer(Qwen2_5_VLDecoderLayer):
                 _projected(pattern, answering, layer.v_proj),
             )
         )
-        query, key = _rotated(query, *asking_angles), _rotated(key, *answering_angles)
+        # Under autocast the angles are float32, and would make keys so, to be kept and cast again at every token.
+        query, key = (
+            _rotated(heads, *angles).to(value.dtype)
+            for heads, angles in ((query, asking_angles), (key, answering_angles))
+        )
         output = pattern.attend(layer.layer_idx, *(x.transpose(1, 2) for x in (query, key, value)))
         return output.transpose(1, 2).flatten(2)
 

@@ -77,7 +77,7 @@ class FusedKernels(TorchFunctionMode):
     does not know it.
 
     Args:
-        autocast: Dtype that products are cast to, if any; casts of trained weights are kept, as autocast does.
+        autocast: Dtype that products are cast to, if any; each cast is its own, unless autocast is told to keep them.
         cast: Weights that are in that dtype already, as gathered shards are: their casts cost nothing.
     """
 
@@ -85,10 +85,13 @@ class FusedKernels(TorchFunctionMode):
         super().__init__()
         self.autocast = autocast
         self._casts = {id(weight): weight.to(autocast) for weight in cast} if autocast else {}
+        self._kept: dict[int, Tensor] = {}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         """Runs the function, or its fused form."""
         kwargs = kwargs or {}
+        if not torch.is_autocast_cache_enabled():
+            self._kept.clear()
         if not (args and isinstance(args[0], Tensor) and args[0].is_meta):
             return func(*args, **kwargs)
         if self.autocast and func in PRODUCTS:
@@ -104,8 +107,8 @@ class FusedKernels(TorchFunctionMode):
             return tensor
         if id(tensor) in self._casts:
             return self._casts[id(tensor)]
-        if isinstance(tensor, nn.Parameter) and tensor.requires_grad and torch.is_grad_enabled():
-            return self._casts.setdefault(id(tensor), tensor.to(self.autocast))
+        if torch.is_autocast_cache_enabled() and isinstance(tensor, nn.Parameter) and tensor.requires_grad:
+            return self._kept.setdefault(id(tensor), tensor.to(self.autocast))
         return tensor.to(self.autocast)
 
 
@@ -128,7 +131,7 @@ def counted(autocast: torch.dtype | None = None, cast: Iterable[Tensor] = ()) ->
     """
     with ExitStack() as stack:
         if autocast is not None:
-            stack.enter_context(torch.autocast("cpu", autocast))
+            stack.enter_context(torch.autocast("cpu", autocast, cache_enabled=False))  # as Lightning's
         stack.enter_context(FusedKernels(autocast, cast))
         yield stack.enter_context(LiveBytes())
 

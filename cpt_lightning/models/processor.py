@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -76,12 +77,12 @@ class PromptProcessor(Qwen2_5_VLProcessor):
         """Ends the assistant's turn."""
         return self.tokenizer.convert_tokens_to_ids(STOP_TOKENS[0])
 
-    @property
+    @cached_property
     def stop_token_ids(self) -> list[int]:
         """Tokens after which sampling of a completion ends."""
         return self._known_ids(STOP_TOKENS)
 
-    @property
+    @cached_property
     def banned_token_ids(self) -> list[int]:
         """Tokens that must never be sampled: a placeholder without an image crashes the next forward."""
         return self._known_ids(VISION_TOKENS)
@@ -229,7 +230,9 @@ class PromptProcessor(Qwen2_5_VLProcessor):
         Raises:
             ValueError: It ends the turn, or has a token that is never sampled, such as one of an image.
         """
-        ids = self.tokenizer.encode(text, add_special_tokens=False) if text else []
+        if not text:
+            return []
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
         if commands := {*self.stop_token_ids, *self.banned_token_ids, self.pad_token_id}.intersection(ids):
             named = self.tokenizer.convert_ids_to_tokens(sorted(commands))
             raise ValueError(f"the prefix {text!r} has {', '.join(named)}, which no reply can go on behind")

@@ -66,7 +66,12 @@ def encode_images(model: QwenVL, prompts: Prompts) -> Tensor | None:
     return torch.cat(tuple(output.pooler_output))
 
 
-def embed(model: QwenVL, ids: Tensor, image_features: Tensor | None = None) -> Tensor:
+def embed(model: QwenVL, ids: Tensor) -> Tensor:
+    """``[..., H]`` input embeddings of token ids ``[...]`` that hold no image, as those of completions."""
+    return model.get_input_embeddings()(ids)
+
+
+def embed_prompts(model: QwenVL, ids: Tensor, image_features: Tensor | None) -> Tensor:
     """``[..., H]`` input embeddings of token ids ``[...]``, image features in the place of their placeholders.
 
     Args:
@@ -77,11 +82,11 @@ def embed(model: QwenVL, ids: Tensor, image_features: Tensor | None = None) -> T
     Raises:
         ValueError: The ids hold another number of image tokens than there are features.
     """
-    embeds = model.get_input_embeddings()(ids)
+    embeds = embed(model, ids)
     is_image = ids == model.config.image_token_id
-    num_features = 0 if image_features is None else len(image_features)
-    if int(is_image.sum()) != num_features:
-        raise ValueError(f"{int(is_image.sum())} image tokens in the prompts, but {num_features} image features")
+    num_tokens, num_features = int(is_image.sum()), 0 if image_features is None else len(image_features)
+    if num_tokens != num_features:
+        raise ValueError(f"{num_tokens} image tokens in the prompts, but {num_features} image features")
     if image_features is None:
         return embeds
     return embeds.masked_scatter(is_image.unsqueeze(-1), image_features.to(embeds.dtype))
@@ -89,13 +94,15 @@ def embed(model: QwenVL, ids: Tensor, image_features: Tensor | None = None) -> T
 
 def prompt_positions(model: QwenVL, prompts: Prompts) -> Tensor:
     """``[3, B, P]`` M-RoPE positions (time, height, width) of the prompts; 0 on padding."""
+    # On the host: it goes through the tokens in Python, and would wait for a GPU at each image.
+    ids, grid = prompts.input_ids.cpu(), prompts.image_grid_thw
     positions, _ = model.model.get_rope_index(
-        prompts.input_ids,
-        mm_token_type_ids=(prompts.input_ids == model.config.image_token_id).int(),
-        image_grid_thw=prompts.image_grid_thw,
-        attention_mask=prompts.attention_mask,
+        ids,
+        mm_token_type_ids=(ids == model.config.image_token_id).int(),
+        image_grid_thw=None if grid is None else grid.cpu(),
+        attention_mask=prompts.attention_mask.cpu(),
     )
-    return positions
+    return positions.to(prompts.device)
 
 
 def hidden_states(model: QwenVL, embeds: Tensor, positions: Tensor, pattern: Pattern) -> Tensor:

@@ -10,6 +10,7 @@ model, which every rank goes back through whatever its rows are, as soon as each
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -49,6 +50,25 @@ def trained_backbones(module: nn.Module) -> list[QwenVL]:
 def is_sharded(module: nn.Module) -> bool:
     """Whether the module's weights are spread over ranks."""
     return isinstance(module, FSDPModule)
+
+
+@contextmanager
+def sharded_left_out(module: nn.Module) -> Iterator[None]:
+    """The module without its sharded parts, so that all the rest can be moved; they come back to their places."""
+    places = [
+        (parent, name)
+        for parent in module.modules()
+        for name, part in parent._modules.items()
+        if part is not None and is_sharded(part) and not is_sharded(parent)
+    ]
+    parts = [parent._modules[name] for parent, name in places]
+    for parent, name in places:
+        parent._modules[name] = None  # not deleted: the order of parts is that of an optimizer's state
+    try:
+        yield
+    finally:
+        for (parent, name), part in zip(places, parts, strict=True):
+            parent._modules[name] = part
 
 
 def shard(model: QwenVL, mesh: DeviceMesh, compute_dtype: torch.dtype | None = None, cpu_offload: bool = False) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.functional import scaled_dot_product_attention as attention
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionPatchEmbed
 
@@ -50,26 +51,35 @@ def _window_attention(
     **kwargs,
 ) -> tuple[Tensor, None]:
     """Full attention within each window ``cu[i]:cu[i + 1]`` of the only row; windows of one size are one batch."""
-    lengths = cu_seq_lens_q.diff()
-    sizes = lengths.unique().tolist()
-    outputs, places = [], []
-    for size in sizes:
-        # [windows, size] places of the tokens of all windows of this size
-        place = cu_seq_lens_q[:-1][lengths == size, None] + torch.arange(size, device=lengths.device)
+    places = _places(cu_seq_lens_q)
+    outputs = []
+    for size, place in places.items():
         # index_select: the backward of advanced indexing adds up element by element on the CPU.
-        rows = (x if len(sizes) == 1 else x.index_select(2, place.flatten()) for x in (query, key, value))
+        rows = (x if len(places) == 1 else x.index_select(2, place) for x in (query, key, value))
         q, k, v = (_cut(row, size) for row in rows)
         outputs.append(attention(q, k, v).transpose(1, 2).flatten(0, 1))
-        places.append(place.flatten())
-    if len(sizes) == 1:
+    if len(places) == 1:
         return outputs[0].unsqueeze(0), None
     output = torch.cat(outputs)
-    return output.new_empty(output.shape).index_copy(0, torch.cat(places), output).unsqueeze(0), None
+    return output.new_empty(output.shape).index_copy(0, torch.cat([*places.values()]), output).unsqueeze(0), None
+
+
+def _places(cu_seq_lens: Tensor) -> dict[int, Tensor]:
+    """For each size of windows the places of the tokens in all of them; looked up once for all blocks of a forward."""
+    if (known := _PLACES.get(cu_seq_lens)) is None:
+        lengths = cu_seq_lens.diff()
+        known = _PLACES[cu_seq_lens] = {
+            size: (cu_seq_lens[:-1][lengths == size, None] + torch.arange(size, device=lengths.device)).flatten()
+            for size in lengths.unique().tolist()
+        }
+    return known
 
 
 def _cut(row: Tensor, size: int) -> Tensor:
     """``[windows, heads, size, D]`` from ``[1, heads, windows * size, D]``."""
     return row[0].unflatten(1, (-1, size)).transpose(0, 1)
 
+
+_PLACES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 AttentionInterface.register(WINDOWS, _window_attention)

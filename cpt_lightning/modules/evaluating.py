@@ -13,14 +13,17 @@ from torchmetrics import SumMetric
 from cpt_lightning.models import Backbone
 from cpt_lightning.modules.task_adapters import TaskAdapters
 from cpt_lightning.rewards import score, with_ratios
-from cpt_lightning.rollouts import Attempts, Sampler, Sampling, sample_groups
+from cpt_lightning.rollouts import Attempts, Sampler, Sampling, completion_logprobs, sample_groups
 from cpt_lightning.rollouts.attempts import repeated
-from cpt_lightning.rollouts.sampling import row_generators
+from cpt_lightning.rollouts.sampling import keyed_generator, row_generators, with_prefix
 from cpt_lightning.types import Batch, Completions, Evaluation, Prompts
 
 if TYPE_CHECKING:
     from cpt_lightning.models.processor import PromptProcessor
     from cpt_lightning.models.qwen_vl import QwenVL
+
+DRAWN_AT_ONCE = 8
+"""Rows that :meth:`Evaluating.drawn` samples together: their images and keys must fit beside what training holds."""
 
 
 class Evaluating(TaskAdapters):
@@ -97,6 +100,35 @@ class Evaluating(TaskAdapters):
         valid = [True] * len(prompts) if prompts.valid is None else prompts.valid.tolist()
         counted = [counts for counts in valid for _ in range(size)]
         return Evaluation(repeated(prompts.examples, size), texts, scores, counted, completions)
+
+    def drawn(self, batch: Batch, sampling: Sampling, *key: int) -> Batch:
+        """The batch with completions that the policy draws, one of each row, in the place of its targets.
+
+        Always by our own engine: callbacks measure the policy by them. What evaluations have them begin with
+        (``evaluation.prefix``) belongs to the prompts of the result.
+
+        Args:
+            batch: B rows.
+            sampling: How the policy draws.
+            key: What the draws depend on, besides the seed and a row's place: the same on every rank.
+        """
+        completions = []
+        prefix = self.processor.encode_prefix(self.evaluation.prefix)
+        batch = replace(batch, prompts=with_prefix(batch.prompts, prefix))
+        for rows in torch.arange(len(batch)).split(DRAWN_AT_ONCE):
+            generators = [keyed_generator(self.device, self.seed, *key, row) for row in rows.tolist()]
+            prompts = batch.prompts.select(rows.tolist())
+            completions.append(sample_groups(self.model, self.processor, prompts, 1, sampling, generators))
+        return replace(batch, targets=Completions.cat(completions, self.processor.pad_token_id))
+
+    def log_likelihoods(self, batch: Batch) -> Tensor:
+        """``[B]`` log-probability of every row's target, in nats; callbacks measure the policy by its gradient.
+
+        Raises:
+            ValueError: A row has no target.
+        """
+        # Not by `logprobs`: this is looked at, and not learned from.
+        return completion_logprobs(self.model, batch.prompts, batch.required_targets()).sum(dim=1)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Evaluation:
         """Answers and grades one batch of one task."""

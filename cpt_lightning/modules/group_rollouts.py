@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cpt_lightning.functional import masked_mean, zero_signal_fraction
-from cpt_lightning.models.qwen_vl import encode_images, has_dropout, vision_is_frozen
+from cpt_lightning.functional import masked_mean
+from cpt_lightning.models.qwen_vl import QwenVL, encode_images, has_dropout, vision_is_frozen
 from cpt_lightning.modules.updates import ManualUpdates
 from cpt_lightning.rewards import YES_NO_COUNTS, OverlongPenalty, score
 from cpt_lightning.rollouts import Sampling, run_prompts, sample_groups
@@ -117,6 +117,11 @@ class GroupRollouts(ManualUpdates):
         rollout = self._rollout(prompts, Completions.cat(parts, self.processor.pad_token_id), texts, scores)
         return rollout if self.informative_prompts is None else self._of_informative(rollout, scores)
 
+    def shares_prompt_pass(self, model: QwenVL) -> bool:
+        """Whether the update goes back through the rollout's pass over prompts and images."""
+        samples_all_at_once = self.sampler is None and self.rollout_batch_prompts is None
+        return samples_all_at_once and self.goes_back_through_rollout and not has_dropout(model)
+
     def compute_once(self, prompts: Prompts) -> Prompts:
         """Computes what both rollout and update need of the prompts, where the update may use the rollout's.
 
@@ -124,8 +129,7 @@ class GroupRollouts(ManualUpdates):
         groups go through backward at once, nothing is dropped out and our own engine samples. Otherwise a frozen vision
         tower's features are what stays the same.
         """
-        is_shared = self.sampler is None and self.rollout_batch_prompts is None
-        if is_shared and self.goes_back_through_rollout and not has_dropout(self.model):
+        if self.shares_prompt_pass(self.model):
             return replace(prompts, state=run_prompts(self.model, prompts))
         if vision_is_frozen(self.model):
             with torch.no_grad():
@@ -189,8 +193,9 @@ class GroupRollouts(ManualUpdates):
         """Each ``[B, G]``, the total among them."""
         # The counts are for precision and recall of an evaluation; tasks without them would draw their means to 0 here.
         names = sorted({name for each in scores for name in each}.difference(YES_NO_COUNTS))
-        parts = {name: torch.tensor([each.get(name, 0.0) for each in scores], device=self.device) for name in names}
-        return {name: part.view(-1, self._per_prompt) for name, part in parts.items()}
+        values = [[each.get(name, 0.0) for each in scores] for name in names]
+        parts = torch.tensor(values, dtype=torch.float32, device=self.device)  # whatever the Trainer's precision
+        return dict(zip(names, parts.view(len(names), -1, self._per_prompt), strict=True))
 
     def _ended(self, completions: Completions) -> Tensor:
         """``[N]`` whether each completion came to its end."""
@@ -212,24 +217,29 @@ class GroupRollouts(ManualUpdates):
 
     # -- what is shown -------------------------------------------------------------------------------------------
 
-    def log_rollout(self, rollout: Rollout) -> None:
-        """Logs rewards and what the completions look like."""
+    def log_rollout(self, rollout: Rollout, **means: Tensor) -> None:
+        """Logs rewards and what the completions look like.
+
+        Args:
+            rollout: The groups; every rank must have some, see ``Rollout.counts``.
+            **means: What else to log of them, each a mean over groups, by its name behind ``train/``.
+        """
         completions = rollout.completions
         shown = {
+            "train/reward": rollout.rewards.mean(),
             "train/completion_length": completions.lengths.float().mean(),
             "train/truncated_fraction": (~self._ended(completions)).float().mean(),
-            "train/zero_signal_groups": zero_signal_fraction(rollout.rewards),
+            **{f"train/{name}": value for name, value in means.items()},
         }
-        # Not exchanged: tasks have different parts, and ranks may hold different tasks.
-        self.log_dict({f"train/reward/{name}": part.mean() for name, part in rollout.reward_parts.items()})
         if completions.logps is not None:
-            # The sampled tokens' mean surprise is an unbiased estimate of the entropy, and costs nothing.
+            # The sampled tokens' mean surprise costs nothing, and without top-k and top-p estimates the entropy.
             shown["train/entropy"] = -masked_mean(completions.logps, completions.mask)
         if rollout.group_size > 1:
             shown["train/reward_variance"] = rollout.rewards.var(dim=1).mean()
-        num_prompts = len(rollout.prompts)
-        self.log_dict(shown, batch_size=num_prompts, sync_dist=True)
-        self.log("train/reward", rollout.rewards.mean(), prog_bar=True, batch_size=num_prompts, sync_dist=True)
+        self.log_means(shown, num_rows=len(rollout.prompts) * rollout.counts, prog_bar=["train/reward"])
+        if rollout.counts:
+            # Not exchanged: tasks have different parts, and ranks may hold different tasks.
+            self.log_dict({f"train/reward/{name}": part.mean() for name, part in rollout.reward_parts.items()})
 
 
 def check_positive(**counts: int | None) -> None:

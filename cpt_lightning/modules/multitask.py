@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -10,10 +11,9 @@ import torch
 from torch import Tensor
 
 from cpt_lightning.functional import Reduction, token_weights, weighted_sum
-from cpt_lightning.modules.base import targets_of
-from cpt_lightning.modules.rft import RFT
+from cpt_lightning.modules.rft import RFT, Prepared
 from cpt_lightning.modules.updates import Loss, UpdateStats
-from cpt_lightning.types import Batch, Prompts
+from cpt_lightning.types import Batch, Prompts, Rollout
 
 Objective = Literal["sft", "rft"]
 
@@ -71,39 +71,43 @@ class MultiTask(RFT):
         weights = self._weights_of(batch.prompts)
         supervised = [row for row, task in enumerate(tasks) if self.objectives.get(task, self.objective) == "sft"]
         reinforced = sorted(set(range(len(batch))) - set(supervised))
-        num_sampled, policy_losses = 0, _no_losses
-        if self._max_over_ranks(len(reinforced)):
-            # A rank without a reinforced row samples for one anyway, at weight 0, to take part in what ranks exchange.
+        rollout: Rollout | None = None
+        if self.max_over_ranks(len(reinforced)):
+            # A rank without a reinforced row samples for one anyway, to take part in what ranks exchange.
             rollout = self.collect(batch.prompts.select(reinforced or [0]), batch_idx)
-            policy = self.prepare(rollout)
-            policy.row_weights = self._weights_of(rollout.prompts) * bool(reinforced)
-            num_sampled = len(rollout.prompts)
-            policy_losses = partial(self.losses, rollout, policy)
-            self.log_rollout(rollout)
+            rollout.counts = bool(reinforced)
         stats: list[UpdateStats] = []
         with self.timed("update"):
+            prepared = None if rollout is None else self.prepare(rollout)
+            num_sampled = 0 if rollout is None else len(rollout.prompts)
             parts = zip(self.update_rows(supervised), self.update_rows(range(num_sampled)), strict=True)
             for sft_rows, rft_rows in parts:
-                num_rows = max(1, len(sft_rows) + (len(rft_rows) if reinforced else 0))
-                losses = self.sft_losses(batch, weights, sft_rows, share=len(sft_rows) / num_rows)
-                losses += [_scaled(loss, len(rft_rows) / num_rows) for loss in policy_losses(rft_rows)]
+                num_sft, num_rft = self.mean_counts(len(sft_rows), len(rft_rows) * bool(reinforced))
+                num_rows = num_sft + num_rft or 1
+                losses = self.sft_losses(batch, weights, sft_rows, share=num_sft / num_rows)
+                if rollout is not None and prepared is not None:
+                    policy_losses = self.losses(rollout, prepared, rft_rows)
+                    losses += [_scaled(loss, num_rft / num_rows) for loss in policy_losses]
                 stats += self.update(losses, batch.prompts)
+        if rollout is not None and prepared is not None:
+            self.log_rollout(rollout, zero_signal_groups=prepared.zero_signal_groups)
         self.log_updates(stats, self.updates_per_step)
+
+    def prepare(self, rollout: Rollout) -> Prepared:
+        """As in RFT; each prompt weighs what its task does."""
+        return replace(super().prepare(rollout), row_weights=self._weights_of(rollout.prompts))
 
     def _weights_of(self, prompts: Prompts) -> Tensor:
         """``[B]`` weight of each prompt's task."""
         weights = [self.weights.get(example.task, 1.0) for example in prompts.examples]
-        return torch.tensor(weights, device=self.device)
+        return torch.tensor(weights, dtype=torch.float32, device=self.device)
 
     def sft_losses(self, batch: Batch, weights: Tensor, rows: Sequence[int], share: float) -> list[Loss]:
-        """The supervised loss of one update on ``rows``, in micro-batches that add up to it."""
-        if not rows:
-            return []
-        mask = targets_of(batch).mask[list(rows)]
-        weigh = partial(
-            token_weights, reduction=self.sft_reduction, num_sequences=len(rows), num_tokens=mask.sum().item()
-        )
-        size = self.micro_batch_prompts or len(rows)
+        """The supervised loss of one update on ``rows``, in micro-batches that add up to it; every rank must ask."""
+        own_tokens = batch.required_targets().mask[list(rows)].sum() if rows else 0
+        num_sequences, num_tokens = self.mean_counts(len(rows), own_tokens)
+        weigh = partial(token_weights, reduction=self.sft_reduction, num_sequences=num_sequences, num_tokens=num_tokens)
+        size = self.micro_batch_prompts or max(1, len(rows))
         micro_batches = [rows[start : start + size] for start in range(0, len(rows), size)]
         return [partial(self.sft_loss, batch, weights, micro, weigh, share) for micro in micro_batches]
 
@@ -111,7 +115,7 @@ class MultiTask(RFT):
         self, batch: Batch, weights: Tensor, rows: Sequence[int], weigh, share: float
     ) -> tuple[Tensor, UpdateStats]:
         """A micro-batch's share of the supervised loss."""
-        targets = targets_of(batch).select(rows)
+        targets = batch.required_targets().select(rows)
         prompts = batch.prompts.select(rows)
         logps = self.logprobs(prompts, targets)
         self.account.add_tokens(prompts, targets)
@@ -119,13 +123,9 @@ class MultiTask(RFT):
         return loss, UpdateStats(loss.detach())
 
 
-def _no_losses(rows: list[int]) -> list[Loss]:
-    return []
-
-
 def _scaled(compute: Loss, share: float) -> Loss:
     def scaled() -> tuple[Tensor, UpdateStats]:
         loss, stats = compute()
-        return loss * share, UpdateStats(stats.loss * share, stats.policy, stats.kl)
+        return loss * share, replace(stats, loss=stats.loss * share)
 
     return scaled

@@ -111,27 +111,24 @@ class OnPolicySFT(GroupRollouts):
             kept: ``[B, G]`` completions that are learned.
         """
         # Ranks keep unequally many: all divide by the mean, and the mean of their gradients is that of all completions.
-        num_sequences = self.mean_over_ranks(kept.sum()).item()
-        num_tokens = self.mean_over_ranks(rollout.completions.lengths[kept.flatten()].sum()).item()
-        # Counts of 1, and divided later: a mean over ranks may lie below 1, which `token_weights` takes for 1.
-        weigh = partial(token_weights, reduction=self.reduction, num_sequences=1, num_tokens=1)
-        divisor = num_tokens if self.reduction == "token_mean" else num_sequences
+        num_sequences, num_tokens = self.mean_counts(kept.sum(), rollout.completions.lengths[kept.flatten()].sum())
+        weigh = partial(token_weights, reduction=self.reduction, num_sequences=num_sequences, num_tokens=num_tokens)
         rows = kept.any(dim=1).nonzero().flatten().tolist()
         size = self.micro_batch_prompts or max(1, len(rows))
         return [
-            partial(self.loss, chosen(rollout, kept, rows[start : start + size]), weigh, divisor)
+            partial(self.loss, chosen(rollout, kept, rows[start : start + size]), weigh)
             for start in range(0, len(rows), size)
         ]
 
-    def loss(self, chosen: Chosen, weigh: Callable[[Tensor], Tensor], divisor: float) -> tuple[Tensor, UpdateStats]:
+    def loss(self, chosen: Chosen, weigh: Callable[[Tensor], Tensor]) -> tuple[Tensor, UpdateStats]:
         """A micro-batch's share of the negative log-likelihood of what is learned, in nats."""
         logps = self.logprobs(chosen.prompts, chosen.completions)
-        loss = -weighted_sum(logps, weigh(chosen.mask), chosen.mask) / divisor
+        loss = -weighted_sum(logps, weigh(chosen.mask), chosen.mask)
         return loss, UpdateStats(loss.detach())
 
     def _log_kept(self, verdicts: Sequence[Verdict], kept: Tensor) -> None:
         shown = {"train/kept_fraction": kept.float().mean(), "train/learned_rows": kept.any(dim=1).float().mean()}
-        self.log_dict(shown, batch_size=len(kept), sync_dist=True)
+        self.log_means(shown, num_rows=len(kept))
         # Not exchanged: ranks have different reasons.
         reasons = Counter(verdict for verdict in verdicts if verdict != "kept")
         self.log_dict({f"train/left_out/{name}": count / len(verdicts) for name, count in reasons.items()})

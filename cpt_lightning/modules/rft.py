@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -19,19 +19,19 @@ from cpt_lightning.functional import (
     clipped_policy_loss,
     clipped_weight_loss,
     kl_full,
-    kl_k1,
-    kl_k2,
-    kl_k3,
     masked_mean,
     token_weights,
     truncated_importance,
     weighted_sum,
+    zero_signal_fraction,
 )
 from cpt_lightning.models.sharding import gather
 from cpt_lightning.modules.advantages import Advantage, advantages_of
 from cpt_lightning.modules.group_rollouts import GroupRollouts, check_positive
 from cpt_lightning.modules.reference import HeldToReference
+from cpt_lightning.modules.rft_options import KL_ESTIMATES, USUAL_CLIPS, KLEstimator, PolicyLoss, check_options
 from cpt_lightning.modules.updates import Loss, UpdateStats
+from cpt_lightning.rollouts.sampling import sampling_mode
 from cpt_lightning.types import Batch, Completions, Prompts, Rollout
 
 if TYPE_CHECKING:
@@ -41,16 +41,10 @@ STATE_PAYS_FROM = 2 / 3
 """Share of the groups that must have a gradient for the rollout's pass over the prompts to be worth going back through:
 backward, two thirds of a step's work, goes through all of its prompts or none."""
 
-PolicyLoss = Literal["ppo", "gspo", "cispo"]
-"""What an update maximises, see :class:`RFT`."""
-KLEstimator = Literal["k1", "k2", "k3", "full"]
-"""How the divergence from the reference is computed, see :mod:`cpt_lightning.functional.kl`."""
-KL_ESTIMATES = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
-
 
 @dataclass
-class Policy:
-    """What stays fixed over the updates that learn from a rollout.
+class Prepared:
+    """What the updates that learn from a rollout share.
 
     Args:
         advantages: ``[B, G]``.
@@ -66,6 +60,11 @@ class Policy:
     mask: Tensor
     old_logps: Tensor | None = None
     ref_logps: Tensor | None = None
+
+    @property
+    def zero_signal_groups(self) -> Tensor:
+        """Share of the groups that advantages teach nothing."""
+        return zero_signal_fraction(self.advantages)
 
 
 class RFT(GroupRollouts, HeldToReference):
@@ -83,10 +82,12 @@ class RFT(GroupRollouts, HeldToReference):
             ``reinforce_plus_plus_baseline``: the group's mean first; ``one_zero``: nothing, 1 where the answer is
             right and 0 where it is not.
         policy_loss: ``ppo`` clips each token's ratio to the sampling policy, and with it the gradient; ``gspo`` clips
-            the geometric mean of a completion's ratios (arXiv 2507.18071: ``clip_low`` 3e-4, ``clip_high`` 4e-4);
-            ``cispo`` clips the weight of a token's gradient only (arXiv 2506.13585: ``clip_low`` 1, no lower bound).
-        clip_low: How far below 1 the ratio may fall and still be learned from.
-        clip_high: How far above 1 it may rise and still be learned from.
+            the geometric mean of a completion's ratios (arXiv 2507.18071); ``cispo`` clips the weight of a token's
+            gradient only (arXiv 2506.13585).
+        clip_low: How far below 1 the ratio may fall and still be learned from. By default what the loss is used with:
+            ppo 0.2, gspo 3e-4, cispo 1, which is no bound.
+        clip_high: How far above 1 it may rise and still be learned from. By default ppo 0.3 (paper A), gspo 4e-4, cispo
+            4, which bounds the weight at 5 (arXiv 2510.13786).
         dual_clip: Bounds the loss of completions with a negative advantage (paper A: 3.0); off by default.
         reduction: How the loss averages over tokens: ``token_mean``, ``sequence_mean``, or ``constant``, which divides
             token sums by ``sampling.max_new_tokens`` (Dr. GRPO).
@@ -107,8 +108,8 @@ class RFT(GroupRollouts, HeldToReference):
         passes_per_rollout: int = 1,
         advantage: Advantage = "grpo",
         policy_loss: PolicyLoss = "ppo",
-        clip_low: float = 0.2,
-        clip_high: float = 0.3,
+        clip_low: float | None = None,
+        clip_high: float | None = None,
         dual_clip: float | None = None,
         reduction: Reduction = "token_mean",
         kl_estimator: KLEstimator = "k3",
@@ -119,31 +120,6 @@ class RFT(GroupRollouts, HeldToReference):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        for name, value in {"clip_low": clip_low, "clip_high": clip_high}.items():
-            if value < 0:
-                raise ValueError(f"{name}={value} must not be negative")
-        if dual_clip is not None and dual_clip <= 1:
-            raise ValueError(f"dual_clip={dual_clip} bounds ratios above 1, so it must be above 1 (paper A: 3.0)")
-        if dual_clip is not None and policy_loss == "cispo":
-            raise ValueError(f"dual_clip={dual_clip} has no meaning for policy_loss=cispo, whose clip_high is a bound")
-        if kl_in_reward and kl_estimator == "full":
-            raise ValueError("kl_in_reward needs a number per sampled token: kl_estimator k1, k2 or k3, not full")
-        if (self.reference_kind == "synchronised") != (reference_every is not None):
-            raise ValueError(
-                f"reference={self.reference_kind}, reference_every={reference_every}: a synchronised reference, and no "
-                "other, is renewed every so many steps"
-            )
-        if importance_sampling is not None and self.sampler is None:
-            raise ValueError(
-                f"importance_sampling={importance_sampling} corrects for another engine than ours: set sampler, or "
-                "leave it out"
-            )
-        if importance_cap < 1:
-            raise ValueError(f"importance_cap={importance_cap} must be at least 1, the weight of what fits exactly")
-        if self.group_size < 2 and advantage not in ("remax", "reinforce_plus_plus", "one_zero"):
-            raise ValueError(
-                f"group_size={self.group_size}: a completion is compared with its siblings, so sample 2 or more"
-            )
         check_positive(
             updates_per_rollout=updates_per_rollout,
             passes_per_rollout=passes_per_rollout,
@@ -153,11 +129,15 @@ class RFT(GroupRollouts, HeldToReference):
         self.passes_per_rollout = passes_per_rollout
         self.advantage: Advantage = advantage
         self.policy_loss: PolicyLoss = policy_loss
-        self.clip_low, self.clip_high, self.dual_clip = clip_low, clip_high, dual_clip
+        usual_low, usual_high = USUAL_CLIPS[policy_loss]
+        self.clip_low = usual_low if clip_low is None else clip_low
+        self.clip_high = usual_high if clip_high is None else clip_high
+        self.dual_clip = dual_clip
         self.reduction: Reduction = reduction
         self.kl_estimator, self.kl_in_reward = kl_estimator, kl_in_reward
         self.reference_every = reference_every
         self.importance_sampling, self.importance_cap = importance_sampling, importance_cap
+        check_options(self)
 
     # -- the algorithm -------------------------------------------------------------------------------------------
 
@@ -166,43 +146,42 @@ class RFT(GroupRollouts, HeldToReference):
         self.start_step(batch, batch_idx)
         rollout = self.collect(batch.prompts, batch_idx)
         with self.timed("update"):
-            policy = self.prepare(rollout)
+            prepared = self.prepare(rollout)
             stats = [
                 part
                 for rows in self.update_rows(range(len(rollout.prompts)))
-                for part in self.update(self.losses(rollout, policy, rows), batch.prompts)
+                for part in self.update(self.losses(rollout, prepared, rows), batch.prompts)
             ]
-        self.log_rollout(rollout)
+        self.log_rollout(rollout, zero_signal_groups=prepared.zero_signal_groups)
         self.log_updates(stats, self.updates_per_step)
 
-    def prepare(self, rollout: Rollout) -> Policy:
+    def prepare(self, rollout: Rollout) -> Prepared:
         """Turns rewards into advantages, and scores the completions where later updates need the scores of now."""
-        ref_logps = None
+        own_logps = ref_logps = None
+        if self.updates_per_step > 1 or (self._has_kl_reward and self.sampler is not None):
+            with sampling_mode(self.model):  # nothing was dropped out of the policy that sampled
+                own_logps = self._logps(self.model, rollout)
         if self.kl_coef and self.kl_estimator != "full":
             with self.reference.model(self.model) as reference:
                 ref_logps = self._logps(reference, rollout)
-        if ref_logps is not None and self.kl_in_reward:
-            self._penalize(rollout, ref_logps)
-            ref_logps = None
-        mask = rollout.completions.mask
-        policy = Policy(
+        if self._has_kl_reward:
+            self._penalize(rollout, rollout.completions.logps if own_logps is None else own_logps, ref_logps)
+        mask = rollout.completions.mask & rollout.counts
+        return Prepared(
             advantages=advantages_of(rollout, self.advantage, self.sum_over_ranks),
-            row_weights=torch.ones(len(rollout.prompts), device=self.device),
+            row_weights=torch.ones(len(rollout.prompts), dtype=torch.float32, device=self.device),
             mask=mask if rollout.learned is None else mask & rollout.learned.view(-1, 1),
-            ref_logps=ref_logps,
+            old_logps=own_logps if self.updates_per_step > 1 else None,
+            ref_logps=ref_logps if self._has_kl_loss else None,
         )
-        if self.updates_per_step > 1:
-            with torch.no_grad():
-                policy.old_logps = self._logps(self.model, rollout)
-        return policy
 
-    def losses(self, rollout: Rollout, policy: Policy, rows: Sequence[int]) -> list[Loss]:
+    def losses(self, rollout: Rollout, prepared: Prepared, rows: Sequence[int]) -> list[Loss]:
         """The loss of one update on the groups of ``rows``, in micro-batches that add up to it."""
-        mask = policy.mask[rollout.completions_of(rows)]
-        num_tokens = self.mean_over_ranks(mask.sum()).item()
+        mask = prepared.mask[rollout.completions_of(rows)]
+        num_sequences, num_tokens = self.mean_counts(len(mask) * rollout.counts, mask.sum())
         # Without a KL term a group without advantages has no gradient, so it costs no forward either.
-        has_gradient = policy.advantages.any(dim=1) | self._has_kl_loss
-        rows = [row for row in rows if has_gradient[row]]
+        has_gradient = (prepared.advantages.any(dim=1) | self._has_kl_loss).tolist()
+        rows = [row for row in rows if has_gradient[row]] if rollout.counts else []
         if len(rows) < STATE_PAYS_FROM * len(rollout.prompts):
             rollout = replace(rollout, prompts=replace(rollout.prompts, state=None))
         size = self.micro_batch_prompts or max(1, len(rows))
@@ -210,27 +189,27 @@ class RFT(GroupRollouts, HeldToReference):
             token_weights,
             reduction=self.reduction,
             constant=self.sampling.max_new_tokens if self.reduction == "constant" else None,
-            num_sequences=len(mask),
+            num_sequences=num_sequences,
             num_tokens=num_tokens,
         )
         micro_batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-        return [partial(self.loss, rollout, policy, micro, weigh) for micro in micro_batches]
+        return [partial(self.loss, rollout, prepared, micro, weigh) for micro in micro_batches]
 
     def loss(
-        self, rollout: Rollout, policy: Policy, rows: Sequence[int], weigh: Callable[[Tensor], Tensor]
+        self, rollout: Rollout, prepared: Prepared, rows: Sequence[int], weigh: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, UpdateStats]:
         """A micro-batch's share of the loss of its update."""
         index = rollout.completions_of(rows)
         prompts, completions = rollout.prompts.select(rows), rollout.completions.select(index)
         length = completions.mask.shape[1]
-        mask = policy.mask[index, :length]
+        mask = prepared.mask[index, :length]
         logps, kl = self._scores(prompts, completions)
-        if policy.ref_logps is not None:
-            kl = KL_ESTIMATES[self.kl_estimator](logps, policy.ref_logps[index, :length], mask)
-        old_logps = logps.detach() if policy.old_logps is None else policy.old_logps[index, :length]
-        weights = weigh(mask) * policy.row_weights[rows].repeat_interleave(self.group_size)[:, None]
+        if prepared.ref_logps is not None:
+            kl = KL_ESTIMATES[self.kl_estimator](logps, prepared.ref_logps[index, :length], mask)
+        old_logps = logps.detach() if prepared.old_logps is None else prepared.old_logps[index, :length]
+        weights = weigh(mask) * prepared.row_weights[rows].repeat_interleave(self.group_size)[:, None]
         importance, mismatch = self._against_sampler(old_logps, completions.logps, mask)
-        advantages = policy.advantages[rows].flatten()
+        advantages = prepared.advantages[rows].flatten()
         loss, stats = self._policy_loss(logps, old_logps, advantages, mask, weights * importance)
         if kl is None:
             return loss, UpdateStats(loss.detach(), stats, mismatch=mismatch)
@@ -267,13 +246,22 @@ class RFT(GroupRollouts, HeldToReference):
             return self._score(prompts, completions, self.model), None
         return self.logps_and_divergence(prompts, completions, kl_full, self.sampling.temperature)
 
-    def _penalize(self, rollout: Rollout, ref_logps: Tensor) -> None:
-        """Takes the divergence from the reference out of the rewards."""
-        logps, mask = rollout.completions.logps, rollout.completions.mask
-        assert logps is not None
-        kl = KL_ESTIMATES[self.kl_estimator](logps, ref_logps, mask).sum(dim=1).view_as(rollout.rewards)
+    def _penalize(self, rollout: Rollout, logps: Tensor | None, ref_logps: Tensor | None) -> None:
+        """Takes the policy's divergence from the reference out of the rewards."""
+        assert logps is not None and ref_logps is not None
+        kl = KL_ESTIMATES[self.kl_estimator](logps, ref_logps, rollout.completions.mask)
+        kl = kl.sum(dim=1).view_as(rollout.rewards)
         rollout.reward_parts["kl"] = -self.kl_coef * kl
         rollout.rewards = rollout.rewards - self.kl_coef * kl
+
+    def log_updates(self, stats: list[UpdateStats], num_updates: int) -> None:
+        """Logs the divergence from the reference too, where the loss has it."""
+        super().log_updates(stats, num_updates)
+        measured = [(part.kl, part.policy.num_tokens) for part in stats if part.kl is not None and part.policy]
+        if measured:
+            divergences, num_tokens = (torch.stack(values) for values in zip(*measured, strict=True))
+            mean = (divergences * num_tokens).sum() / num_tokens.sum().clamp(min=1)
+            self.log(f"train/kl_{self.kl_estimator}", mean, batch_size=1)
 
     # -- parts of a step -----------------------------------------------------------------------------------------
 
@@ -300,6 +288,10 @@ class RFT(GroupRollouts, HeldToReference):
     @property
     def _has_kl_loss(self) -> bool:
         return bool(self.kl_coef) and not self.kl_in_reward
+
+    @property
+    def _has_kl_reward(self) -> bool:
+        return bool(self.kl_coef) and self.kl_in_reward
 
     @property
     def steps_of_task(self) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from cpt_lightning.functional import Reduction, forward_kl, token_weights, weighted_sum
-from cpt_lightning.modules.base import targets_of
 from cpt_lightning.modules.reference import HeldToReference
 from cpt_lightning.types import Batch
 
@@ -38,10 +37,12 @@ class SFT(HeldToReference):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The negative log-likelihood of the targets, in nats, and the divergence from the reference."""
-        targets = targets_of(batch)
+        targets = batch.required_targets()
         self.account.add_tokens(batch.prompts, targets)
-        num_tokens = self.mean_over_ranks(targets.mask.sum()).item()
-        weights = token_weights(targets.mask, self.reduction, num_tokens=num_tokens)  # [B, T]
+        num_sequences, num_tokens = self.mean_counts(len(targets), targets.mask.sum())
+        weights = token_weights(  # [B, T]
+            targets.mask, self.reduction, num_sequences=num_sequences, num_tokens=num_tokens
+        )
         if self.kl_coef:
             logps, divergence = self.logps_and_divergence(batch.prompts, targets, forward_kl)
             kl = weighted_sum(divergence, weights, targets.mask)
@@ -49,6 +50,6 @@ class SFT(HeldToReference):
             self.log("train/forward_kl", kl.detach(), batch_size=len(batch))
         else:
             loss = -weighted_sum(self.logprobs(batch.prompts, targets), weights, targets.mask)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch), sync_dist=True)
         self.log("train/completion_length", targets.lengths.float().mean(), batch_size=len(batch))
         return self.anchored(loss)

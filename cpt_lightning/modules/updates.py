@@ -46,8 +46,6 @@ class ManualUpdates(PostTraining):
         **kwargs: Options of :class:`PostTraining`.
     """
 
-    kl_estimator: str
-
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.automatic_optimization = False
@@ -70,12 +68,13 @@ class ManualUpdates(PostTraining):
         """
         gather(self.model)  # the update before left every rank its shards
         optimizer = self.optimizers()
-        losses = losses + [partial(self._nothing, prompts)] * (self._max_over_ranks(len(losses)) - len(losses))
+        losses = losses + [partial(self._nothing, prompts)] * (self.max_over_ranks(len(losses)) - len(losses))
         stats = []
         for number, compute in enumerate(losses, start=1):
-            with self._gradient_exchange(now=number == len(losses)):
+            is_last = number == len(losses)
+            with self._gradient_exchange(now=is_last):
                 loss, part = compute()
-                self.manual_backward(self.anchored(loss))
+                self.manual_backward(self.anchored(loss) if is_last else loss)
             stats.append(part)
         optimizer.step()
         self.log_clipping(self._clipped)
@@ -95,15 +94,6 @@ class ManualUpdates(PostTraining):
         logps = self.logprobs(prompts.select([0]), Completions(ids, torch.ones_like(ids).bool()))
         return logps.sum() * 0, UpdateStats(torch.zeros((), device=self.device))
 
-    def sum_over_ranks(self, value: Tensor) -> Tensor:
-        """The sum of a tensor over all ranks; every rank must call it."""
-        return self.trainer.strategy.reduce(value.detach().clone(), reduce_op="sum")
-
-    def _max_over_ranks(self, count: int) -> int:
-        if self.trainer.world_size == 1:
-            return count
-        return int(self.trainer.strategy.reduce(torch.tensor(count, device=self.device), reduce_op="max"))
-
     def _gradient_exchange(self, now: bool) -> AbstractContextManager:
         strategy = self.trainer.strategy
         return nullcontext() if now or not isinstance(strategy, ParallelStrategy) else strategy.block_backward_sync()
@@ -111,14 +101,13 @@ class ManualUpdates(PostTraining):
     # -- what is shown -------------------------------------------------------------------------------------------
 
     def log_updates(self, stats: list[UpdateStats], num_updates: int) -> None:
-        """Logs the mean over a step's updates of loss, clipping and divergence from the reference."""
+        """Logs the mean over a step's updates of the loss, on all ranks, and of clipping and mismatch on this one."""
         loss = sum((part.loss for part in stats), torch.zeros((), device=self.device)) / num_updates
-        shown = {"train/loss": loss}
+        self.log("train/loss", loss, batch_size=1, sync_dist=True)
+        shown: dict[str, Tensor] = {}  # not exchanged: ranks may have no update, and so none of these
         if policies := [part.policy for part in stats if part.policy is not None]:
             policy = PolicyStats.mean(policies)
             shown |= {"train/clip_fraction": policy.clip_fraction, "train/ratio": policy.ratio_mean}
-        if divergences := [part.kl for part in stats if part.kl is not None]:
-            shown[f"train/kl_{self.kl_estimator}"] = torch.stack(divergences).mean()
         if mismatches := [part.mismatch for part in stats if part.mismatch is not None]:
             shown |= {f"train/mismatch/{name}": value for name, value in Mismatch.of_all(mismatches).shown.items()}
         self.log_dict(shown, batch_size=1)

@@ -19,6 +19,8 @@ SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """The one in C reads a resolved configuration ten times as fast, where PyYAML was built with it."""
 
 CONFIG = "config.yaml"
+OLDER_CONFIG = "config_until_step_{}.yaml"
+"""Options that a run had up to a step, at which it went on with others."""
 MATRIX = "accuracy_matrix.json"
 SAMPLES = "samples.jsonl"
 DRIFT = "drift.json"
@@ -107,6 +109,13 @@ class RunFolder:
         if not isinstance(found, dict):
             raise _broken(path, "it holds no options")
         return found
+
+    @property
+    def changed_at(self) -> list[int]:
+        """Steps at which it went on with other options than it had."""
+        prefix, suffix = OLDER_CONFIG.split("{}")
+        found = self.path.glob(OLDER_CONFIG.format("*"))
+        return sorted(int(path.name.removeprefix(prefix).removesuffix(suffix)) for path in found)
 
     @property
     def seed(self) -> int | None:

@@ -24,7 +24,15 @@ def cautions(arms: Sequence[Arm]) -> list[str]:
     """A sentence for each reason why figures do not compare, or say less than they seem to."""
     runs = [(_name(arm, seed), run) for arm in arms for seed, run in arm.runs.items()]
     scored = [(name, run.matrix) for name, run in runs if run.matrix is not None]
-    return [*_unfinished(runs), *_streams(scored), *_asked(scored), *_measured(runs), *_bases(scored), *_seeds(arms)]
+    return [
+        *_unfinished(runs),
+        *_changed(runs),
+        *_streams(scored),
+        *_asked(scored),
+        *_measured(runs),
+        *_bases(scored),
+        *_seeds(arms),
+    ]
 
 
 def _name(arm: Arm, seed: int | str) -> str:
@@ -39,6 +47,15 @@ def _unfinished(runs: Sequence[tuple[str, RunFolder]]) -> Iterator[str]:
             yield (
                 f"{run.path} is not finished: {run.num_stages} of {len(run.matrix.stages)} stages are learned, and its "
                 "figures are about these alone."
+            )
+
+
+def _changed(runs: Sequence[tuple[str, RunFolder]]) -> Iterator[str]:
+    for _, run in runs:
+        if steps := run.changed_at:
+            yield (
+                f"{run.path} went on with other options at step {', '.join(map(str, steps))}; those named here are its "
+                "last."
             )
 
 

@@ -30,7 +30,7 @@ class GroupCache(Pattern):
         self.prompts = [(keys.contiguous(), values.contiguous()) for keys, values in layers]
         sizes = (group_size, max_new_tokens)
         self.completions = [(_room(keys, *sizes), _room(values, *sizes)) for keys, values in self.prompts]
-        bias = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
+        bias = state.keys[0].new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
         self.padding = None if mask.all() else bias[:, None, None, None]
         self.length = 0
 

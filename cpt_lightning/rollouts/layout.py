@@ -44,7 +44,8 @@ class PromptPass(CausalRow):
 
     def __init__(self, prompts: Prompts) -> None:
         super().__init__(prompts.lengths.tolist(), [1] * len(prompts), prompts.device)
-        self.mask = prompts.attention_mask.bool()
+        self.shape = prompts.attention_mask.shape
+        self.places = prompts.attention_mask.flatten().nonzero().squeeze(1)  # [L] of the tokens among B * P
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
 
@@ -57,10 +58,11 @@ class PromptPass(CausalRow):
 
     def _by_prompt(self, row: Tensor) -> Tensor:
         """``[B, kv_heads, P, D]`` of ``[1, kv_heads, L, D]``."""
-        if row.shape[2] == self.mask.numel():
-            return row[0].unflatten(1, self.mask.shape).transpose(0, 1)
-        padded = row.new_zeros(*self.mask.shape, row.shape[1], row.shape[3])
-        return padded.index_put((self.mask,), row[0].transpose(0, 1)).transpose(1, 2)
+        if row.shape[2] == self.shape.numel():
+            return row[0].unflatten(1, self.shape).transpose(0, 1)
+        padded = row.new_zeros(self.shape.numel(), row.shape[1], row.shape[3])
+        padded = padded.index_copy(0, self.places, row[0].transpose(0, 1))
+        return padded.unflatten(0, self.shape).transpose(1, 2)
 
 
 class GroupBranches(Pattern):

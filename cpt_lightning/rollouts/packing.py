@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from cpt_lightning.functional.logprobs import token_logprobs
-from cpt_lightning.models.qwen_vl import QwenVL, embed, encode_images, hidden_states, output_weight, prompt_positions
+from cpt_lightning.models.qwen_vl import (
+    QwenVL,
+    embed,
+    embed_prompts,
+    encode_images,
+    hidden_states,
+    output_weight,
+    prompt_positions,
+)
 from cpt_lightning.rollouts.layout import CausalRow, GroupBranches, PromptPass
 from cpt_lightning.types import Completions, Prompts, PromptState
 
@@ -19,7 +27,7 @@ def run_prompts(model: QwenVL, prompts: Prompts) -> PromptState:
     mask = prompts.attention_mask.bool()
     positions = prompt_positions(model, prompts)
     row = PromptPass(prompts)
-    embeds = embed(model, prompts.input_ids[mask][None], encode_images(model, prompts))
+    embeds = embed_prompts(model, prompts.input_ids[mask][None], encode_images(model, prompts))
     hidden = hidden_states(model, embeds, positions[:, mask][:, None], row)
     keys, values = ([kept[layer] for layer in sorted(kept)] for kept in (row.keys, row.values))
     return PromptState(keys, values, hidden[0], next_position=positions.amax(dim=(0, 2)) + 1)
@@ -86,4 +94,5 @@ def _single_hidden(model: QwenVL, prompts: Prompts, completions: Completions) ->
     ids = torch.cat([prompts.input_ids, completions.ids[:, :-1]], dim=1)[mask]
     positions = torch.cat([positions, after.expand(3, -1, -1)], dim=2)[:, mask]
     row = CausalRow(mask.sum(dim=1).tolist(), completions.lengths.tolist(), prompts.device)
-    return hidden_states(model, embed(model, ids[None], encode_images(model, prompts)), positions[:, None], row)[0]
+    embeds = embed_prompts(model, ids[None], encode_images(model, prompts))
+    return hidden_states(model, embeds, positions[:, None], row)[0]

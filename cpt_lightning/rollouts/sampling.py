@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from cpt_lightning.models.processor import PromptProcessor
 from cpt_lightning.models.qwen_vl import QwenVL, embed, hidden_states, output_weight
@@ -122,6 +123,19 @@ def sampling_mode(model: QwenVL) -> Iterator[None]:
         model.train(was_training)
 
 
+@contextmanager
+def casts_kept(device: torch.device) -> Iterator[None]:
+    """Under autocast each trained weight is cast once, and not at every token, as Lightning's would (it keeps none)."""
+    if not torch.is_autocast_enabled(device.type):
+        yield
+        return
+    with torch.autocast(device.type, torch.get_autocast_dtype(device.type), cache_enabled=True):
+        try:
+            yield
+        finally:
+            torch.clear_autocast_cache()  # these casts have no graph, which an update's must have
+
+
 def sample_groups(
     model: QwenVL,
     processor: PromptProcessor,
@@ -152,7 +166,7 @@ def sample_groups(
     """
     group_size += with_greedy
     prefix = processor.encode_prefix(sampling.prefix)
-    with sampling_mode(model):
+    with sampling_mode(model), casts_kept(prompts.device):
         prompts = with_prefix(prompts, prefix)
         ids, logps = _decode(model, processor, prompts, group_size, sampling, generator, with_greedy, on_token)
     return completed(ids, logps, prefix, processor)
@@ -214,7 +228,7 @@ def _decode(
         greedy = None if is_greedy is None else is_greedy.flatten()[rows.flatten()]
         if on_token is not None:
             on_token(step)
-        token, logp = sampling.pick((hidden @ weight.T).float(), banned, uniform[rows.flatten(), step], greedy)
+        token, logp = sampling.pick(linear(hidden, weight).float(), banned, uniform[rows.flatten(), step], greedy)
         ids[rows.flatten(), step], logps[rows.flatten(), step] = token, logp
         alive &= ~torch.isin(token, stops).view_as(alive)
         num_alive = int(alive.sum())

@@ -36,6 +36,8 @@ def cut_by_group(
     Raises:
         ValueError: There are too few groups to give each split one.
     """
+    if (val_fraction or test_fraction) and not groups:
+        raise ValueError("there are no rows of which any could be set aside for validation or test")
     numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     num_test, num_val = (round(part * len(numbers)) for part in (test_fraction, val_fraction))
     for name, fraction, count in (("val", val_fraction, num_val), ("test", test_fraction, num_test)):

@@ -17,7 +17,7 @@ from cpt_lightning.callbacks.fisher import gradient_risk as risk_of_gradients
 from cpt_lightning.functional import leave_one_out_advantages, token_weights
 from cpt_lightning.models import Backbone
 from cpt_lightning.modules import RFT
-from cpt_lightning.modules.rft import Policy
+from cpt_lightning.modules.rft import Prepared
 from cpt_lightning.rollouts import Sampling
 from cpt_lightning.types import Rollout
 from tests.training import with_examples
@@ -68,10 +68,10 @@ def test_the_groups_gradient_is_that_of_the_modules_loss(small_folder, processor
     assert advantages.square().mean().item() == pytest.approx(4 / 3 * found["variance"])
 
     rollout = Rollout(batch.prompts, completions, texts, rewards, {"total": rewards})
-    policy = Policy(advantages, torch.ones(1), completions.mask)
+    prepared = Prepared(advantages, torch.ones(1), completions.mask)
     weigh = partial(token_weights, reduction="constant", constant=6, num_sequences=4, num_tokens=None)
     fisher = fisher_of_answers(module, ((number, rows) for number in range(2)), module.sampling)
-    module.loss(rollout, policy, [0], weigh)[0].backward()
+    module.loss(rollout, prepared, [0], weigh)[0].backward()
     of_loss = 36 * risk_of_gradients(module, fisher).item()
     assert found["rloo_group.diagonal.sum"] == pytest.approx(of_loss, rel=1e-3)
     gradient = -6 * torch.cat([weight.grad.flatten() for weight in module.parameters()])

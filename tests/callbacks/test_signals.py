@@ -52,27 +52,44 @@ def assert_same_end(folder, module, whole):
         assert (folder / name).read_bytes() == (whole[0] / name).read_bytes()
 
 
-@pytest.mark.parametrize(
-    "hook, batch, learned", [("train", 0, 4), ("train", 1, 5), ("train", 2, 5), ("validation", 3, 5)]
-)
-def test_sigterm_ends_a_run_that_goes_on_to_the_same_end(tmp_path, whole, hook, batch, learned):
-    """Three batches a stage: the batch of the signal is finished; a last batch is learned again with its evaluation."""
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Stopped) as stopped:
-        run(tmp_path, Send(signal.SIGTERM, hook, batch=batch))
-    assert stopped.value.code == 128 + signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) == before
-    module = run(tmp_path, resume=True)
-    assert module.seen == whole[1].seen[learned:]
-    assert_same_end(tmp_path, module, whole)
-
-
 @pytest.fixture
 def interruptible():
     """A process that a shell put into the background ignores Ctrl-C."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "hook, batch, learned", [("train", 0, 4), ("train", 1, 5), ("train", 2, 5), ("validation", 3, 5)]
+)
+def test_sigterm_and_ctrl_c_end_a_run_that_goes_on_to_the_same_end(tmp_path, whole, number, hook, batch, learned):
+    """Three batches a stage: the batch of the signal is finished; a last batch is learned again with its evaluation."""
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped) as stopped:
+        run(tmp_path, Send(number, hook, batch=batch))
+    assert stopped.value.code == 128 + number
+    assert signal.getsignal(number) == before
+    module = run(tmp_path, resume=True)
+    assert module.seen == whole[1].seen[learned:]
+    assert_same_end(tmp_path, module, whole)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_ctrl_c_twice_stops_at_once(tmp_path, whole, caplog):
+    """The second is Lightning's: nothing is saved, and what is there is named."""
+
+    class Twice(Send):
+        def _maybe(self, *place):
+            for _ in range(2):
+                super()._maybe(*place)
+
+    with caplog.at_level("INFO"), pytest.raises(SystemExit) as stopped:
+        run(tmp_path, Twice(signal.SIGINT, batch=1))
+    assert not isinstance(stopped.value, Stopped)
+    assert "press Ctrl-C again to stop at once" in caplog.text
 
 
 @pytest.mark.usefixtures("interruptible")

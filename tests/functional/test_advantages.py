@@ -74,10 +74,11 @@ def test_an_unknown_scale_is_refused_by_name():
         inspect.unwrap(group_normalized_advantages)(torch.rand(2, 4), scale="batch")
 
 
-def test_zero_signal_counts_groups_of_equal_rewards():
-    """Of four groups, all right and all wrong teach nothing: 2/4."""
+def test_zero_signal_counts_groups_that_teach_nothing():
+    """Of four groups, all right and all wrong teach GRPO nothing: 2/4; 1-0 REINFORCE learns of all right, 1/4."""
     rewards = torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.9, 0.9, 1.0]])
-    assert zero_signal_fraction(rewards) == 0.5
+    assert zero_signal_fraction(group_normalized_advantages(rewards)) == 0.5
+    assert zero_signal_fraction(one_zero_advantages(rewards == 1)) == 0.25
     assert zero_signal_fraction(torch.zeros(0, 8)) == 0.0
 
 

@@ -317,3 +317,46 @@ def test_a_reward_that_raises_names_task_and_row(small_folder, processor, mixed_
 
     with pytest.raises(RuntimeError, match=r"demo.*demo/0"):
         fit(make(small_folder), [with_examples(mixed_prompts, processor, reward)])
+
+
+def test_under_bf16_true_rewards_and_advantages_stay_float32(small_folder, processor, mixed_prompts):
+    """A reward of .9 is not that of bfloat16, .8984."""
+    module = make(small_folder)
+    rollouts = catch_rollouts(module)
+    batch = with_examples(mixed_prompts, processor, lambda text, gold: {"total": 0.9, "accuracy": 0.0})
+    fit(module, [batch], precision="bf16-true")
+    assert rollouts[0].rewards.dtype == torch.float32
+    assert rollouts[0].rewards.unique().tolist() == pytest.approx([0.9], abs=1e-7)
+
+
+def test_old_log_probabilities_are_those_that_sampled_whatever_is_dropped_out(small_folder, processor, mixed_prompts):
+    """Completions are drawn without dropout, so the ratio's denominator must know none either."""
+    lora = Backbone(small_folder, tuning="lora", lora=Lora(rank=4, dropout=0.5))
+    module = RFT(backbone=lora, group_size=4, sampling=SAMPLING, optimizer=sgd, updates_per_rollout=2)
+    module.configure_model()
+    for name, weight in module.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    rollouts, kept = catch_rollouts(module), []
+    prepare = module.prepare
+    module.prepare = lambda rollout: kept.append(prepare(rollout)) or kept[-1]
+    fit(module, [with_examples(mixed_prompts, processor)])
+    torch.testing.assert_close(kept[0].old_logps, rollouts[0].completions.logps, atol=1e-5, rtol=1e-5)
+
+
+def test_what_all_answer_rightly_teaches_one_zero_reinforce_and_grpo_nothing(small_folder, processor, mixed_prompts):
+    batch = with_examples(mixed_prompts, processor, lambda text, gold: {"total": 1.0, "accuracy": 1.0})
+    for advantage, share in (("one_zero", 0.0), ("grpo", 1.0)):
+        trainer = fit(make(small_folder, advantage=advantage), [batch])
+        assert trainer.callback_metrics["train/zero_signal_groups"] == share
+
+
+def test_clips_are_those_of_the_loss_unless_they_are_given(small_folder):
+    """GSPO's ratios move a thousandth of PPO's: with PPO's bounds it would never clip."""
+    clips = {
+        loss: (module.clip_low, module.clip_high)
+        for loss in ("ppo", "gspo", "cispo")
+        for module in [make(small_folder, policy_loss=loss)]
+    }
+    assert clips == {"ppo": (0.2, 0.3), "gspo": (3e-4, 4e-4), "cispo": (1.0, 4.0)}
+    assert make(small_folder, policy_loss="gspo", clip_high=0.1).clip_high == 0.1

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cpt_lightning.models.attention import DenseMask
-from cpt_lightning.models.qwen_vl import embed, encode_images, hidden_states, output_weight
+from cpt_lightning.models.qwen_vl import embed_prompts, encode_images, hidden_states, output_weight
 from cpt_lightning.rollouts import completion_logprobs, pack_group
 from cpt_lightning.types import Completions
 
@@ -45,7 +45,7 @@ def test_its_mask_and_positions_give_the_log_probabilities_of_the_engine(small_m
     group = pack_group(small_model, prompts, completions)
     assert int(group.is_image.sum()) == int(prompts.image_grid_thw.prod(dim=1).sum()) // 4
     with torch.no_grad():
-        embeds = embed(small_model, group.ids[None], encode_images(small_model, prompts))
+        embeds = embed_prompts(small_model, group.ids[None], encode_images(small_model, prompts))
         mask = DenseMask(group.sees[None, None])
         logits = hidden_states(small_model, embeds, group.positions[:, None], mask)[0] @ output_weight(small_model).T
         logps = logits.log_softmax(dim=-1)

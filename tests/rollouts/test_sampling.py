@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpt_lightning.models.processor import PromptProcessor
 from cpt_lightning.models.qwen_vl import QwenVL
@@ -220,3 +221,34 @@ def test_a_prefix_is_forced_and_part_of_the_completion(
 def test_impossible_settings_are_refused(options: dict, message: str):
     with pytest.raises(ValueError, match=message):
         Sampling(**options)
+
+
+def test_under_autocast_without_a_cache_weights_are_cast_once_and_gradients_come_out(
+    small_model, processor, mixed_prompts
+):
+    """As Lightning's mixed precision has it; the casts of the rollout do not stand in the update's way."""
+    weight = small_model.model.language_model.layers[0].mlp.up_proj.weight
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        casts = []
+        for length in (3, 9):
+            with CountCasts(weight.shape) as count:
+                sample_groups(small_model, processor, mixed_prompts, 2, Sampling(length, temperature=0.1))
+            casts.append(count.number)
+        assert casts[0] == casts[1] > 0
+        assert not torch.is_autocast_cache_enabled()
+        completions = Completions(torch.tensor([[5, 6, 7]] * 8), torch.ones(8, 3, dtype=torch.bool))
+        completion_logprobs(small_model, mixed_prompts, completions).sum().backward()
+    assert weight.grad is not None and weight.grad.abs().max() > 0
+
+
+class CountCasts(TorchDispatchMode):
+    """Counts conversions of tensors of a shape to bfloat16."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape, self.number = shape, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and args[0].shape == self.shape:
+            self.number += 1
+        return func(*args, **(kwargs or {}))

@@ -231,7 +231,7 @@ def _problems_of_split(split: SplitReport, is_needed: bool, is_learned: bool) ->
     for complaint in split.wrong_targets:
         yield f"{complaint.count:,} of {split.num_measured:,} rows: {complaint.what}"
     for complaint in split.refused:
-        yield f"{complaint.count:,} of {split.num_measured:,} rows refused: {complaint.what}"
+        yield f"{complaint.count:,} of {split.num_measured:,} rows refused; first: {complaint.first}"
     if is_needed and _all_are_skipped(split):
         first = split.skipped[0].first
         yield f"all {split.num_measured:,} measured rows would be skipped for their images; first: {first}"

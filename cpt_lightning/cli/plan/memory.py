@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from cpt_lightning.cli.plan.devices import Devices
 from cpt_lightning.cli.plan.weights import (
@@ -27,7 +28,6 @@ from cpt_lightning.models.memory import LiveBytes, counted, go_back, weight_byte
 from cpt_lightning.models.qwen_vl import (
     embed,
     encode_images,
-    has_dropout,
     hidden_states,
     output_weight,
     vision_is_frozen,
@@ -37,7 +37,7 @@ from cpt_lightning.modules.group_rollouts import GroupRollouts
 from cpt_lightning.modules.reference import HeldToReference
 from cpt_lightning.rollouts import Sampling, completion_hidden, completion_logprobs, run_prompts
 from cpt_lightning.rollouts.cache import GroupCache
-from cpt_lightning.rollouts.sampling import sampling_mode
+from cpt_lightning.rollouts.sampling import casts_kept, sampling_mode
 from cpt_lightning.types import Completions, Prompts
 
 
@@ -224,7 +224,7 @@ class _Planner:
         micro, old = self._micro_batch(module, num_prompts)
         prompts = whole = self._prompts(num_prompts, sampling.prefix)
         with self._counting() as live:
-            if module.goes_back_through_rollout and sampled == num_prompts and not has_dropout(self.model):
+            if module.shares_prompt_pass(self.model):
                 prompts = replace(prompts, state=run_prompts(self.model, prompts))
             elif vision_is_frozen(self.model):
                 with torch.no_grad():
@@ -289,7 +289,7 @@ class _Planner:
 
     def _sample(self, prompts: Prompts, group_size: int, sampling: Sampling) -> int:
         """The prompts, and the last step of decoding, which sees all keys; gives the bytes of keys and values."""
-        with sampling_mode(self.model):
+        with sampling_mode(self.model), casts_kept(torch.device("cpu")):
             state = run_prompts(self.model, prompts) if prompts.state is None else prompts.state
             cache = GroupCache(prompts, state, group_size, sampling.max_new_tokens)
             cache.length = sampling.max_new_tokens - 1
@@ -297,10 +297,10 @@ class _Planner:
             positions = state.next_position.repeat_interleave(group_size).expand(3, 1, -1)
             ids = full_completions(self.model, 1, len(hidden)).ids
             hidden = hidden_states(self.model, embed(self.model, ids), positions, cache)[0]
-            logits = (hidden @ output_weight(self.model).T).float()
+            logits = linear(hidden, output_weight(self.model)).float()
             sampling.pick(logits, ids.new_zeros(1), torch.empty(len(hidden), device="meta"))
-            room = [*cache.prompts, *cache.completions, *zip(state.keys, state.values, strict=True)]
-            return storage_bytes([tensor for pair in room for tensor in pair])
+        room = [*cache.prompts, *cache.completions, *zip(state.keys, state.values, strict=True)]
+        return storage_bytes([tensor for pair in room for tensor in pair])
 
     def _go_back(self, prompts: Prompts, group_size: int, num_tokens: int, old_gradients: str) -> None:
         """Scores full completions and goes back; gradients may be there already, while scoring or all along."""
@@ -309,19 +309,13 @@ class _Planner:
             waiting = set(self.trainable) - set(self.exchanged)
             for weight in waiting:
                 weight.grad = torch.empty_like(weight)
-        score = self._held_to_reference if self._compares_vocabularies else partial(completion_logprobs, self.model)
+        by_logprobs = partial(completion_logprobs, self.model)
+        score = by_logprobs if self.module.learns_by_logprobs else self._held_to_reference
         loss = score(prompts, completions).sum()
         if old_gradients == "forward":
             self.model.zero_grad()
         go_back(loss)
         self.model.zero_grad()
-
-    @property
-    def _compares_vocabularies(self) -> bool:
-        """Whether a loss has the divergence from the reference over the whole vocabulary."""
-        module = self.module
-        has_kl = isinstance(module, HeldToReference) and module.kl_coef > 0
-        return has_kl and (not isinstance(module, RFT) or module.kl_estimator == "full")
 
     def _held_to_reference(self, prompts: Prompts, completions: Completions) -> Tensor:
         """Log-probabilities and divergence, as ``HeldToReference`` computes them; the reference costs no gradient."""

@@ -15,7 +15,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_
 from transformers.vision_utils import get_vision_position_ids
 
 from cpt_lightning.models.attention import DenseMask
-from cpt_lightning.models.qwen_vl import QwenVL, embed, hidden_states, output_weight
+from cpt_lightning.models.qwen_vl import QwenVL, embed_prompts, hidden_states, output_weight
 from cpt_lightning.models.tiny.lessons import make_lessons
 from cpt_lightning.models.tiny.packing import GRID, MERGE, PackedLessons, Packer
 
@@ -99,7 +99,7 @@ def lesson_loss(model: QwenVL, lessons: PackedLessons) -> Tensor:
 def lesson_logits(model: QwenVL, lessons: PackedLessons) -> Tensor:
     """``[M, V]`` logits where a learned token is predicted."""
     features = encode_toy_pictures(model, lessons.pixel_values)
-    embeds = embed(model, lessons.input_ids, features)
+    embeds = embed_prompts(model, lessons.input_ids, features)
     hidden = hidden_states(model, embeds, lessons.positions, DenseMask(lessons.allowed))
     row, column, _ = lessons.predict.unbind(dim=1)
     return F.linear(hidden[row, column], output_weight(model))
