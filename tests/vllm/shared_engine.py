@@ -94,6 +94,8 @@ def main(folder: Path, rank: int) -> None:
         seen["error"] = str(error)
     seen["seconds"] = time.monotonic() - start
     distributed.barrier()
+    while alive_in_group(engine.pid) and time.monotonic() < start + 60:
+        time.sleep(0.1)  # what was killed takes a moment to go
     seen["left"] = alive_in_group(engine.pid)
     torch.save(seen, folder / f"{rank}.pt")
 
