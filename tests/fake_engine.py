@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -16,41 +18,58 @@ from cpt_lightning.models.qwen_vl import weightless
 from cpt_lightning.rollouts import VLLM, Sampling, completion_logprobs, sample_groups
 from cpt_lightning.rollouts.vllm import process, sampler
 from cpt_lightning.rollouts.vllm.requests import Answer, Request
-from cpt_lightning.rollouts.vllm.weights import checksum, looked_at, unpack
+from cpt_lightning.rollouts.vllm.weights import Part, checksum, looked_at, open_buffer, unpack
 from cpt_lightning.types import Completions, Prompts
 
 
 class FakeEngine:
     """Answers as ``Engine`` does, by our own sampling."""
 
-    def __init__(self, banned_token_ids, buffer, model, dtype, **options) -> None:
+    def __init__(self, banned_token_ids, buffer, model, dtype, tensor_parallel_size, **options) -> None:
         torch.set_num_threads(1)
-        self.buffer, self.pending = buffer, {}
+        self.buffer, self.pending, self.begun = open_buffer(buffer), {}, {}
         self.processor = PromptProcessor.load(model)
         self.model = weightless(model, dtype).eval()
+        self.numbers, self.num_shares = count(), tensor_parallel_size
         print("the engine is ready", flush=True)
 
     def receive(self, places):
         self.pending |= {place.name: unpack(self.buffer, place).clone() for place in places}
-        return checksum(self.buffer[: places[-1].end])
+        return [checksum(self.buffer[: places[-1].end])]
 
     def load(self):
         pending, self.pending = self.pending, {}
         assert self.model.load_state_dict(pending, strict=False).unexpected_keys == []
 
-    def read_back(self, columns):
-        own = self.model.state_dict()
-        return {name: looked_at(name, weight, columns) for name, weight in own.items() if "visual" not in name}
+    def read_back(self):
+        return self.parts_of({name: value for name, value in self.model.state_dict().items() if "visual" not in name})
 
-    def generate(self, requests, temperature):
-        return [self._group(request, temperature) for request in requests]
+    def parts_of(self, weights) -> list[Part]:
+        """As a single worker has them."""
+        return [Part(name, 0, 0, looked_at(name, weight, self.num_shares)) for name, weight in weights.items()]
 
-    def score(self, request: Request, num_tokens: int):
-        ids = torch.tensor([request.ids[-num_tokens:]])
-        prompt = self._prompt(Request(request.ids[:-num_tokens], 0, request.image_features, request.image_grid_thw))
+    def begin(self, requests, temperature):
+        numbers = [next(self.numbers) for _ in requests]
+        self.begun |= {number: (request, temperature) for number, request in zip(numbers, requests, strict=True)}
+        return numbers
+
+    def step(self):
+        begun, self.begun = self.begun, {}
+        return {number: self._answers(*asked) for number, asked in begun.items()}
+
+    def _answers(self, request: Request, temperature: float):
+        return [self._scored(request)] if "prompt_logprobs" in request.options else self._group(request, temperature)
+
+    def _scored(self, request: Request) -> Answer:
+        """All behind the last image, and nothing more: enough for a probe."""
+        last = max([0, *(row + 1 for row, token in enumerate(request.ids) if token == self.processor.image_token_id)])
+        start = max(last + 1, len(request.ids) - sampler.PROBE_TOKENS)
+        ids = torch.tensor([request.ids[start:]])
+        prompt = self._prompt(replace(request, ids=request.ids[:start]))
         completion = Completions(ids, torch.ones_like(ids, dtype=torch.bool))
         with torch.no_grad():
-            return completion_logprobs(self.model, prompt, completion)[0].tolist()
+            logps = completion_logprobs(self.model, prompt, completion)[0].tolist()
+        return Answer([0], [0.0], "length", logps)
 
     def _prompt(self, request: Request) -> Prompts:
         image = self.processor.image_token_id
@@ -102,6 +121,33 @@ class Idle:
     """Does nothing."""
 
 
+class Counting:
+    """Draws three tokens of anything; what it gives is how many requests were drawn together with the last one."""
+
+    def __init__(self) -> None:
+        self.numbers, self.left = count(), {}
+
+    def begin(self, requests, temperature):
+        numbers = [next(self.numbers) for _ in requests]
+        if "never" in requests:
+            raise ValueError("no such request")
+        self.left |= dict.fromkeys(numbers, 3)
+        return numbers
+
+    def step(self):
+        time.sleep(0.4)
+        together = len(self.left)
+        self.left = {number: left - 1 for number, left in self.left.items()}
+        ended = [number for number, left in self.left.items() if not left]
+        return {number: together for number in ended if self.left.pop(number) == 0}
+
+    def sleep(self, level):
+        return 7
+
+    def wake_up(self):
+        """Nothing: it never slept."""
+
+
 class Unready(FakeEngine):
     """Cannot be made."""
 
@@ -126,8 +172,8 @@ class Blind(Stale):
         self.heard = {**getattr(self, "heard", {}), **self.pending}
         super().load()
 
-    def read_back(self, columns):
-        return {name: looked_at(name, weight, columns) for name, weight in self.heard.items()}
+    def read_back(self):
+        return self.parts_of(self.heard)
 
 
 class Garbling(FakeEngine):
@@ -141,7 +187,7 @@ class Garbling(FakeEngine):
 class Dying(FakeEngine):
     """Ends in the midst of sampling."""
 
-    def generate(self, requests, temperature):
+    def step(self):
         print("out of memory", flush=True)
         os._exit(3)
 
@@ -149,6 +195,6 @@ class Dying(FakeEngine):
 class Hanging(FakeEngine):
     """Never answers."""
 
-    def generate(self, requests, temperature):
+    def step(self):
         print("waiting for the others", flush=True)
         time.sleep(600)

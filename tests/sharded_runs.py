@@ -48,6 +48,9 @@ RUNS = {
     "multitask_full": partial(MultiTask, group_size=4, sampling=Sampling(max_new_tokens=8), objectives={"even": "rft"}),
     "engine_full": partial(RFT, group_size=4, sampling=Sampling(max_new_tokens=8), kl_coef=0.1, sampler=ENGINE()),
     "engine_lora": partial(RFT, group_size=4, sampling=Sampling(max_new_tokens=8), kl_coef=0.1, sampler=ENGINE()),
+    "shared_full": partial(
+        RFT, group_size=4, sampling=Sampling(max_new_tokens=8), kl_coef=0.1, sampler=ENGINE(tensor_parallel_size=2)
+    ),
     "resumed_full": SFT,
     "resumed_lora": partial(RFT, group_size=4, sampling=Sampling(max_new_tokens=8), kl_coef=0.1),
 }
@@ -81,10 +84,11 @@ class Share(Dataset):
 
 
 def runs_by(strategy: str) -> list[str]:
-    """Names of the runs by a strategy: shards cannot be made of four-bit weights."""
+    """Names of the runs by a strategy: shards cannot be made of four-bit weights, and one process shares no engine."""
     if strategy == "fsdp2_offload":
         return OFFLOADED
-    return [name for name in RUNS if strategy != "fsdp2" or not name.endswith("qlora")]
+    left_out = {"fsdp2": "qlora", "auto": "shared_full"}.get(strategy, "nothing")
+    return [name for name in RUNS if not name.endswith(left_out)]
 
 
 def make_trainer(strategy: str | FSDP2, devices: int, max_epochs: int = 1, **options: Any) -> L.Trainer:

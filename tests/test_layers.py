@@ -41,7 +41,7 @@ OWNERS = {
     "transformers": ["models"],
     "peft": ["models/adapters.py", "models/adapter_folders.py"],
     "bitsandbytes": ["models/quantization.py"],
-    "torch.distributed": ["strategy.py", "sharded_checkpoints.py", "models/sharding.py"],
+    "torch.distributed": ["strategy.py", "sharded_checkpoints.py", "models/sharding.py", "rollouts/vllm/group.py"],
     "torchvision": [],
     "vllm": ["rollouts/vllm"],
 }

@@ -53,7 +53,12 @@ def seen(runs: Path, name: str, strategy: str, rank: int = 0) -> dict:
 
 @pytest.mark.parametrize(
     ("name", "strategy"),
-    [(name, strategy) for strategy in ("ddp", "fsdp2") for name in runs_by(strategy) if not name.startswith("mixed")],
+    [
+        (name, strategy)
+        for strategy in ("ddp", "fsdp2")
+        for name in runs_by(strategy)
+        if not name.startswith(("mixed", "shared"))
+    ],
 )
 def test_two_ranks_learn_what_one_process_does(runs, name, strategy):
     """Accumulated or in micro-batches, clipped, resumed with Adam; unequal completions, and on one rank text alone,
@@ -62,6 +67,13 @@ def test_two_ranks_learn_what_one_process_does(runs, name, strategy):
     assert one["weights"].keys() == two["weights"].keys()
     for key, weight in one["weights"].items():
         torch.testing.assert_close(two["weights"][key], weight, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_that_share_an_engine_learn_what_one_process_does(runs, strategy):
+    one, two = (seen(runs, *run)["weights"] for run in (("engine_full", "auto"), ("shared_full", strategy)))
+    for key, weight in one.items():
+        torch.testing.assert_close(two[key], weight, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["sft_qlora", "rft_qlora"])

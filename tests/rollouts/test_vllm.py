@@ -14,9 +14,9 @@ from cpt_lightning.models.adapters import adapter_weights, adapters_replaced, me
 from cpt_lightning.rollouts import VLLM, Sampling, completion_logprobs, sample_groups
 from cpt_lightning.rollouts.vllm import sampler as vllm_sampler
 from cpt_lightning.rollouts.vllm.probe import Probe
-from cpt_lightning.rollouts.vllm.process import EngineProcess
+from cpt_lightning.rollouts.vllm.process import Begun, EngineProcess
 from cpt_lightning.rollouts.vllm.requests import Answer, completions_of
-from cpt_lightning.rollouts.vllm.weights import buckets, checksum, differing, fingerprint, unpack
+from cpt_lightning.rollouts.vllm.weights import Part, buckets, checksum, differing, edges, fingerprint, unpack
 from tests import fake_engine
 from tests.naive import random_completions
 
@@ -247,7 +247,20 @@ def test_a_checksum_sees_a_byte_and_its_place():
 
 def test_weights_that_are_missing_or_differ_are_named():
     sent = {"a": torch.ones(2), "b": torch.ones(2), "c": torch.ones(2)}
-    assert differing(sent, {"a": torch.ones(2), "b": torch.tensor([1.0, 1.1])}) == ["b", "c"]
+    found = [Part("a", 0, 0, torch.ones(2)), Part("b", 0, 0, torch.tensor([1.0, 1.1]))]
+    assert differing(sent, found) == ["b", "c"]
+
+
+def test_shares_make_up_a_weight_together_and_each_is_compared():
+    """Rows 0-1 and 2-3 of a matrix divided by rows, its columns by columns; a share twice is compared twice."""
+    assert edges(8, 2) == [0, 3, 4, 7] and edges(9, 2) == [0, 3, 4, 7] and edges(5, 1) == [0, 4]
+    sent = torch.arange(16.0).view(4, 4)
+    halves = [Part("a", 0, 0, sent[:2]), Part("a", 2, 0, sent[2:])]
+    for parts in (halves, [Part("a", 0, 0, sent[:, :2]), Part("a", 0, 2, sent[:, 2:])], [*halves, halves[0]]):
+        assert differing({"a": sent}, parts) == []
+        wrong = Part("a", parts[-1].row, parts[-1].column, parts[-1].values + 1)
+        for others in (parts[:1], [*parts[:-1], wrong], [wrong, *parts]):
+            assert differing({"a": sent}, others) == ["a"]
 
 
 def test_a_probe_complains_of_distance_of_nan_and_of_standing_still(mixed_prompts):
@@ -277,21 +290,22 @@ def test_an_engine_that_fails_is_reported_with_its_last_words_and_leaves_nothing
 ):
     sampler = make(engine)
     pids = []
-    started = vllm_sampler.EngineProcess._exchange
+    call = EngineProcess.call
 
-    def exchange(self, what, message):
+    def noted(self, method, *arguments):
         pids.append(self.pid)
-        self.time_limit_s = limit_s if what == "generate" else 120
-        return started(self, what, message)
+        self.time_limit_s = limit_s if method == "generate" else 120
+        return call(self, method, *arguments)
 
-    monkeypatch.setattr(vllm_sampler.EngineProcess, "_exchange", exchange)
+    monkeypatch.setattr(EngineProcess, "call", noted)
     with pytest.raises(RuntimeError, match=said):
         sampler.sample(small_model, processor, mixed_prompts, 1, GREEDY)
     assert pids and is_gone(pids[0])
 
 
 def begin_and_leave(pids) -> None:
-    engine = EngineProcess(fake_engine.Idle, {}, {}, 120)
+    begun = Begun(fake_engine.Idle, {}, {}, is_shared=False)
+    engine = EngineProcess(begun.address, 120, begun)
     pids.put(engine.pid)
     kept.append(engine)  # until the process ends
 

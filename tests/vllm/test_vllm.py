@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +15,11 @@ from cpt_lightning.models import Backbone, Lora, Quantization, load_backbone
 from cpt_lightning.modules import RFT
 from cpt_lightning.rollouts import VLLM, Sampling, completion_logprobs, sample_groups
 from cpt_lightning.rollouts.vllm.process import EngineProcess
+from cpt_lightning.types import Completions
 from tests.rollouts.test_vllm import is_gone, move
-from tests.test_sharded import DEVICES, launch, seen
+from tests.test_sharded import DEVICES, ROOT, launch, seen
 from tests.training import fit, with_examples
+from tests.vllm import shared_engine
 
 GREEDY = Sampling(24, temperature=0)
 CLOSE = 1e-4
@@ -134,6 +139,47 @@ def test_an_engine_in_bfloat16_is_near_the_policy(tiny, processor, mixed_prompts
         sampler.close()
 
 
+def test_ranks_that_share_an_engine_see_what_one_sees(sampler, tiny, processor, mixed_prompts, tmp_path):
+    """Two rows each, of the same draws; then with weights of their own, unequally often.
+
+    A hand-over that goes wrong in one worker's share is caught, and the next is right. When a worker is killed both
+    ranks hear of it, and nothing is left.
+    """
+    torch.save(mixed_prompts, tmp_path / "prompts.pt")
+    first, second = together(tmp_path)
+    ours = sample_groups(tiny, processor, mixed_prompts, 2, GREEDY)
+    alone = sampler.sample(
+        tiny, processor, mixed_prompts, 8, shared_engine.SAMPLING, shared_engine.generators([*range(4)])
+    )
+    for name, wanted in {"greedy": ours, "sampled": alone}.items():
+        found = Completions.cat([first[name], second[name]], processor.pad_token_id)
+        assert torch.equal(found.ids, wanted.ids) and torch.equal(found.mask, wanted.mask), name
+        torch.testing.assert_close(found.logps, wanted.logps, atol=CLOSE, rtol=0)
+    for rank, count in zip((first, second), shared_engine.NUM_CALLS, strict=True):
+        assert len(rank["differences"]) == count and max(rank["differences"]) < CLOSE
+        assert rank["error"].startswith("sampling engine, ") and "died unexpectedly" in rank["error"], rank["error"]
+        assert rank["seconds"] < 60 and rank["left"] == []
+    wrong, right = second["complaints"]
+    assert wrong.endswith("such as model.language_model.layers.0.mlp.down_proj.weight") and right is None
+
+
+def together(folder: Path) -> list[dict]:
+    """What both ranks have seen."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.vllm.shared_engine", str(folder)]
+    with (folder / "log").open("w+") as log:
+        options = {"cwd": ROOT, "env": environment, "stdout": log, "stderr": log}
+        ranks = [subprocess.Popen([*command, str(rank)], **options) for rank in (0, 1)]
+        try:
+            codes = [rank.wait(600) for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+        log.seek(0)
+        assert codes == [0, 0], log.read()[-3000:]
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
 def says_look(completion: str, gold: str | list[str]) -> dict[str, float]:
     """1 for one of the two ways in which the base begins to think."""
     right = float("look" in completion)
@@ -170,16 +216,17 @@ def test_ten_steps_learn_as_with_our_engine(sampler, processor, mixed_prompts):
     assert abs(means["ours"][1] - means["vllm"][1]) < 0.25, means
 
 
-def test_two_ranks_with_an_engine_each_learn_what_one_process_does(tiny, processor, mixed_prompts, tmp_path):
-    """All weights and LoRA; copies of them, and shards that are gathered for the hand-over."""
+def test_two_ranks_with_an_engine_each_or_one_learn_what_one_process_does(tiny, processor, mixed_prompts, tmp_path):
+    """All weights and LoRA; copies of them, and shards that are gathered for the hand-over; one engine with copies."""
     names = ["engine_full", "engine_lora"]
     for part in (tiny, processor):
         part.save_pretrained(tmp_path / "backbone")
     torch.save(mixed_prompts, tmp_path / "prompts.pt")
     for strategy, devices in DEVICES.items():
-        launch(tmp_path, strategy, devices, *names)
+        launch(tmp_path, strategy, devices, *names, *["shared_full"] * (strategy == "ddp"))
     for name in names:
         one, *others = (seen(tmp_path, name, strategy)["weights"] for strategy in DEVICES)
+        others += [seen(tmp_path, "shared_full", "ddp")["weights"]] * (name == "engine_full")
         start = tiny.state_dict()
         moved = [(weight - start.get(key.removeprefix("model."), 0.0)).abs().max() for key, weight in one.items()]
         assert max(moved) > 1e-3

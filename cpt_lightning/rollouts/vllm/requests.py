@@ -57,11 +57,13 @@ class Answer:
         ids: Token ids, with the stop token if there is one.
         logps: Log-probability of each, at the temperature, before bans, top-k and top-p.
         finish_reason: ``stop`` or ``length``.
+        prompt_logps: Log-probability of each token of its prompt but the first, where it was asked for.
     """
 
     ids: list[int]
     logps: list[float]
     finish_reason: str
+    prompt_logps: list[float] = field(default_factory=list)
 
 
 def requests_of(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,8 +21,6 @@ LANGUAGE = ("model.language_model.", "lm_head.")
 """Beginnings of the names of what an engine needs: image features are computed here."""
 ALIGNED = 16
 """Bytes to a multiple of which a tensor begins in a bucket, so that it can be looked at in any precision."""
-COLUMNS = 2
-"""Of each matrix, that are read back."""
 
 
 @dataclass
@@ -43,6 +43,46 @@ class Place:
     def end(self) -> int:
         """The byte behind it."""
         return self.start + torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass
+class Part:
+    """What one of an engine's workers computes with of a weight that is looked at.
+
+    Args:
+        name: As in a checkpoint.
+        row: First of its rows, among all.
+        column: First of its columns, among those that are looked at.
+        values: ``[rows, columns]``, or ``[rows]`` of a vector.
+    """
+
+    name: str
+    row: int
+    column: int
+    values: Tensor
+
+    def of(self, whole: Tensor) -> Tensor:
+        """The same part of all that is looked at."""
+        rows = whole[self.row : self.row + len(self.values)]
+        return rows if rows.dim() == 1 else rows[:, self.column : self.column + self.values.shape[1]]
+
+
+def shared_buffer(size: int) -> tuple[Tensor, str]:
+    """``[bytes]`` of memory, and the path by which other processes open it as long as this one keeps it.
+
+    No file has to be removed: it is gone when the last process that has opened it is.
+    """
+    number = os.memfd_create("weights")
+    os.ftruncate(number, size)
+    path = f"/proc/{os.getpid()}/fd/{number}"
+    buffer = open_buffer(path)
+    weakref.finalize(buffer, os.close, number)
+    return buffer, path
+
+
+def open_buffer(path: str) -> Tensor:
+    """``[bytes]`` of the memory of another process."""
+    return torch.from_file(path, shared=True, size=os.stat(path).st_size, dtype=torch.uint8)
 
 
 def language_weights(model: QwenVL, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -112,12 +152,36 @@ def unpack(buffer: Tensor, place: Place) -> Tensor:
     return buffer[place.start : place.end].view(place.dtype).view(place.shape)
 
 
-def looked_at(name: str, weight: Tensor, columns: list[int]) -> Tensor:
-    """What an engine's ``read_back`` must give for a weight: columns of a matrix, rows of the embeddings, a vector."""
-    part = weight if weight.dim() == 1 else weight[columns] if "embed_tokens" in name else weight[:, columns]
-    return part.float().cpu()
+def edges(size: int, num_shares: int) -> list[int]:
+    """The first and the last of each share, when so many are divided evenly: ``edges(8, 2)`` is ``[0, 3, 4, 7]``."""
+    share = size // num_shares
+    return [place for end in range(share, num_shares * share + 1, share) for place in (end - share, end - 1)]
 
 
-def differing(sent: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
-    """Weights that were sent and are not found as they were sent."""
-    return [name for name, part in sent.items() if name not in found or not torch.equal(part, found[name])]
+def looked_at(name: str, weight: Tensor, num_shares: int) -> Tensor:
+    """What is read back of a weight: columns of a matrix, rows of the embeddings, all of a vector.
+
+    Args:
+        name: Of the weight.
+        weight: The whole of it.
+        num_shares: In how many it is divided, in whichever dimension: something of each is looked at.
+    """
+    if weight.dim() > 1:
+        weight = (
+            weight[edges(len(weight), num_shares)]
+            if "embed_tokens" in name
+            else (weight[:, edges(weight.shape[1], num_shares)])
+        )
+    return weight.float().cpu()
+
+
+def differing(sent: Mapping[str, Tensor], found: Iterable[Part]) -> list[str]:
+    """Weights of which some worker has not what was sent, or no worker has some."""
+    wrong = set()
+    missing = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in sent.items()}
+    for part in found:
+        if part.name in sent:
+            part.of(missing[part.name]).fill_(False)
+            if not torch.equal(part.of(sent[part.name]), part.values):
+                wrong.add(part.name)
+    return [name for name in sent if name in wrong or missing[name].any()]
