@@ -56,8 +56,10 @@ class Drift(Measuring):
         ValueError: A count below 1, or a checkpoint that was measured otherwise.
     """
 
+    filename = DRIFT
+
     def __init__(self, num_rows: int = 8, max_new_tokens: int = 64, every_n_steps: int | None = None) -> None:
-        super().__init__(DRIFT, num_rows, max_new_tokens, every_n_steps)
+        super().__init__(num_rows, max_new_tokens, every_n_steps)
 
     # -- when --------------------------------------------------------------------------------------------------------
 
@@ -94,7 +96,7 @@ class Drift(Measuring):
         ]
         shown = {f"drift/{name}/{key}": values[key] for name, values in found.items() for key in SHOWN}
         self.log_dict({**shown, "time/drift_s": seconds}, batch_size=1, sync_dist=True)
-        self._save(trainer)
+        self.save(trainer)
 
     @torch.no_grad()
     def _measure(self, trainer: Trainer, module: LightningModule, base: BaseModel, name: str) -> dict[str, float]:

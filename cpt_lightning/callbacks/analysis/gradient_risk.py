@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 import torch
@@ -11,16 +10,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from cpt_lightning.callbacks.analysis.measuring import refuse_other_settings, say_cost, write_record
+from cpt_lightning.callbacks.analysis.recorder import Recorder
 from cpt_lightning.callbacks.methods.fisher import fisher_of_answers, gradient_risk, squared_norm, sum_of
 from cpt_lightning.callbacks.methods.kept_weights import KeptWeights
 from cpt_lightning.rollouts import Sampling
 from cpt_lightning.types import Batch
 
-FILENAME = "gradient_risk.json"
 
-
-class GradientRisk(KeptWeights):
+class GradientRisk(Recorder, KeptWeights):
     """Measures the forgetting risk ``R(g) = g'Fg`` of the updates (paper A, arXiv 2507.05386, theory).
 
     F is the diagonal of the Fisher information, estimated when a task begins, at the weights of that moment, from the
@@ -53,6 +50,8 @@ class GradientRisk(KeptWeights):
             adapter of its own; a checkpoint that was measured otherwise.
     """
 
+    filename = "gradient_risk.json"
+
     def __init__(
         self, num_rows: int = 8, max_new_tokens: int = 64, with_probes: bool = True, every_n_steps: int = 1
     ) -> None:
@@ -66,12 +65,10 @@ class GradientRisk(KeptWeights):
         self.with_probes = with_probes
         self.every_n_steps = every_n_steps
         self.fishers: list[dict] = []
-        self.measurements: list[dict] = []
         self._steps: list[dict[str, Tensor]] = []  # of the batch, not logged yet
         self._is_due = False
         self._hook: RemovableHandle | None = None
         self._hooked: Optimizer | None = None
-        self._seconds, self._start = 0.0, 0.0
 
     # -- when --------------------------------------------------------------------------------------------------------
 
@@ -91,11 +88,6 @@ class GradientRisk(KeptWeights):
                 "GradientRisk: no stage comes after a task that it does not learn itself, and there are no probes, so "
                 "nothing could be forgotten; add data.probes (and leave with_probes at true)"
             )
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the clock."""
-        super().on_train_start(trainer, pl_module)
-        self._start = time.perf_counter()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch, batch_idx: int) -> None:
         """Looks at what came before when a task begins; one that is resumed half-way has it in its checkpoint."""
@@ -129,29 +121,29 @@ class GradientRisk(KeptWeights):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the record of a task."""
-        write_record(trainer, FILENAME, self._record)
+        self.save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Says what all of it cost."""
+        """Looks no more, and says what all of it cost."""
         self._unhook()
-        say_cost(self, self._seconds, self._start)
+        super().on_train_end(trainer, pl_module)
 
     # -- measuring ---------------------------------------------------------------------------------------------------
 
     def estimate(self, trainer: Trainer, module: LightningModule) -> None:
         """Estimates F of what was learned before the current stage; all ranks must ask."""
         stream, stage = trainer.datamodule, trainer.current_epoch
-        start = time.perf_counter()
         of = {"earlier": stream.earlier(stage), "probes": stream.probe_names if self.with_probes else []}
         self.kept = {}  # gives its memory back first
-        with module.account.aside(), trainer.precision_plugin.forward_context():
-            for whose, names in of.items():
-                if names:
-                    self.kept[whose] = fisher_of_answers(module, self._rows(trainer, names), self.sampling)
-        for whose, fisher in self.kept.items():
-            mean = sum_of(fisher.values(), module.device).item() / sum(value.numel() for value in fisher.values())
-            self.fishers = [*self.fishers, {"stage": stage + 1, "of": whose, "names": list(of[whose]), "mean": mean}]
-        self._seconds += time.perf_counter() - start
+        with self.timed():
+            with module.account.aside(), trainer.precision_plugin.forward_context():
+                for whose, names in of.items():
+                    if names:
+                        self.kept[whose] = fisher_of_answers(module, self._rows(trainer, names), self.sampling)
+            for whose, fisher in self.kept.items():
+                mean = sum_of(fisher.values(), module.device).item() / sum(value.numel() for value in fisher.values())
+                found = {"stage": stage + 1, "of": whose, "names": list(of[whose]), "mean": mean}
+                self.fishers = [*self.fishers, found]
 
     def _rows(self, trainer: Trainer, names: list[str]) -> Iterator[tuple[int, Batch]]:
         """Of each task or probe, with its number: a row draws alike in every stage, and figures differ by learning."""
@@ -166,8 +158,7 @@ class GradientRisk(KeptWeights):
         if not self._is_due:
             return
         self._is_due = False
-        start = time.perf_counter()
-        with module.account.aside():
+        with self.timed(), module.account.aside():
             norm = squared_norm(module)
             step = {"grad_norm": norm.sqrt()}
             for whose, fisher in self.kept.items():
@@ -176,7 +167,6 @@ class GradientRisk(KeptWeights):
                 if anywhere > 0:  # not of a step without signal, or whose gradient was not finite and was dropped
                     step[f"{whose}_per_weight"] = step[whose] / anywhere
         self._steps.append(step)
-        self._seconds += time.perf_counter() - start
 
     @property
     def _means(self) -> dict[str, float]:
@@ -191,7 +181,8 @@ class GradientRisk(KeptWeights):
     # -- the record --------------------------------------------------------------------------------------------------
 
     @property
-    def _settings(self) -> dict[str, int]:
+    def settings(self) -> dict[str, int]:
+        """What F is estimated from, and when updates are looked at."""
         return {
             "num_rows": self.num_rows,
             "max_new_tokens": self.sampling.max_new_tokens,
@@ -200,15 +191,11 @@ class GradientRisk(KeptWeights):
         }
 
     @property
-    def _record(self) -> dict:
-        return {**self._settings, "fishers": self.fishers, "measurements": self.measurements}
-
-    def state_dict(self) -> dict:
-        """What is kept, and the record as plain lists and numbers."""
-        return {**super().state_dict(), **self._record}
+    def record(self) -> dict:
+        """The figures of batches, behind those of each F."""
+        return {**self.settings, "fishers": self.fishers, "measurements": self.measurements}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Goes on with what a checkpoint held."""
         super().load_state_dict(state_dict)
-        refuse_other_settings(self, state_dict, self._settings)
-        self.fishers, self.measurements = list(state_dict["fishers"]), list(state_dict["measurements"])
+        self.fishers = list(state_dict["fishers"])

@@ -17,7 +17,6 @@ from cpt_lightning.callbacks.analysis.measuring import Asked, Measuring
 from cpt_lightning.models.weights import Weights, copy_of
 from cpt_lightning.strategy import FSDP2
 
-FILENAME = "influence.json"
 SHOWN = ("log_prob_change", "lbk", "cosine")
 """What is logged of a task or probe; the file has all."""
 
@@ -92,10 +91,12 @@ class Influence(Measuring):
             a checkpoint that was measured otherwise.
     """
 
+    filename = "influence.json"
+
     def __init__(
         self, num_rows: int = 4, max_new_tokens: int = 64, every_n_steps: int = 10, exact: bool = False
     ) -> None:
-        super().__init__(FILENAME, num_rows, max_new_tokens, every_n_steps, temperature=0.0)
+        super().__init__(num_rows, max_new_tokens, every_n_steps, temperature=0.0)
         self.exact = exact
         self._step = 0
         self._listening: Learned | None = None
@@ -214,7 +215,7 @@ class Influence(Measuring):
         self._shown = {f"influence/{name}/{key}": v[key] for name, v in found.items() for key in SHOWN if key in v}
         self._shown |= {f"influence/{task}/base_perplexity": value for task, value in perplexity.items()}
         self._shown["time/influence_s"] = self._seconds - update.seconds
-        self._save(trainer)
+        self.save(trainer)
 
     def _prior(self, trainer: Trainer) -> dict[str, Asked]:
         """What is no part of the stage: the tasks before it, and the probes."""

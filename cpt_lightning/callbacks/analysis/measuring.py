@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning import LightningModule, Trainer
 
 from cpt_lightning.callbacks.analysis.base_model import BaseModel
-from cpt_lightning.records.files import replace_text
+from cpt_lightning.callbacks.analysis.recorder import Recorder
 from cpt_lightning.rollouts import Sampling, sample_groups
 from cpt_lightning.rollouts.sampling import row_generators, with_prefix
 from cpt_lightning.types import Completions, Prompts
 
 if TYPE_CHECKING:
     from cpt_lightning.models.qwen_vl import QwenVL
-
-VERSION = 1
 
 
 @dataclass
@@ -43,7 +37,7 @@ class Asked:
     answers: Completions | None = None
 
 
-class Measuring(Callback):
+class Measuring(Recorder):
     """Asks the base fixed prompts of every task and probe before training, and keeps a record of what is measured.
 
     The prompts are from the split that is evaluated (``data.evaluate_on``), evenly spaced, and shared out over ranks.
@@ -51,7 +45,6 @@ class Measuring(Callback):
     at the end of the run.
 
     Args:
-        filename: Of the record, beside ``config.yaml``.
         num_rows: Prompts of each task and probe.
         max_new_tokens: Longest answer.
         every_n_steps: How often is measured.
@@ -61,26 +54,17 @@ class Measuring(Callback):
         ValueError: A count below 1, or a checkpoint that was measured otherwise.
     """
 
-    def __init__(
-        self,
-        filename: str,
-        num_rows: int,
-        max_new_tokens: int,
-        every_n_steps: int | None,
-        temperature: float = 1.0,
-    ) -> None:
+    def __init__(self, num_rows: int, max_new_tokens: int, every_n_steps: int | None, temperature: float = 1.0) -> None:
+        super().__init__()
         counts = {"num_rows": num_rows, "max_new_tokens": max_new_tokens, "every_n_steps": every_n_steps}
         for name, count in counts.items():
             if count is not None and count < 1:
                 raise ValueError(f"{type(self).__name__}: {name}={count} must be at least 1")
-        self.filename = filename
         self.num_rows = num_rows
         self.sampling = Sampling(max_new_tokens, temperature=temperature)
         self.every_n_steps = every_n_steps
-        self.measurements: list[dict] = []
         self._asked: dict[str, Asked] = {}
         self._base: BaseModel | None = None
-        self._seconds, self._start = 0.0, 0.0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses a Trainer that has no stream to take prompts from."""
@@ -91,18 +75,18 @@ class Measuring(Callback):
     @torch.no_grad()
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Asks the base; a resumed run gets the same answers."""
-        self._start = time.perf_counter()
-        base = self._base = BaseModel(trainer, pl_module)
+        super().on_train_start(trainer, pl_module)
         stream = trainer.datamodule
-        with base.gathered(), trainer.precision_plugin.forward_context():
-            for name in [*stream.task_names, *stream.probe_names]:
-                self._asked[name] = self._ask(trainer, pl_module, base, name)
-        self._seconds = time.perf_counter() - self._start
-        self._save(trainer)
+        with self.timed():
+            base = self._base = BaseModel(trainer, pl_module)
+            with base.gathered(), trainer.precision_plugin.forward_context():
+                for name in [*stream.task_names, *stream.probe_names]:
+                    self._asked[name] = self._ask(trainer, pl_module, base, name)
+        self.save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says what all of it cost, and gives the copy's memory back."""
-        say_cost(self, self._seconds, self._start)
+        super().on_train_end(trainer, pl_module)
         self._base = None
         self._asked = {}
 
@@ -130,56 +114,11 @@ class Measuring(Callback):
         """The base, beside a model that may be looked at; the time within is no part of the step."""
         base = self._base
         assert base is not None, "training has begun"
-        start = time.perf_counter()
-        with module.account.aside(), base.gathered(), trainer.precision_plugin.forward_context():
+        precision = trainer.precision_plugin.forward_context()
+        with self.timed(), module.account.aside(), base.gathered(), precision:
             yield base
-        self._seconds += time.perf_counter() - start
-
-    # -- the record --------------------------------------------------------------------------------------------------
 
     @property
-    def _settings(self) -> dict[str, int]:
+    def settings(self) -> dict[str, int]:
+        """What is asked, and how long answers may be."""
         return {"num_rows": self.num_rows, "max_new_tokens": self.sampling.max_new_tokens}
-
-    def state_dict(self) -> dict:
-        """The record, as plain lists and numbers."""
-        return {**self._settings, "measurements": self.measurements}
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Goes on with the record of a checkpoint."""
-        refuse_other_settings(self, state_dict, self._settings)
-        self.measurements = list(state_dict["measurements"])
-
-    def _save(self, trainer: Trainer) -> None:
-        write_record(trainer, self.filename, {**self._settings, "measurements": self.measurements})
-
-
-# -- any record of measurements ------------------------------------------------------------------------------------
-
-
-def write_record(trainer: Trainer, filename: str, record: Mapping[str, Any]) -> None:
-    """Replaces the file beside ``config.yaml``; all ranks must ask."""
-    folder = trainer.log_dir  # a broadcast
-    if trainer.is_global_zero and folder is not None and not trainer.fast_dev_run:
-        replace_text(Path(folder) / filename, json.dumps({"version": VERSION, **record}, indent=2) + "\n")
-
-
-def refuse_other_settings(callback: Callback, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuses to go on with what a checkpoint measured otherwise.
-
-    Raises:
-        ValueError: One of the settings has changed.
-    """
-    for name, value in now.items():
-        if before[name] != value:
-            raise ValueError(
-                f"{type(callback).__name__}: the checkpoint was measured with {name}={before[name]!r}, now it is "
-                f"{value!r}, and its figures would not compare; restore it, or begin a new run"
-            )
-
-
-def say_cost(callback: Callback, seconds: float, start: float) -> None:
-    """Says what measuring took of the time since ``start``, by ``time.perf_counter``."""
-    share = seconds / (time.perf_counter() - start)
-    name = type(callback).__name__
-    rank_zero_info(f"{name}: took {seconds:.1f} s, {share:.1%} of the time of training and evaluation")

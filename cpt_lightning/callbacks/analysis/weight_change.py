@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import re
-import time
 
 import torch
 from lightning import LightningModule, Trainer
 
 from cpt_lightning.callbacks.analysis.changes import changes_since
-from cpt_lightning.callbacks.analysis.measuring import refuse_other_settings, say_cost, write_record
+from cpt_lightning.callbacks.analysis.recorder import Recorder
 from cpt_lightning.callbacks.methods.kept_weights import KeptWeights
 from cpt_lightning.functional import effective_rank, num_changed
 from cpt_lightning.models.adapters import has_adapters, low_rank_layers
 from cpt_lightning.models.weights import copy_of, trained
 
-FILENAME = "weight_change.json"
 
-
-class WeightChange(KeptWeights):
+class WeightChange(Recorder, KeptWeights):
     """Measures after every task how its weights have changed since its start.
 
     - ``weight_change/norm``: the Euclidean norm over all trained weights;
@@ -40,6 +37,8 @@ class WeightChange(KeptWeights):
             that was measured otherwise.
     """
 
+    filename = "weight_change.json"
+
     def __init__(self, matrices: str | None = r"language_model\..*\.(o_proj|down_proj)") -> None:
         super().__init__()
         try:
@@ -47,15 +46,12 @@ class WeightChange(KeptWeights):
         except re.error as error:
             raise ValueError(f"WeightChange: matrices={matrices!r} is no regular expression: {error}") from error
         self.matrices = matrices
-        self.measurements: list[dict] = []
-        self._seconds, self._start = 0.0, 0.0
 
     # -- when --------------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses what cannot be measured."""
         super().on_train_start(trainer, pl_module)
-        self._start = time.perf_counter()
         names = _trained_matrices(pl_module)
         if self._chosen is not None and not any(self._chosen.search(name) for name in names):
             raise ValueError(
@@ -71,18 +67,13 @@ class WeightChange(KeptWeights):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures what the task did; before its checkpoint is saved."""
-        start = time.perf_counter()
-        found = self.measure(pl_module)
-        here = {"stage": trainer.current_epoch + 1, "name": trainer.datamodule.stage_names[trainer.current_epoch]}
-        self.measurements = [*self.measurements, here | found]
-        shown = {f"weight_change/{name}": value for name, value in found.items() if isinstance(value, float)}
-        self.log_dict(shown, batch_size=1)
-        write_record(trainer, FILENAME, {"measurements": self.measurements})
-        self._seconds += time.perf_counter() - start
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Says what all of it cost."""
-        say_cost(self, self._seconds, self._start)
+        with self.timed():
+            found = self.measure(pl_module)
+            here = {"stage": trainer.current_epoch + 1, "name": trainer.datamodule.stage_names[trainer.current_epoch]}
+            self.measurements = [*self.measurements, here | found]
+            shown = {f"weight_change/{name}": value for name, value in found.items() if isinstance(value, float)}
+            self.log_dict(shown, batch_size=1)
+            self.save(trainer)
 
     # -- measuring ---------------------------------------------------------------------------------------------------
 
@@ -107,17 +98,10 @@ class WeightChange(KeptWeights):
             found |= {"effective_rank": sum(ranks.values()) / len(ranks), "effective_ranks": ranks}
         return {"num_weights": num_weights, **found}
 
-    # -- the record --------------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict:
-        """What is kept, and the record as plain lists and numbers."""
-        return {**super().state_dict(), "matrices": self.matrices, "measurements": self.measurements}
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Goes on with what a checkpoint held."""
-        super().load_state_dict(state_dict)
-        refuse_other_settings(self, state_dict, {"matrices": self.matrices})
-        self.measurements = list(state_dict["measurements"])
+    @property
+    def settings(self) -> dict[str, str | None]:
+        """Of which matrices ranks are measured."""
+        return {"matrices": self.matrices}
 
 
 def _trained_matrices(module: LightningModule) -> list[str]:

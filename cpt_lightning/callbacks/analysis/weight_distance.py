@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 import torch
 from lightning import LightningModule, Trainer
 
 from cpt_lightning.callbacks.analysis.changes import changes_since
-from cpt_lightning.callbacks.analysis.measuring import refuse_other_settings, say_cost, write_record
+from cpt_lightning.callbacks.analysis.recorder import Recorder
 from cpt_lightning.callbacks.methods.fisher import fisher_of_answers, sum_of
 from cpt_lightning.callbacks.methods.kept_weights import KeptWeights, refuse_other_adapters
 from cpt_lightning.models.weights import copy_of, trained
@@ -18,7 +17,7 @@ from cpt_lightning.rollouts import Sampling
 from cpt_lightning.types import Batch
 
 
-class WeightDistance(KeptWeights):
+class WeightDistance(Recorder, KeptWeights):
     """Measures after every task how far the weights are from those of the base.
 
     - ``weight_distance/distance``: the Euclidean norm of the difference of all trained weights; with LoRA of what the
@@ -42,6 +41,8 @@ class WeightDistance(KeptWeights):
             not ones of LoRA on linear layers; a checkpoint that was measured otherwise.
     """
 
+    filename = WEIGHT_DISTANCE
+
     def __init__(self, num_rows: int = 8, max_new_tokens: int = 64) -> None:
         super().__init__()
         if num_rows < 0 or max_new_tokens < 1:
@@ -50,8 +51,6 @@ class WeightDistance(KeptWeights):
             )
         self.num_rows = num_rows
         self.sampling = Sampling(max_new_tokens)
-        self.measurements: list[dict] = []
-        self._seconds, self._start = 0.0, 0.0
 
     # -- when --------------------------------------------------------------------------------------------------------
 
@@ -70,28 +69,22 @@ class WeightDistance(KeptWeights):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remembers the base; a resumed run has it in its checkpoint."""
         super().on_train_start(trainer, pl_module)
-        self._start = time.perf_counter()
         if "base" in self.kept:
             return
-        self.kept["base"] = copy_of(pl_module)
-        if self.num_rows:
-            with pl_module.account.aside(), trainer.precision_plugin.forward_context():
-                self.kept["fisher"] = fisher_of_answers(pl_module, self._rows(trainer), self.sampling)
-        self._seconds += time.perf_counter() - self._start
+        with self.timed():
+            self.kept["base"] = copy_of(pl_module)
+            if self.num_rows:
+                with pl_module.account.aside(), trainer.precision_plugin.forward_context():
+                    self.kept["fisher"] = fisher_of_answers(pl_module, self._rows(trainer), self.sampling)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures what is learned so far; before the task's checkpoint is saved."""
-        start = time.perf_counter()
-        found = self.measure(pl_module)
-        here = {"stage": trainer.current_epoch + 1, "name": trainer.datamodule.stage_names[trainer.current_epoch]}
-        self.measurements = [*self.measurements, here | found]
-        self.log_dict({f"weight_distance/{name}": value for name, value in found.items()}, batch_size=1)
-        write_record(trainer, WEIGHT_DISTANCE, self._record)
-        self._seconds += time.perf_counter() - start
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Says what all of it cost."""
-        say_cost(self, self._seconds, self._start)
+        with self.timed():
+            found = self.measure(pl_module)
+            here = {"stage": trainer.current_epoch + 1, "name": trainer.datamodule.stage_names[trainer.current_epoch]}
+            self.measurements = [*self.measurements, here | found]
+            self.log_dict({f"weight_distance/{name}": value for name, value in found.items()}, batch_size=1)
+            self.save(trainer)
 
     # -- measuring ---------------------------------------------------------------------------------------------------
 
@@ -115,22 +108,7 @@ class WeightDistance(KeptWeights):
             batch = trainer.datamodule.rows_of_evaluation(probe, self.num_rows)
             yield number, trainer.strategy.batch_to_device(batch)
 
-    # -- the record --------------------------------------------------------------------------------------------------
-
     @property
-    def _settings(self) -> dict[str, int]:
+    def settings(self) -> dict[str, int]:
+        """What F is estimated from."""
         return {"num_rows": self.num_rows, "max_new_tokens": self.sampling.max_new_tokens}
-
-    @property
-    def _record(self) -> dict:
-        return {**self._settings, "measurements": self.measurements}
-
-    def state_dict(self) -> dict:
-        """What is kept, and the record as plain lists and numbers."""
-        return {**super().state_dict(), **self._record}
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Goes on with what a checkpoint held."""
-        super().load_state_dict(state_dict)
-        refuse_other_settings(self, state_dict, self._settings)
-        self.measurements = list(state_dict["measurements"])
