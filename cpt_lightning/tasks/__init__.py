@@ -1,7 +1,7 @@
 """What is learned, how it is asked, and where its rows come from."""
 
 from cpt_lightning.rewards import Reward, RewardPart
-from cpt_lightning.tasks.forms import Columns
+from cpt_lightning.tasks.columns import Columns
 from cpt_lightning.tasks.hub import HubRows, Join
 from cpt_lightning.tasks.images import ImageError, load_image
 from cpt_lightning.tasks.jigsaw import Jigsaw

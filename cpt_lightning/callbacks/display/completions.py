@@ -10,7 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from cpt_lightning.callbacks.answers import Answers
 from cpt_lightning.callbacks.display.loggers import log_image, logged_step, shows_images
-from cpt_lightning.pictures.completions import VERDICTS, Said, Verdict, completion_panel
+from cpt_lightning.pictures.completions import OUTCOMES, Outcome, Said, completion_panel
 from cpt_lightning.tasks import SkippedRow
 from cpt_lightning.types import Example
 
@@ -67,19 +67,19 @@ class CompletionPanel(Answers):
 
     def _show(self, trainer: Trainer, title: str, taught: Sequence[str]) -> None:
         for task, rows in _by_task(self._rows_now).items():
-            verdicts = [self._verdict(row, is_taught=task in taught) for row in rows]
+            outcomes = [self._outcome(row, is_taught=task in taught) for row in rows]
             examples = trainer.datamodule.examples(task, trainer.datamodule.evaluate_on)
-            chosen = choose(verdicts, self.num_rows)
+            chosen = choose(outcomes, self.num_rows)
             said = [
-                Said(example, rows[place]["completion"], rows[place]["parts"], verdicts[place])
+                Said(example, rows[place]["completion"], rows[place]["parts"], outcomes[place])
                 for place in chosen
                 if (example := find(examples, rows[place]["row_id"], place)) is not None
             ]
-            counts = ", ".join(f"{verdicts.count(each)} {each}" for each in reversed(VERDICTS) if each in verdicts)
+            counts = ", ".join(f"{outcomes.count(each)} {each}" for each in reversed(OUTCOMES) if each in outcomes)
             panel = completion_panel(f"{task}, {title}: {counts}", said)
             log_image(trainer, f"completions/{task}", panel, logged_step(trainer))
 
-    def _verdict(self, row: dict, is_taught: bool) -> Verdict:
+    def _outcome(self, row: dict, is_taught: bool) -> Outcome:
         if counts_as_right(row):
             return "right"
         task, row_id = row["task"], row["row_id"]
@@ -104,7 +104,7 @@ class CompletionPanel(Answers):
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Goes on with the verdicts of a checkpoint."""
+        """Goes on with the outcomes of a checkpoint."""
         self._right_then, self._right_last = (
             {task: set(row_ids) for task, row_ids in state_dict[name].items()} for name in ("right_then", "right_last")
         )
@@ -115,17 +115,17 @@ def counts_as_right(row: dict) -> bool:
     return row["accuracy"] >= RIGHT
 
 
-def choose(verdicts: Sequence[Verdict], num_rows: int) -> list[int]:
-    """Places of the rows that are shown: of each verdict in turn the first, then the second, and so on.
+def choose(outcomes: Sequence[Outcome], num_rows: int) -> list[int]:
+    """Places of the rows that are shown: of each outcome in turn the first, then the second, and so on.
 
     >>> choose(["right", "wrong", "right", "forgotten", "wrong"], 4)
     [3, 1, 4, 0]
     >>> choose(["right", "wrong", "right", "forgotten", "wrong"], 2)
     [3, 1]
     """
-    queues = [[place for place, each in enumerate(verdicts) if each == verdict] for verdict in VERDICTS]
+    queues = [[place for place, each in enumerate(outcomes) if each == outcome] for outcome in OUTCOMES]
     in_turn = [place for turn in zip_longest(*queues) for place in turn if place is not None]
-    return sorted(in_turn[:num_rows], key=lambda place: (VERDICTS.index(verdicts[place]), place))
+    return sorted(in_turn[:num_rows], key=lambda place: (OUTCOMES.index(outcomes[place]), place))
 
 
 def find(examples: Sequence[Example], row_id: str, place: int) -> Example | None:

@@ -99,12 +99,12 @@ def test_what_was_right_after_its_own_task_and_is_wrong_now_is_forgotten(tmp_pat
     shown: dict[str, list[tuple[int, str]]] = {}
 
     def draw(title, rows):
-        places = [(int(row.example.row_id.rpartition("/")[2]), row.verdict) for row in rows]
+        places = [(int(row.example.row_id.rpartition("/")[2]), row.outcome) for row in rows]
         assert all(
             row.example.images[0].getpixel((0, 0)) == (20 * place, 0, 0)
             for (place, _), row in zip(places, rows, strict=True)
         )
-        assert all((row.completion == row.example.gold) == (row.verdict == "right") for row in rows)
+        assert all((row.completion == row.example.gold) == (row.outcome == "right") for row in rows)
         shown[title.partition(":")[0]] = [pair for pair in places if pair[1] not in ("right", "wrong")]
         return Image.new("RGB", (4, 4))
 
@@ -140,7 +140,7 @@ def test_a_resumed_run_has_the_pictures_of_a_whole_one_once_each(tmp_path, whole
     assert images_of(tmp_path) == whole
 
 
-def test_verdicts_of_earlier_evaluations_are_in_the_checkpoint_as_plain_lists(tmp_path):
+def test_outcomes_of_earlier_evaluations_are_in_the_checkpoint_as_plain_lists(tmp_path):
     run(tmp_path)
     state = torch.load(tmp_path / "2_b.ckpt", weights_only=True)["callbacks"]["CompletionPanel"]
     assert state["right_then"]["a"] == [f"a/test/{place}" for place in (0, 1, 2, 3)]
@@ -178,10 +178,10 @@ def test_a_validated_checkpoint_is_not_shown_as_the_base(tmp_path):
     assert images_of(tmp_path) == before
 
 
-def test_rows_are_chosen_of_each_verdict_in_turn():
-    verdicts = ["right"] * 5 + ["wrong"] * 5 + ["newly forgotten"] * 5
-    assert choose(verdicts, 4) == [10, 11, 5, 0]
-    assert choose(verdicts, 15) == [*range(10, 15), *range(5, 10), *range(5)]
+def test_rows_are_chosen_of_each_outcome_in_turn():
+    outcomes = ["right"] * 5 + ["wrong"] * 5 + ["newly forgotten"] * 5
+    assert choose(outcomes, 4) == [10, 11, 5, 0]
+    assert choose(outcomes, 15) == [*range(10, 15), *range(5, 10), *range(5)]
     assert choose([], 4) == []
 
 
