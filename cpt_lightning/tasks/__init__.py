@@ -7,8 +7,9 @@ from cpt_lightning.tasks.images import ImageError, load_image
 from cpt_lightning.tasks.jigsaw import Jigsaw
 from cpt_lightning.tasks.prompts import Prompt
 from cpt_lightning.tasks.rollout_rows import RolloutRows
+from cpt_lightning.tasks.rows import SPLITS, LazySequence, Row, Source, Split
 from cpt_lightning.tasks.sources import FileRows, TableRows
-from cpt_lightning.tasks.task import SPLITS, LazySequence, Row, SkippedRow, Source, Split, Task
+from cpt_lightning.tasks.task import SkippedRow, Task
 from cpt_lightning.tasks.toy import ToyWorld
 from cpt_lightning.tasks.vqa import EasyVQA
 

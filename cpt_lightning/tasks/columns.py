@@ -1,4 +1,4 @@
-"""How data sets write a row, as a mapping of columns -> :class:`~cpt_lightning.tasks.task.Row`."""
+"""How data sets write a row, as a mapping of columns -> :class:`~cpt_lightning.tasks.rows.Row`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from cpt_lightning.tasks.choices import listed_texts, option_lines, right_option
 from cpt_lightning.tasks.images import ImageInput, is_encoded
 from cpt_lightning.tasks.prompts import IMAGE_MARKER
 from cpt_lightning.tasks.records import Record, is_held, kind_of
+from cpt_lightning.tasks.rows import Row
 from cpt_lightning.tasks.targets import template_slots
-from cpt_lightning.tasks.task import Row
 from cpt_lightning.types import Gold
 
 QUESTION_COLUMNS = ("problem", "question")

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.random import Generator
 
-from cpt_lightning.tasks.task import LazySequence, Row, Source, Split
+from cpt_lightning.tasks.rows import LazySequence, Row, Source, Split
 from cpt_lightning.tasks.toy_drawings import DRAWERS
 from cpt_lightning.tasks.toy_scenes import ASKERS, draw_scene, make_scene
 from cpt_lightning.tasks.toy_text import TEXT_ASKERS, reason_like_a_teacher, think
