@@ -102,6 +102,11 @@ class RolloutFilter(Callback):
                 self._taken_over(trainer, index)
         trainer.datamodule.choose_rows = lambda index: self._kept_rows(trainer, index)
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leaves the stream without a filter, for the next Trainer that it is given to."""
+        if stage == "fit" and trainer.datamodule is not None:
+            trainer.datamodule.choose_rows = None
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins to measure steps."""
         self._step_s = []

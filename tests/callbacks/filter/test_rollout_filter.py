@@ -221,6 +221,17 @@ def test_a_stage_that_began_without_a_filter_ends_without_one(tmp_path):
     assert module.tried == [f"c/train/{row}" for row in range(10)]
 
 
+def test_a_stream_that_was_filtered_shows_every_row_to_a_trainer_without_a_filter(tmp_path):
+    """A filter that is left in the stream would show the second Trainer the rows that the first one kept."""
+    numbers = number_stream(passes=1, prompts_per_step=2)
+    for folder, filters in (("filtered", [RolloutFilter("solvable", completions_per_row=3, lowest=2)]), ("whole", [])):
+        module, trainer = TryingModule(), make_trainer(tmp_path / folder, numbers, callbacks=filters)
+        trainer.validate(module, numbers, verbose=False)
+        trainer.fit(module, numbers)
+    assert len(kept_ids(tmp_path / "filtered", "a")) < 10
+    assert len({row for step in module.seen for row in step}) == 3 * 10
+
+
 @pytest.mark.parametrize("mode", ["unsolvable", "random"])
 def test_controls_learn_from_as_many_rows(mode, whole, tmp_path):
     """Judged with the window [2, 3] of K = 3, as the whole run; the first task's verdicts are therefore the same."""
