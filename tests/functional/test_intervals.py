@@ -1,9 +1,9 @@
-"""Resampled means against the counts of draws, and their spread against the formula of the standard error."""
+"""Resampled means against the counts of draws, their spread against the standard error; Wilson's formula by hand."""
 
 import numpy as np
 import pytest
 
-from cpt_lightning.functional.bootstrap import percentile_interval, resampled_means
+from cpt_lightning.functional.intervals import percentile_interval, resampled_means, wilson_interval
 
 
 def test_a_draw_takes_the_same_rows_for_all_series():
@@ -42,3 +42,20 @@ def test_what_makes_no_sense_is_refused():
         resampled_means(np.zeros((2, 0)), 3, key=[0])
     with pytest.raises(ValueError, match="level=95 must lie between 0 and 1"):
         percentile_interval(np.ones(3), level=95)
+
+
+@pytest.mark.parametrize(
+    "num_right, num_samples, low, high", [(5, 10, 0.2366, 0.7634), (0, 10, 0.0, 0.2775), (81, 263, 0.2553, 0.3662)]
+)
+def test_wilson_interval_by_hand(num_right, num_samples, low, high):
+    """With z = 1.96, z^2 = 3.8415. 5 of 10: center .5, half 1.96/1.38415*sqrt(.025 + .0096) = .2634.
+
+    0 of 10: [0, z^2/(10 + z^2)] = .2775. 81 of 263 is Newcombe's example (Statistics in Medicine 17, 1998, table I).
+    """
+    assert wilson_interval(num_right / num_samples, num_samples) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_wilson_interval_refuses_what_is_no_share():
+    for arguments, name in (((1.2, 10), "accuracy"), ((0.5, 0), "num_samples"), ((0.5, 10, 95), "level")):
+        with pytest.raises(ValueError, match=name):
+            wilson_interval(*arguments)
