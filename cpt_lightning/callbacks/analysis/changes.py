@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from lightning import LightningModule
 from torch import Tensor
 
-from cpt_lightning.models.adapters import LowRankLayer, has_adapters, low_rank_layers
+from cpt_lightning.models.adapted_layers import LowRankLayer, low_rank_layers
+from cpt_lightning.models.adapters import has_adapters
 from cpt_lightning.models.sharding import whole
 from cpt_lightning.models.weights import Weights, trained
 

@@ -11,7 +11,8 @@ from cpt_lightning.callbacks.analysis.changes import changes_since
 from cpt_lightning.callbacks.analysis.recorder import Recorder
 from cpt_lightning.callbacks.methods.kept_weights import KeptWeights
 from cpt_lightning.functional import effective_rank, num_changed
-from cpt_lightning.models.adapters import has_adapters, low_rank_layers
+from cpt_lightning.models.adapted_layers import low_rank_layers
+from cpt_lightning.models.adapters import has_adapters
 from cpt_lightning.models.weights import copy_of, trained
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from cpt_lightning.callbacks import WeightChange
 from cpt_lightning.models import Backbone
-from cpt_lightning.models.adapters import Lora, merge_into_base
+from cpt_lightning.models.adapted_layers import merge_into_base
+from cpt_lightning.models.adapters import Lora
 from cpt_lightning.modules import SFT
 from cpt_lightning.rollouts import Sampling
 from tests.callbacks.analysis.test_gradient_risk import fit

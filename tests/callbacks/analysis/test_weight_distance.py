@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cpt_lightning.callbacks import WeightDistance
-from cpt_lightning.models.adapters import merge_into_base
+from cpt_lightning.models.adapted_layers import merge_into_base
 from cpt_lightning.rollouts import Sampling, completion_logprobs
 from tests.callbacks.analysis.test_gradient_risk import fit, toy_stream
 from tests.callbacks.analysis.test_weight_change import module_of
