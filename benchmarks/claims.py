@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from cpt_lightning.functional.bootstrap import percentile_interval
+from cpt_lightning.functional.intervals import percentile_interval
 from cpt_lightning.functional.regression import quadratic_fit
 
 NUM_RESAMPLES = 2000

@@ -34,7 +34,8 @@ from lightning import Callback
 from record import write_record
 
 from cpt_lightning import checkpoint_io, sharded_checkpoints
-from cpt_lightning.callbacks import continual, judge, samples
+from cpt_lightning.callbacks import continual, samples
+from cpt_lightning.callbacks.filter import judge
 from cpt_lightning.checkpoint_files import ASIDE, PART
 from cpt_lightning.cli.lightning_cli import CPTCLI
 from cpt_lightning.modules import group_rollouts

@@ -39,7 +39,7 @@ STRANGERS = {"modules": {"data", "callbacks"}, "data": {"modules", "callbacks"},
 # Who may name a library: files or folders, relative to the package.
 OWNERS = {
     "transformers": ["models"],
-    "peft": ["models/adapters.py", "models/adapter_folders.py"],
+    "peft": ["models/adapters.py", "models/adapted_layers.py", "models/adapter_folders.py"],
     "bitsandbytes": ["models/quantization.py"],
     "torch.distributed": ["strategy.py", "sharded_checkpoints.py", "models/sharding.py", "rollouts/vllm/group.py"],
     "torchvision": [],

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from cpt_lightning.callbacks.cards import Kind, config_of, model_card
 from cpt_lightning.callbacks.continual import ContinualLearning
+from cpt_lightning.models.adapted_layers import merge_earlier
 from cpt_lightning.models.adapter_folders import merge_and_unload
-from cpt_lightning.models.adapters import has_adapters, merge_earlier
+from cpt_lightning.models.adapters import has_adapters
 from cpt_lightning.models.folders import lasting_name, load_weights, save_folder
 from cpt_lightning.models.sharding import all_whole
 

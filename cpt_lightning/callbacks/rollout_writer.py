@@ -16,7 +16,7 @@ from PIL.Image import Image
 
 from cpt_lightning.models.fingerprint import model_fingerprint
 from cpt_lightning.records.files import append_lines, replace_text
-from cpt_lightning.rollouts.selection import VERDICTS, Selection, Verdict
+from cpt_lightning.rollouts.selection import FATES, Fate, Selection
 from cpt_lightning.types import Batch, Evaluation
 
 VERSION = 1
@@ -55,7 +55,7 @@ class RolloutWriter(Callback):
         self.file = file
         self.selection = selection
         self._about: dict = {}
-        self._counts: Counter[Verdict] = Counter()
+        self._counts: Counter[Fate] = Counter()
 
     # -- hooks -----------------------------------------------------------------------------------------------------
 
@@ -111,10 +111,10 @@ class RolloutWriter(Callback):
         Raises:
             ValueError: No completion is kept; says how many are left out for which reason.
         """
-        path, total = self._path(trainer), Counter[Verdict]()
+        path, total = self._path(trainer), Counter[Fate]()
         for rank in range(trainer.world_size):
             total += trainer.strategy.broadcast(self._counts, src=rank)
-        told = ", ".join(f"{total[verdict]} {verdict}" for verdict in VERDICTS if total[verdict])
+        told = ", ".join(f"{total[fate]} {fate}" for fate in FATES if total[fate])
         if not total["kept"]:
             raise ValueError(
                 f"no completion is kept for {path}: {told or 'there was none'}; loosen the selection of RolloutWriter"
@@ -126,13 +126,13 @@ class RolloutWriter(Callback):
         limited = "" if whole else f"; trainer.limit_predict_batches={trainer.limit_predict_batches} left out the rest"
         rank_zero_info(f"rollouts: {path} ({told}{limited})")
 
-    def _summarise(self, path: Path, counts: Counter[Verdict], whole: bool) -> None:
+    def _summarise(self, path: Path, counts: Counter[Fate], whole: bool) -> None:
         summary = {
             "version": VERSION,
             "file": path.name,
             "all_rows": whole,
             "num_completions": counts.total(),
-            "verdicts": {verdict: counts[verdict] for verdict in VERDICTS},
+            "verdicts": {fate: counts[fate] for fate in FATES},
             **self._about,
         }
         replace_text(summary_of(path), json.dumps(summary, indent=2) + "\n")
@@ -151,10 +151,10 @@ class RolloutWriter(Callback):
             if not outputs.valid[start]:
                 continue
             group = slice(start, start + size)
-            verdicts = self.selection.judge(outputs.texts[group], outputs.scores[group], lengths[group], ends[group])
-            self._counts.update(verdicts)
-            for draw, verdict in enumerate(verdicts):
-                if verdict == "kept":
+            fates = self.selection.judge(outputs.texts[group], outputs.scores[group], lengths[group], ends[group])
+            self._counts.update(fates)
+            for draw, fate in enumerate(fates):
+                if fate == "kept":
                     row = _row(outputs, start + draw, path)
                     yield {**row, "finished": ends[start + draw], "draw": draw, **self._about}
 

@@ -13,7 +13,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
-from cpt_lightning.callbacks.loggers import log_hparams, log_text, logged_step
+from cpt_lightning.callbacks.display.loggers import log_hparams, log_text, logged_step
 from cpt_lightning.cli.hparams import METRICS, NUMBERS, TEXTS, hparams_of
 from cpt_lightning.records import RunFolder
 from cpt_lightning.records.environment import Device, Start, cpu_name, record_start, surroundings

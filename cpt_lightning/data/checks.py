@@ -1,8 +1,8 @@
-"""What a stream wants of a Trainer; and stages, numbers and Trainers with which it would be another one, or none."""
+"""What a stream wants of a Trainer; and names, stages, numbers and Trainers that would make it another, or none."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,20 @@ TRAINER_OPTIONS = {
     "log_every_n_steps": 1,
 }
 """What every stream wants of a Trainer."""
+
+
+def check_names(tasks: Collection[str], probes: Collection[str]) -> None:
+    """Refuses a stream without tasks, and names that are doubled or would be mistaken in results.
+
+    Raises:
+        ValueError: Names the task or probe.
+    """
+    if not tasks:
+        raise ValueError("data.tasks is empty: a stream needs at least one task")
+    if both := sorted(set(tasks) & set(probes)):
+        raise ValueError(f"{both[0]!r} is both a task and a probe; give the probe another name")
+    if odd := [name for name in [*tasks, *probes] if not name or set(name) & set("/+")]:
+        raise ValueError(f"{odd[0]!r} cannot be the name of a task or probe: '/' and '+' have a meaning in results")
 
 
 def check_stages(stages: Sequence[Sequence[str]], tasks: Sequence[str], given: object) -> None:

@@ -11,7 +11,7 @@ import lightning as L
 from torch import Generator
 from torch.utils.data import DataLoader
 
-from cpt_lightning.data.checks import TRAINER_OPTIONS, check_numbers, check_stages, check_trainer
+from cpt_lightning.data.checks import TRAINER_OPTIONS, check_names, check_numbers, check_stages, check_trainer
 from cpt_lightning.data.collate import Collate, Processor
 from cpt_lightning.data.loader import KeptRows, StageLoader, StreamBatches
 from cpt_lightning.data.replay import Replay, ReplaySampler
@@ -81,22 +81,13 @@ class TaskStream(L.LightningDataModule):
     ):
         super().__init__()
         probes = probes or {}
-        if not tasks:
-            raise ValueError("data.tasks is empty: a stream needs at least one task")
-        if both := sorted(set(tasks) & set(probes)):
-            raise ValueError(f"{both[0]!r} is both a task and a probe; give the probe another name")
-        if odd := [name for name in [*tasks, *probes] if not name or set(name) & set("/+")]:
-            raise ValueError(f"{odd[0]!r} cannot be the name of a task or probe: '/' and '+' have a meaning in results")
-        self.everything = {**tasks, **probes}
-        if style is not None:
-            self.everything = {name: task.in_style(style) for name, task in self.everything.items()}
-        if target is not None:
-            self.everything = {name: replace(task, target=target) for name, task in self.everything.items()}
-        if rollouts is not None and target is not None:
-            raise ValueError(
-                f"data.rollouts={rollouts!r} and data.target={target!r} both say what SFT learns; leave one out"
-            )
+        check_names(tasks, probes)
+        self.everything = {name: _as_asked(task, style, target) for name, task in {**tasks, **probes}.items()}
         if rollouts is not None:
+            if target is not None:
+                raise ValueError(
+                    f"data.rollouts={rollouts!r} and data.target={target!r} both say what SFT learns; leave one out"
+                )
             self.everything |= {name: _on_rollouts(self.everything[name], name, rollouts) for name in tasks}
         self.stages = [[stage] if isinstance(stage, str) else list(stage) for stage in (stages or tasks)]
         check_stages(self.stages, list(tasks), given=stages)
@@ -306,6 +297,12 @@ class TaskStream(L.LightningDataModule):
     def _evaluated(self, split: str) -> list[str]:
         """Whose rows of a split are asked: probes are never learned, and need not have training rows."""
         return self.task_names if split == "train" else [*self.task_names, *self.probe_names]
+
+
+def _as_asked(task: Task, style: Style | None, target: str | None) -> Task:
+    """The task, with what a stream says in the place of its own."""
+    styled = task if style is None else task.in_style(style)
+    return styled if target is None else replace(styled, target=target)
 
 
 def _on_rollouts(task: Task, name: str, file: str) -> Task:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import NormalDist, fmean
+from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
@@ -76,8 +76,8 @@ def forgetting_measure(
 ) -> float:
     """Paper A's FM: final minus best earlier score, averaged over earlier tasks; negative if something was forgotten.
 
-    ``FM = 1/(T-1) * sum_{j<T} (R[T][j] - max_{l<T} R[l][j])`` (arXiv 2507.05386), the negative of Chaudhry's. The paper
-    does not say what it divides by.
+    ``FM = 1/(T-1) * sum_{j<T} (R[T][j] - max_{l<T} R[l][j])`` (arXiv 2507.05386), the negative of Chaudhry's F_T
+    (ECCV 2018, eq. 3). The paper does not say what it divides by.
 
     Args:
         accuracy: ``[T, K]``.
@@ -112,18 +112,6 @@ def forgetting_by_task(accuracy: Accuracy, learned_at: Sequence[int] | None = No
     {0: -0.2}
     """
     return _Table(accuracy, learned_at).changes()
-
-
-def chaudhry_forgetting(accuracy: Accuracy, learned_at: Sequence[int] | None = None) -> float:
-    """Forgetting F_T of Chaudhry et al. (ECCV 2018, eq. 3): best earlier minus final score; positive if forgotten.
-
-    ``F_T = 1/(T-1) * sum_{j<T} (max_{l<T} R[l][j] - R[T][j])``.
-
-    Args:
-        accuracy: ``[T, K]``.
-        learned_at: ``[K]`` stage at which each task is learned; task j at stage j by default.
-    """
-    return -forgetting_measure(accuracy, learned_at=learned_at)
 
 
 def backward_transfer(accuracy: Accuracy, learned_at: Sequence[int] | None = None) -> float:
@@ -198,38 +186,6 @@ def probe_minima(probes: Accuracy) -> list[float]:
         probes: ``[T, K]`` scores of K probes after each stage.
     """
     return [min(scores) for scores in zip(*(_numbers(row) for row in probes), strict=True)]
-
-
-def wilson_interval(accuracy: float, num_samples: int, level: float = 0.95) -> tuple[float, float]:
-    """Confidence interval of a share of right answers (Wilson, JASA 1927); never leaves [0, 1].
-
-    For scores between 0 and 1 (``vqa``) it is too wide rather than too narrow: no distribution on [0, 1] varies more
-    than right-or-wrong does.
-
-    Args:
-        accuracy: Share of right answers, in [0, 1].
-        num_samples: Answers graded.
-        level: Probability with which such intervals hold the true share.
-
-    >>> [round(bound, 3) for bound in wilson_interval(0.5, 100)]
-    [0.404, 0.596]
-    """
-    if not 0 <= accuracy <= 1:
-        raise ValueError(f"accuracy={accuracy} must lie in [0, 1]")
-    if num_samples < 1:
-        raise ValueError(f"num_samples={num_samples}: an interval needs at least one sample")
-    check_level(level)
-    z = NormalDist().inv_cdf((1 + level) / 2)
-    shrink = 1 + z**2 / num_samples
-    center = (accuracy + z**2 / (2 * num_samples)) / shrink
-    half = z / shrink * math.sqrt(accuracy * (1 - accuracy) / num_samples + z**2 / (4 * num_samples**2))
-    return max(0.0, center - half), min(1.0, center + half)
-
-
-def check_level(level: float) -> None:
-    """Refuses a level of confidence that is no probability."""
-    if not 0 < level < 1:
-        raise ValueError(f"level={level} must lie between 0 and 1, e.g. 0.95")
 
 
 class _Table:

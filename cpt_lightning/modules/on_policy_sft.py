@@ -14,7 +14,7 @@ from cpt_lightning.functional import Reduction, token_weights, weighted_sum
 from cpt_lightning.modules.group_rollouts import GroupRollouts
 from cpt_lightning.modules.updates import Loss, UpdateStats
 from cpt_lightning.rollouts import Hint, Selection
-from cpt_lightning.rollouts.selection import Verdict
+from cpt_lightning.rollouts.selection import Fate
 from cpt_lightning.types import Batch, Completions, Prompts, Rollout
 
 
@@ -93,11 +93,11 @@ class OnPolicySFT(GroupRollouts):
         hinted = prompts if self.hint is None else self.hint.show(self.processor, prompts)
         return replace(self.collect(hinted, batch_idx), prompts=prompts)
 
-    def judge(self, rollout: Rollout) -> list[Verdict]:
+    def judge(self, rollout: Rollout) -> list[Fate]:
         """What becomes of each of the N completions."""
         lengths = rollout.completions.lengths.tolist()
         ends = rollout.completions.ended(self.processor.stop_token_ids).tolist()
-        verdicts: list[Verdict] = []
+        verdicts: list[Fate] = []
         for start in range(0, len(lengths), self.group_size):
             group = slice(start, start + self.group_size)
             verdicts += self.selection.judge(rollout.texts[group], rollout.scores[group], lengths[group], ends[group])
@@ -126,7 +126,7 @@ class OnPolicySFT(GroupRollouts):
         loss = -weighted_sum(logps, weigh(chosen.mask), chosen.mask)
         return loss, UpdateStats(loss.detach())
 
-    def _log_kept(self, verdicts: Sequence[Verdict], kept: Tensor) -> None:
+    def _log_kept(self, verdicts: Sequence[Fate], kept: Tensor) -> None:
         shown = {"train/kept_fraction": kept.float().mean(), "train/learned_rows": kept.any(dim=1).float().mean()}
         self.log_means(shown, num_rows=len(kept))
         # Not exchanged: ranks have different reasons.

@@ -8,14 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cpt_lightning.models.adapters import (
-    AlongStream,
-    adapter_weights,
-    adapters_replaced,
-    begin_adapters_anew,
-    merge_earlier,
-    merge_into_base,
-)
+from cpt_lightning.models.adapted_layers import begin_adapters_anew, merge_earlier, merge_into_base
+from cpt_lightning.models.adapters import AlongStream, adapter_weights, adapters_replaced
 from cpt_lightning.modules.resumable import KEY, Resumable
 from cpt_lightning.rollouts.sampling import keyed_generator
 

@@ -24,18 +24,18 @@ from cpt_lightning.pictures.contact_sheet import (
 )
 from cpt_lightning.types import Example
 
-Verdict = Literal["newly forgotten", "forgotten", "wrong", "right"]
+Outcome = Literal["newly forgotten", "forgotten", "wrong", "right"]
 """``forgotten``: wrong now, but right after its own task; ``newly``: and when it was asked last."""
-VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
-COLOURS: dict[Verdict, str] = {
+COLOURS: dict[Outcome, str] = {
     "newly forgotten": "#d55e00",
     "forgotten": "#d55e00",
     "wrong": "#595959",
     "right": "#0072b2",
 }
 QUESTION = "#5f5f5f"
-MARKS: dict[Verdict, str] = {"newly forgotten": "✗", "forgotten": "✗", "wrong": "✗", "right": "✓"}
+MARKS: dict[Outcome, str] = {"newly forgotten": "✗", "forgotten": "✗", "wrong": "✗", "right": "✓"}
 
 NUM_COLUMNS = 2
 MARGIN = 14
@@ -56,13 +56,13 @@ class Said:
         example: The row, with its images.
         completion: The answer.
         scores: Parts of its reward.
-        verdict: What became of the row.
+        outcome: What became of the row.
     """
 
     example: Example
     completion: str
     scores: Mapping[str, float]
-    verdict: Verdict
+    outcome: Outcome
 
 
 def completion_panel(title: str, rows: Sequence[Said]) -> Image.Image:
@@ -96,7 +96,7 @@ def _lines(row: Said) -> list[Line]:
         *((line, QUESTION) for line in wrap(question_of(row.example), TEXT_WIDTH, MAX_QUESTION_LINES)),
         *((line, ANSWER) for line in wrap(f"gold {answer_of(row.example)}", TEXT_WIDTH, MAX_ANSWER_LINES)),
         *((line, INK) for line in said),
-        *((line, COLOURS[row.verdict]) for line in wrap(parts, TEXT_WIDTH, MAX_PARTS_LINES)),
+        *((line, COLOURS[row.outcome]) for line in wrap(parts, TEXT_WIDTH, MAX_PARTS_LINES)),
     ]
 
 
@@ -115,8 +115,8 @@ def _draw_card(
     panel: Image.Image, row: Said, lines: Sequence[Line], left: int, top: int, frame: tuple[int, int]
 ) -> None:
     draw = ImageDraw.Draw(panel)
-    header = f"{MARKS[row.verdict]} {row.verdict}"
-    draw.text((left, top + 2), header, fill=COLOURS[row.verdict], font=font(13, bold=True))
+    header = f"{MARKS[row.outcome]} {row.outcome}"
+    draw.text((left, top + 2), header, fill=COLOURS[row.outcome], font=font(13, bold=True))
     beside = left + frame[0] + (MARGIN if frame[0] else 0)
     top += HEADER_HEIGHT
     if frame[0]:

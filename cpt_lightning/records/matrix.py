@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from cpt_lightning.functional import accuracy_matrix as metrics
+from cpt_lightning.functional.intervals import wilson_interval
 from cpt_lightning.records.files import replace_text
 
 VERSION = 1
@@ -215,7 +216,7 @@ class AccuracyMatrix:
 def _cell(cell: Cell, confidence: float | None, bold: bool) -> str:
     text = f"{100 * cell['accuracy']:.1f}"
     if confidence is not None:
-        low, high = metrics.wilson_interval(cell["accuracy"], cell["num_samples"], confidence)
+        low, high = wilson_interval(cell["accuracy"], cell["num_samples"], confidence)
         text += f" ±{50 * (high - low):.1f}"
     return f"[bold]{text}[/]" if bold else text
 

@@ -29,7 +29,7 @@ STUDY = "study.json"
 
 
 @dataclass(frozen=True)
-class Verdicts:
+class JudgedStage:
     """What a rollout filter found about the rows of a stage.
 
     Args:
@@ -149,7 +149,7 @@ class RunFolder:
         return _part(path, "measurements") if path.exists() else None
 
     @cached_property
-    def verdicts(self) -> dict[str, Verdicts]:
+    def verdicts(self) -> dict[str, JudgedStage]:
         """Those of a rollout filter, by the name of the stage."""
         paths = sorted(self.path.glob("filter/*.jsonl"), key=lambda path: path.stat().st_mtime)
         return {path.name.split(".")[0]: _verdicts(path) for path in paths if path.stat().st_size}
@@ -211,14 +211,14 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _verdicts(path: Path) -> Verdicts:
+def _verdicts(path: Path) -> JudgedStage:
     header, *rows = _lines(path)
     if "completions_per_row" not in header:
         raise _broken(path, "line 1 has no completions_per_row")
     for number, row in enumerate(rows, start=2):
         if missing := {"refused", "pass_count"} - set(row):
             raise _broken(path, f"line {number} has no {', '.join(sorted(missing))}")
-    return Verdicts(header, rows, is_finished=not path.name.endswith(".judging.jsonl"))
+    return JudgedStage(header, rows, is_finished=not path.name.endswith(".judging.jsonl"))
 
 
 def _broken(path: Path, why: object) -> ValueError:

@@ -118,7 +118,7 @@ def _distances(run: RunFolder) -> Figures:
 
 def _costs(run: RunFolder) -> Figures:
     logged = run.logged
-    filtered = sum(verdicts.num_completions for verdicts in run.verdicts.values())
+    filtered = sum(judged.num_completions for judged in run.verdicts.values())
     rollouts = (logged.total("perf/rollouts") or 0.0) + filtered + run.num_collected
     seconds = logged.seconds if run.seconds is None else run.seconds
     return {

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from cpt_lightning.records.run import Verdicts
+from cpt_lightning.records.run import JudgedStage
 from cpt_lightning.report.arms import Arm
 
 
@@ -41,21 +41,21 @@ def filtered(arms: Sequence[Arm]) -> Iterator[Filtered]:
     """Every stage that any run filtered."""
     for arm in arms:
         for seed, run in arm.runs.items():
-            for stage, verdicts in run.verdicts.items():
-                yield _summary(arm.name, seed, stage, verdicts)
+            for stage, judged in run.verdicts.items():
+                yield _summary(arm.name, seed, stage, judged)
 
 
-def _summary(arm: str, seed: int | str, stage: str, verdicts: Verdicts) -> Filtered:
-    rows = verdicts.rows
+def _summary(arm: str, seed: int | str, stage: str, judged: JudgedStage) -> Filtered:
+    rows = judged.rows
     tried = [row for row in rows if row["refused"] is None]
-    attempts = verdicts.header["completions_per_row"] * len(tried)
-    reasons = Counter(row["reason"] for row in rows if not row["kept"]) if verdicts.is_finished else Counter()
+    attempts = judged.header["completions_per_row"] * len(tried)
+    reasons = Counter(row["reason"] for row in rows if not row["kept"]) if judged.is_finished else Counter()
     return Filtered(
         arm, seed, stage,
         num_rows=len(rows),
-        kept=100 * sum(row["kept"] for row in rows) / len(rows) if rows and verdicts.is_finished else None,
+        kept=100 * sum(row["kept"] for row in rows) / len(rows) if rows and judged.is_finished else None,
         pass_rate=100 * sum(row["pass_count"] for row in tried) / attempts if attempts else None,
         reasons=", ".join(f"{reason}: {number}" for reason, number in reasons.most_common()),
-        num_completions=verdicts.num_completions,
-        minutes=sum(row.get("time_s", 0.0) for row in rows) / 60 if verdicts.num_completions else 0.0,
+        num_completions=judged.num_completions,
+        minutes=sum(row.get("time_s", 0.0) for row in rows) / 60 if judged.num_completions else 0.0,
     )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cpt_lightning.functional.bootstrap import percentile_interval, resampled_means
+from cpt_lightning.functional.intervals import percentile_interval, resampled_means
 from cpt_lightning.records import AccuracyMatrix, RunFolder
 from cpt_lightning.records.matrix import Cell, Scores
 from cpt_lightning.records.run import MATRIX, SAMPLES

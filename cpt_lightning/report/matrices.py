@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from cpt_lightning.functional.accuracy_matrix import wilson_interval
+from cpt_lightning.functional.intervals import wilson_interval
 from cpt_lightning.pictures.matrix import columns_of
 from cpt_lightning.records import AccuracyMatrix
 from cpt_lightning.records.matrix import Cell, Scores

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cpt_lightning.callbacks.meter import clock
+from cpt_lightning.callbacks.display.meter import clock
 from cpt_lightning.records.matrix import AccuracyMatrix
 from cpt_lightning.records.run import MATRIX, RunFolder
 from cpt_lightning.report.figures import figures_of

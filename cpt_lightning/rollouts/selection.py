@@ -9,9 +9,9 @@ from typing import Literal, get_args
 from cpt_lightning.rewards import is_right
 from cpt_lightning.tasks.prompts import SPECIAL_TOKEN
 
-Verdict = Literal["kept", "unfinished", "incorrect", "short", "long", "special_token", "duplicate", "surplus"]
+Fate = Literal["kept", "unfinished", "incorrect", "short", "long", "special_token", "duplicate", "surplus"]
 """What becomes of a completion: ``kept``, or why it is not."""
-VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
+FATES: tuple[Fate, ...] = get_args(Fate)
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Selection:
 
     def judge(
         self, texts: Sequence[str], scores: Sequence[dict[str, float]], lengths: Sequence[int], ended: Sequence[bool]
-    ) -> list[Verdict]:
+    ) -> list[Fate]:
         """What becomes of each of one row's completions.
 
         Args:
@@ -69,20 +69,20 @@ class Selection:
         >>> Selection(per_row=1).judge(["4", "5", "4", "four"], [right, wrong, right, right], [2] * 4, [True] * 4)
         ['kept', 'incorrect', 'duplicate', 'surplus']
         """
-        verdicts: list[Verdict] = []
+        fates: list[Fate] = []
         seen: set[str] = set()
         for text, score, length, end in zip(texts, scores, lengths, ended, strict=True):
-            verdict = self._alone(text, score, length, end)
-            if verdict == "kept" and self.distinct and text in seen:  # of what is kept: a cut-off one has the same text
-                verdict = "duplicate"
-            if verdict == "kept" and self.per_row is not None and verdicts.count("kept") >= self.per_row:
-                verdict = "surplus"
-            if verdict == "kept":
+            fate = self._alone(text, score, length, end)
+            if fate == "kept" and self.distinct and text in seen:  # of what is kept: a cut-off one has the same text
+                fate = "duplicate"
+            if fate == "kept" and self.per_row is not None and fates.count("kept") >= self.per_row:
+                fate = "surplus"
+            if fate == "kept":
                 seen.add(text)
-            verdicts.append(verdict)
-        return verdicts
+            fates.append(fate)
+        return fates
 
-    def _alone(self, text: str, score: dict[str, float], length: int, ended: bool) -> Verdict:
+    def _alone(self, text: str, score: dict[str, float], length: int, ended: bool) -> Fate:
         """What a completion is by itself, whatever its siblings are."""
         if self.finished_only and not ended:
             return "unfinished"

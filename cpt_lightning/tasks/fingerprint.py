@@ -13,8 +13,9 @@ from dataclasses import fields, is_dataclass
 from functools import partial
 from types import BuiltinFunctionType, FunctionType
 
+from cpt_lightning.tasks.rows import Split
 from cpt_lightning.tasks.splits import spaced
-from cpt_lightning.tasks.task import Split, Task
+from cpt_lightning.tasks.task import Task
 from cpt_lightning.types import Gold
 
 VERSION = 1

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from cpt_lightning.tasks.files import is_saved
 from cpt_lightning.tasks.records import ArrowRecords
+from cpt_lightning.tasks.rows import SPLITS, Split
 from cpt_lightning.tasks.sources import TableRows
 from cpt_lightning.tasks.tables import JoinedTable, Part, Table
-from cpt_lightning.tasks.task import SPLITS, Split
 
 HUB_TIMEOUT_S = 10
 """After which the hub counts as unreachable, at the second try."""

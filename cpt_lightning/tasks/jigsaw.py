@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from cpt_lightning.tasks.images import load_image
+from cpt_lightning.tasks.rows import SPLITS, LazySequence, Row, Source, Split, check_split
 from cpt_lightning.tasks.splits import check_fractions, cut_by_group
-from cpt_lightning.tasks.task import SPLITS, LazySequence, Row, Source, Split, check_split
 
 Convention = Literal["source", "target"]
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}

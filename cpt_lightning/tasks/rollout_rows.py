@@ -10,8 +10,8 @@ from pathlib import Path
 from cpt_lightning.tasks.chats import BadRecord, read_turns
 from cpt_lightning.tasks.files import check_files, open_files
 from cpt_lightning.tasks.prompts import Prompt
+from cpt_lightning.tasks.rows import LazySequence, Row, Source, Split, check_split
 from cpt_lightning.tasks.tables import Table
-from cpt_lightning.tasks.task import LazySequence, Row, Source, Split, check_split
 
 AS_IT_WAS = Prompt()
 """Adds nothing to the turns that are in the file."""

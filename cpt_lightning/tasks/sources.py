@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from cpt_lightning.tasks.choices import has_options
+from cpt_lightning.tasks.columns import IMAGE_COLUMNS, Columns
 from cpt_lightning.tasks.files import check_files, open_files
-from cpt_lightning.tasks.forms import IMAGE_COLUMNS, Columns
+from cpt_lightning.tasks.rows import SPLITS, LazySequence, Row, Source, Split, check_split
 from cpt_lightning.tasks.splits import check_fractions, cut_by_group
 from cpt_lightning.tasks.tables import Table
-from cpt_lightning.tasks.task import SPLITS, LazySequence, Row, Source, Split, check_split
 
 
 @dataclass(kw_only=True)

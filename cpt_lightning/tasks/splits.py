@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from cpt_lightning.tasks.task import Split
+from cpt_lightning.tasks.rows import Split
 
 
 def check_fractions(val_fraction: float, test_fraction: float = 0.0) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.random import Generator
 
-from cpt_lightning.tasks.task import LazySequence, Row, Source, Split
+from cpt_lightning.tasks.rows import LazySequence, Row, Source, Split
 from cpt_lightning.tasks.toy_drawings import DRAWERS
 from cpt_lightning.tasks.toy_scenes import ASKERS, draw_scene, make_scene
 from cpt_lightning.tasks.toy_text import TEXT_ASKERS, reason_like_a_teacher, think
@@ -68,7 +68,7 @@ def toy_rows(family: str, seed: int, split: str, num_rows: int) -> LazySequence[
     """Rows of one family and split, drawn on access; of the split ``"pretrain"`` the embedded base is made."""
 
     def draw(index: int) -> Row:
-        row = draw_row(family, keyed_generator(family, seed, split, index), split)
+        row = draw_row(family, keyed_rng(family, seed, split, index), split)
         row.row_id = f"toy/{family}/{split}/{index}"
         return row
 
@@ -97,7 +97,7 @@ def draw_row(family: str, rng: Generator, split: str) -> Row:
     return Row(row_id=f"toy/{family}/{split}", question=question, answer=answer, images=images, fields=fields)
 
 
-def keyed_generator(*key: object) -> Generator:
+def keyed_rng(*key: object) -> Generator:
     """A random generator that depends on the key alone, the same on every machine and in every process."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=16).digest()
     return np.random.default_rng(int.from_bytes(digest, "big"))

@@ -13,8 +13,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from cpt_lightning.tasks.rows import LazySequence, Row, Source, Split, check_split
 from cpt_lightning.tasks.splits import check_fractions, cut_by_group
-from cpt_lightning.tasks.task import LazySequence, Row, Source, Split, check_split
 
 QuestionType = Literal["shape", "color", "yes_no", "has_shape", "has_color", "lacks_shape", "lacks_color"]
 QUESTION_TYPES: tuple[QuestionType, ...] = get_args(QuestionType)

@@ -12,8 +12,8 @@ import pytest
 import torch
 from regression import regression, with_intervals
 
-from cpt_lightning.callbacks.fisher import fisher_of_answers
-from cpt_lightning.callbacks.fisher import gradient_risk as risk_of_gradients
+from cpt_lightning.callbacks.methods.fisher import fisher_of_answers
+from cpt_lightning.callbacks.methods.fisher import gradient_risk as risk_of_gradients
 from cpt_lightning.functional import leave_one_out_advantages, token_weights
 from cpt_lightning.models import Backbone
 from cpt_lightning.modules import RFT

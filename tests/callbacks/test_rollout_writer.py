@@ -15,7 +15,7 @@ from cpt_lightning.models import Backbone
 from cpt_lightning.models.fingerprint import model_fingerprint
 from cpt_lightning.modules import SFT
 from cpt_lightning.rollouts import Attempts, Hint, Sampling, Selection
-from cpt_lightning.rollouts.selection import VERDICTS
+from cpt_lightning.rollouts.selection import FATES
 from cpt_lightning.tasks import Columns, FileRows, Prompt, RolloutRows, Task, ToyWorld
 from tests.training import sgd
 
@@ -116,9 +116,7 @@ def test_a_summary_counts_what_was_sampled_and_says_if_rows_were_left_out(small_
         summary = json.loads((tmp_path / f"{name}_summary.json").read_text())
         rows = TaskRows(tmp_path / f"{name}.jsonl")
         assert (summary["num_completions"], summary["all_rows"]) == (3 * num, limit == 1.0)
-        assert (
-            summary["verdicts"] == dict.fromkeys(VERDICTS, 0) | {"kept": num, "surplus": 2 * num} and len(rows) == num
-        )
+        assert summary["verdicts"] == dict.fromkeys(FATES, 0) | {"kept": num, "surplus": 2 * num} and len(rows) == num
         assert summary["model"] == rows[0]["model"] and summary["sampling"] == rows[0]["sampling"]
 
 

@@ -12,14 +12,12 @@ from hypothesis import strategies as st
 from cpt_lightning.functional.accuracy_matrix import (
     average_accuracy,
     backward_transfer,
-    chaudhry_forgetting,
     forgetting_measure,
     forward_transfer,
     learning,
     mean_average_accuracy,
     probe_changes,
     probe_minima,
-    wilson_interval,
     worst_dip,
 )
 
@@ -56,7 +54,6 @@ def test_forgetting_measure_is_final_minus_best_earlier_over_earlier_tasks():
     """
     assert forgetting_measure(RECOVERY) == pytest.approx(-0.03)
     assert forgetting_measure(RECOVERY, normalizer="all") == pytest.approx(-0.02)
-    assert chaudhry_forgetting(RECOVERY) == pytest.approx(0.03)
 
 
 def test_the_best_earlier_score_may_be_older_than_the_learning_of_the_task():
@@ -173,32 +170,14 @@ def test_probes_show_the_end_and_the_way_there():
     assert probe_minima(probes) == [0.25, 0.9]
 
 
-@pytest.mark.parametrize(
-    "num_right, num_samples, low, high", [(5, 10, 0.2366, 0.7634), (0, 10, 0.0, 0.2775), (81, 263, 0.2553, 0.3662)]
-)
-def test_wilson_interval_by_hand(num_right, num_samples, low, high):
-    """With z = 1.96, z^2 = 3.8415. 5 of 10: center .5, half 1.96/1.38415*sqrt(.025 + .0096) = .2634.
-
-    0 of 10: [0, z^2/(10 + z^2)] = .2775. 81 of 263 is Newcombe's example (Statistics in Medicine 17, 1998, table I).
-    """
-    assert wilson_interval(num_right / num_samples, num_samples) == pytest.approx((low, high), abs=1e-4)
-
-
-def test_wilson_interval_refuses_what_is_no_share():
-    for arguments, name in (((1.2, 10), "accuracy"), ((0.5, 0), "num_samples"), ((0.5, 10, 95), "level")):
-        with pytest.raises(ValueError, match=name):
-            wilson_interval(*arguments)
-
-
 SCORES = st.floats(0, 1)
 
 
 @given(st.integers(2, 5).flatmap(lambda n: st.lists(st.lists(SCORES, min_size=n, max_size=n), min_size=n, max_size=n)))
 @settings(deadline=None)  # a busy machine is no failure
 def test_definitions_relate_as_they_must(accuracy):
-    """FM never exceeds BWT (best earlier >= diagonal), is -F, and no task ends further below its best than the dip."""
+    """FM never exceeds BWT (best earlier >= diagonal), and no task ends further below its best than the dip."""
     forgotten = forgetting_measure(accuracy)
     assert forgotten <= backward_transfer(accuracy) + 1e-12
-    assert forgotten == -chaudhry_forgetting(accuracy)
     assert -forgotten <= worst_dip(accuracy) + 1e-12
     assert forgetting_measure(accuracy, "all") == pytest.approx(forgotten * (len(accuracy) - 1) / len(accuracy))

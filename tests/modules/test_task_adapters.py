@@ -6,7 +6,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from cpt_lightning.models import Backbone
-from cpt_lightning.models.adapters import Lora, adapter_weights, adapters_off, begin_adapters_anew, merge_into_base
+from cpt_lightning.models.adapted_layers import begin_adapters_anew, merge_into_base
+from cpt_lightning.models.adapters import Lora, adapter_weights, adapters_off
 from cpt_lightning.modules import RFT, SFT
 from cpt_lightning.rollouts import Sampling, completion_logprobs
 from tests.training import with_examples

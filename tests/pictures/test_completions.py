@@ -10,17 +10,17 @@ from cpt_lightning.tasks import Reward
 from cpt_lightning.types import Example
 
 
-def said(completion="<answer>4</answer>", verdict="right", images=(), question="What is 2 + 2?") -> Said:
+def said(completion="<answer>4</answer>", outcome="right", images=(), question="What is 2 + 2?") -> Said:
     messages = [{"role": "user", "content": [*[{"type": "image"}] * len(images), {"type": "text", "text": question}]}]
     example = Example("t", "r:0", messages, "4", Reward(), images=list(images))
-    return Said(example, completion, {"total": 1.0, "accuracy": 1.0, "format": 0.5}, verdict)
+    return Said(example, completion, {"total": 1.0, "accuracy": 1.0, "format": 0.5}, outcome)
 
 
 def colours_of(image: Image.Image) -> set[str]:
     return {f"#{red:02x}{green:02x}{blue:02x}" for _, (red, green, blue) in image.getcolors(1 << 24)}
 
 
-def test_pictures_verdicts_and_texts_are_there(monkeypatch):
+def test_pictures_outcomes_and_texts_are_there(monkeypatch):
     written = []
     monkeypatch.setattr("PIL.ImageDraw.ImageDraw.text", lambda self, place, text, **_: written.append(text))
     red, blue = Image.new("RGB", (3000, 30), "red"), Image.new("RGB", (30, 3000), "blue")
@@ -33,9 +33,9 @@ def test_pictures_verdicts_and_texts_are_there(monkeypatch):
     ]  # fmt: skip
 
 
-def test_each_verdict_has_its_colour():
-    for verdict, colour in COLOURS.items():
-        assert colour in colours_of(completion_panel("t", [said(verdict=verdict)]))
+def test_each_outcome_has_its_colour():
+    for outcome, colour in COLOURS.items():
+        assert colour in colours_of(completion_panel("t", [said(outcome=outcome)]))
 
 
 def test_text_alone_takes_less_room():

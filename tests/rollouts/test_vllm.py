@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from cpt_lightning.models import Lora, Quantization, load_backbone
-from cpt_lightning.models.adapters import adapter_weights, adapters_replaced, merge_into_base, plain_weights
+from cpt_lightning.models.adapted_layers import merge_into_base, plain_weights
+from cpt_lightning.models.adapters import adapter_weights, adapters_replaced
 from cpt_lightning.rollouts import VLLM, Sampling, completion_logprobs, sample_groups
 from cpt_lightning.rollouts.vllm import sampler as vllm_sampler
 from cpt_lightning.rollouts.vllm.probe import Probe

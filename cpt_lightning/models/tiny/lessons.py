@@ -12,7 +12,7 @@ from numpy.random import Generator
 from PIL import Image
 
 from cpt_lightning.tasks import load_image
-from cpt_lightning.tasks.toy import draw_row, keyed_generator
+from cpt_lightning.tasks.toy import draw_row, keyed_rng
 from cpt_lightning.tasks.toy_drawings import ask_chart, draw_chart
 from cpt_lightning.tasks.toy_scenes import ASKERS, draw_scene, make_scene
 from cpt_lightning.tasks.toy_text import think
@@ -64,7 +64,7 @@ def single_lesson(rng: Generator, family: str) -> Lesson:
 
 def make_lessons(seed: int, step: int, recipe: dict[str, int]) -> list[Lesson]:
     """The lessons of one step: ``recipe`` counts scenes, charts, and single questions by family."""
-    rng = keyed_generator("pretrain", seed, step)
+    rng = keyed_rng("pretrain", seed, step)
     makers = {"scenes": scene_lesson, "charts": chart_lesson}
     lessons = []
     for name, count in recipe.items():

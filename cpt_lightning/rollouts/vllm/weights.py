@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from cpt_lightning.models.adapters import plain_weights
+from cpt_lightning.models.adapted_layers import plain_weights
 from cpt_lightning.models.sharding import whole
 
 if TYPE_CHECKING:

@@ -1,0 +1,88 @@
+"""What a callback measures over a run: a file beside ``config.yaml``, and what survives a resume."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from cpt_lightning.records.files import replace_text
+
+VERSION = 1
+
+
+class Recorder(Callback):
+    """Keeps ``measurements``, goes on with those of a checkpoint, and says at the end of a run what measuring took.
+
+    ``filename`` names the file, beside ``config.yaml``.
+
+    Raises:
+        ValueError: The checkpoint was measured otherwise.
+    """
+
+    filename: str
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.measurements: list[dict] = []
+        self._seconds, self._start = 0.0, 0.0
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What figures depend on; with others they would not compare."""
+        return {}
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """All that the file has, as plain lists and numbers."""
+        return {**self.settings, "measurements": self.measurements}
+
+    def save(self, trainer: Trainer) -> None:
+        """Replaces the file; all ranks must ask."""
+        folder = trainer.log_dir  # a broadcast
+        if trainer.is_global_zero and folder is not None and not trainer.fast_dev_run:
+            text = json.dumps({"version": VERSION, **self.record}, indent=2) + "\n"
+            replace_text(Path(folder) / self.filename, text)
+
+    # -- over a resume -----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The record, beside what else is kept."""
+        return {**super().state_dict(), **self.record}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on with the record of a checkpoint."""
+        super().load_state_dict(state_dict)
+        for name, now in self.settings.items():
+            if (before := state_dict[name]) != now:
+                raise ValueError(
+                    f"{type(self).__name__}: the checkpoint was measured with {name}={before!r}, now it is {now!r}, "
+                    "and its figures would not compare; restore it, or begin a new run"
+                )
+        self.measurements = list(state_dict["measurements"])
+
+    # -- what it costs -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """The time within is spent on measuring."""
+        start = time.perf_counter()
+        yield
+        self._seconds += time.perf_counter() - start
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock."""
+        super().on_train_start(trainer, pl_module)
+        self._seconds, self._start = 0.0, time.perf_counter()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Says what all of it cost."""
+        share = self._seconds / (time.perf_counter() - self._start)
+        name = type(self).__name__
+        rank_zero_info(f"{name}: took {self._seconds:.1f} s, {share:.1%} of the time of training and evaluation")

@@ -1,0 +1,1 @@
+"""Methods against forgetting that act on weights: they are held back, or merged."""
