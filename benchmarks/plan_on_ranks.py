@@ -31,7 +31,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers.utils.logging import disable_progress_bar
 
 from cpt_lightning.cli.plan.devices import Devices
-from cpt_lightning.cli.plan.memory import Workload, make_plan
+from cpt_lightning.cli.plan.memory import make_plan
+from cpt_lightning.cli.plan.phases import Workload
 from cpt_lightning.modules import PostTraining
 from cpt_lightning.types import Batch
 

@@ -23,7 +23,8 @@ from presets import PRESETS, PresetBackbone
 from torch.utils.data import DataLoader
 
 from cpt_lightning.cli.plan.devices import Devices
-from cpt_lightning.cli.plan.memory import Workload, make_plan
+from cpt_lightning.cli.plan.memory import make_plan
+from cpt_lightning.cli.plan.phases import Workload
 from cpt_lightning.cli.plan.worst_batch import full_completions, longest_prompts
 from cpt_lightning.models.memory import LiveBytes
 from cpt_lightning.modules import RFT, SFT, PostTraining

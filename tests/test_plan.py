@@ -9,7 +9,8 @@ import torch
 
 from cpt_lightning.cli import main
 from cpt_lightning.cli.plan.devices import Devices, gpu_bytes
-from cpt_lightning.cli.plan.memory import Plan, Workload, make_plan
+from cpt_lightning.cli.plan.memory import make_plan
+from cpt_lightning.cli.plan.phases import Plan, Workload
 from cpt_lightning.cli.plan.weights import weightless_model
 from cpt_lightning.cli.plan.worst_batch import full_completions, longest_prompts
 from cpt_lightning.models import Backbone

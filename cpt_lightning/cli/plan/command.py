@@ -9,7 +9,8 @@ import torch
 from cpt_lightning.cli.inspect.command import BeforehandCLI
 from cpt_lightning.cli.inspect.tables import console
 from cpt_lightning.cli.plan.devices import USABLE, Devices, gpu_bytes
-from cpt_lightning.cli.plan.memory import Workload, make_plan
+from cpt_lightning.cli.plan.memory import make_plan
+from cpt_lightning.cli.plan.phases import Workload
 from cpt_lightning.cli.plan.tables import advice, arithmetic, phase_table, verdict
 
 DESCRIPTION = """\

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from cpt_lightning.cli.plan.devices import Devices
+from cpt_lightning.cli.plan.phases import Phase, Plan, Workload
 from cpt_lightning.cli.plan.weights import (
     OptimizerCost,
     bytes_of,
@@ -39,65 +40,6 @@ from cpt_lightning.rollouts import Sampling, completion_hidden, completion_logpr
 from cpt_lightning.rollouts.cache import GroupCache
 from cpt_lightning.rollouts.sampling import casts_kept, sampling_mode
 from cpt_lightning.types import Completions, Prompts
-
-
-@dataclass
-class Workload:
-    """The sizes of a run that are not the module's own.
-
-    Args:
-        prompt_tokens: Of the longest prompt.
-        target_tokens: Of the longest target that is learned by SFT.
-        num_images: Of every prompt.
-        prompts_per_step: Over all devices.
-        eval_prompts_per_step: Over all devices.
-        accumulate_grad_batches: Batches whose gradients are added up (SFT).
-    """
-
-    prompt_tokens: int
-    target_tokens: int = 256
-    num_images: int = 1
-    prompts_per_step: int = 16
-    eval_prompts_per_step: int = 64
-    accumulate_grad_batches: int = 1
-
-
-@dataclass
-class Phase:
-    """What lives at the worst moment of a part of a run, in bytes.
-
-    Args:
-        name: Of the part.
-        kinds: Bytes by what they are for.
-    """
-
-    name: str
-    kinds: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return sum(self.kinds.values())
-
-
-@dataclass
-class Plan:
-    """What a run needs of each device.
-
-    Args:
-        num_weights: Of the backbone.
-        num_trainable: Of them and of adapters, what is trained.
-        phases: The parts of a run.
-    """
-
-    num_weights: int
-    num_trainable: int
-    phases: list[Phase]
-
-    @property
-    def peak(self) -> Phase:
-        """The phase that needs most."""
-        return max(self.phases, key=lambda phase: phase.total)
 
 
 def make_plan(module: PostTraining, workload: Workload, devices: Devices) -> Plan:

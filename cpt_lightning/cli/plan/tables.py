@@ -6,7 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cpt_lightning.cli.plan.devices import Devices
-from cpt_lightning.cli.plan.memory import Plan, Workload
+from cpt_lightning.cli.plan.phases import Plan, Workload
 from cpt_lightning.modules import PostTraining
 from cpt_lightning.modules.group_rollouts import GroupRollouts
 
