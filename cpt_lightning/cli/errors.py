@@ -44,9 +44,9 @@ def complaint(error: BaseException) -> str | None:
     """
     if not isinstance(error, ValueError):
         return None
-    if _IN_A_WORKER in str(error):
-        file = re.findall(r'File "([^"]+)"', str(error))[-1]
+    files = re.findall(r'File "([^"]+)", line', str(error))
+    if files and _IN_A_WORKER in str(error):
         said = str(error).rpartition("\nValueError: ")[2]
-        return said.strip() if file.startswith(_PACKAGE) else None
+        return said.strip() if files[-1].startswith(_PACKAGE) else None
     file = traceback.extract_tb(error.__traceback__)[-1].filename
     return str(error) if file.startswith(_PACKAGE) else None
