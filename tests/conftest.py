@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING
 
 # Before torch is imported: two threads collapse on a busy machine, and nothing here may reach for the hub.
@@ -34,6 +35,13 @@ def seeded() -> None:
     """Every test starts from the same random state and runs on one thread."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def first_event_files(monkeypatch) -> None:
+    """A process numbers TensorBoard's files, and what reads them takes a tenth for one before the second."""
+    if writer := sys.modules.get("tensorboard.summary.writer.event_file_writer"):
+        monkeypatch.setattr(writer, "_global_uid", writer.AtomicCounter(0))
 
 
 @pytest.fixture

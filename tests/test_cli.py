@@ -10,13 +10,15 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin_data
-from tensorboard.summary.writer import event_file_writer
 
 from cpt_lightning import __version__
 from cpt_lightning.cli import main
+from cpt_lightning.cli.errors import complaint
 from cpt_lightning.cli.lightning_cli import CPTCLI
 from cpt_lightning.cli.run_directory import run_directory
 from cpt_lightning.records.environment import read_starts
+from cpt_lightning.records.logged import Logged
+from cpt_lightning.tasks.splits import check_fractions
 
 STREAM = """
 tasks:
@@ -142,9 +144,7 @@ def test_the_last_checkpoint_by_name_starts_or_goes_on(tmp_path, config):
     assert parse_session_start_info_plugin_data(hparams).hparams["objective"].string_value == "SFT"
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_leaves_nothing_in_tensorboard(tmp_path, config, monkeypatch):
-    # A process numbers its files, and what reads them takes a tenth for one before the second.
-    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
+def test_a_run_that_was_killed_before_its_first_checkpoint_leaves_nothing_in_tensorboard(tmp_path, config):
     command = ["fit", "-c", config, "--data.steps=1", "--trainer.max_epochs=1", "--ckpt_path=last"]
     main(command)
     for checkpoint in (tmp_path / "run").glob("*.ckpt"):
@@ -251,6 +251,16 @@ def test_what_a_library_raises_keeps_its_traceback(config):
         main(["fit", "-c", config, "--trainer.logger=false", "--trainer.limit_val_batches=0.4"])
     with pytest.raises(ValueError, match="Invalid learning rate: -1"):
         main(["fit", "-c", config, "--trainer.logger=false", "--model.optimizer.lr=-1"])
+
+
+def test_what_nobody_meant_to_refuse_is_no_complaint():
+    """Both come out of a line of the package; one of them says what it refuses."""
+    with pytest.raises(ValueError, match="leave nothing of train") as meant:
+        check_fractions(0.5, 0.5)
+    assert complaint(meant.value) == str(meant.value)
+    with pytest.raises(ValueError, match="empty") as mistake:
+        Logged({"train/loss": []}).highest("train/loss")
+    assert complaint(mistake.value) is None
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 _PACKAGE = str(Path(__file__).parents[1])
 _IN_A_WORKER = "DataLoader worker process"
+_PLACE = re.compile(r'File "([^"]+)", line .*\n +(.*)')
 _NO_ALTERNATIVE = "Expected a <class 'NoneType'>"
 
 
@@ -37,16 +38,17 @@ def is_debugged() -> bool:
 
 
 def complaint(error: BaseException) -> str | None:
-    """What this package, and no library below it, refused while a run was under way; ``None`` if it was another.
+    """What a line of this package raised while a run was under way; ``None`` if it was a library's, or not meant.
 
     Such an error is about what the user gave: a row, a file, an option. Of one in a worker of a loader torch tells the
     traceback in the message.
     """
     if not isinstance(error, ValueError):
         return None
-    files = re.findall(r'File "([^"]+)", line', str(error))
-    if files and _IN_A_WORKER in str(error):
-        said = str(error).rpartition("\nValueError: ")[2]
-        return said.strip() if files[-1].startswith(_PACKAGE) else None
-    file = traceback.extract_tb(error.__traceback__)[-1].filename
-    return str(error) if file.startswith(_PACKAGE) else None
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    place, said = (last.filename, last.line or ""), str(error)
+    places = _PLACE.findall(said)
+    if places and _IN_A_WORKER in said:
+        place, said = places[-1], said.rpartition("\nValueError: ")[2].strip()
+    file, line = place
+    return said if file.startswith(_PACKAGE) and line.startswith("raise ") else None

@@ -59,7 +59,8 @@ def _scalars_of(path: Path) -> dict[str, list[ScalarEvent]]:
 
     events = EventAccumulator(str(path), size_guidance={"scalars": 0, "images": 1, "tensors": 1})
     events.Reload()
-    return {name: events.Scalars(name) for name in events.Tags()["scalars"]}
+    found = {name: events.Scalars(name) for name in events.Tags()["scalars"]}
+    return {name: each for name, each in found.items() if each}  # of a name whose events were taken back none are left
 
 
 def _span(scalars: Mapping[str, list[ScalarEvent]]) -> float:
