@@ -35,7 +35,9 @@ RUNS = {
     "sft_full": partial(SFT, max_grad_norm=0.05),
     "sft_lora": partial(SFT, max_grad_norm=0.05),
     "rft_full": partial(RFT, group_size=4, sampling=Sampling(max_new_tokens=8), micro_batch_prompts=1, kl_coef=0.1),
-    "rft_lora": partial(RFT, group_size=4, sampling=Sampling(max_new_tokens=8), kl_coef=0.1, reference="base"),
+    "rft_lora": partial(
+        RFT, group_size=4, sampling=Sampling(max_new_tokens=8), kl_coef=0.1, reference="base", reduction="constant"
+    ),
     "sft_qlora": partial(SFT, max_grad_norm=0.05),
     "rft_qlora": partial(RFT, group_size=4, sampling=Sampling(max_new_tokens=8), kl_coef=0.1, reference="base"),
     "mixed_sft_full": partial(SFT, max_grad_norm=0.05),  # in bf16-mixed
@@ -126,7 +128,8 @@ def run(name: str, folder: Path, strategy: str, devices: int, shards: bool = Fal
     local = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in module.parameters())
     weights = all_whole(trainer.strategy.lightning_module_state_dict(), keep=True)
     weights = {key: weight.clone() for key, weight in weights.items()}
-    return {"weights": weights, "local": local, **SEEN}
+    logged = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
+    return {"weights": weights, "local": local, "logged": logged, **SEEN}
 
 
 def _fit(module: L.LightningModule, batch: Batch, trainer: L.Trainer, checkpoint: str | None = None) -> L.Trainer:

@@ -76,6 +76,17 @@ def test_two_ranks_that_share_an_engine_learn_what_one_process_does(runs, strate
         torch.testing.assert_close(two[key], weight, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("name", ["sft_full", "rft_full", "rft_lora", "multitask_full"])
+def test_two_ranks_log_means_over_the_rows_of_both(runs, name, strategy):
+    """Of the last batch, of which one rank has three rows and the other one."""
+    one, two = seen(runs, name, "auto")["logged"], seen(runs, name, strategy)["logged"]
+    shown = {"train/loss"}
+    if name != "sft_full":
+        shown |= {"train/reward", "train/reward_variance", "train/entropy", "train/zero_signal_groups"}
+    assert {key: two[key] for key in shown} == pytest.approx({key: one[key] for key in shown}, abs=1e-5)
+
+
 @pytest.mark.parametrize("name", ["sft_qlora", "rft_qlora"])
 def test_four_bit_weights_and_all_else_that_is_frozen_stay_bit_identical_on_two_ranks(runs, name):
     """The packed bytes and their scales are those of a fresh load on either rank; the adapters alone have moved."""

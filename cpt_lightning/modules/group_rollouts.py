@@ -236,12 +236,13 @@ class GroupRollouts(ManualUpdates):
             "train/truncated_fraction": (~self._ended(completions)).float().mean(),
             **{f"train/{name}": value for name, value in means.items()},
         }
-        if completions.logps is not None:
-            # The sampled tokens' mean surprise costs nothing, and without top-k and top-p estimates the entropy.
-            shown["train/entropy"] = -masked_mean(completions.logps, completions.mask)
         if rollout.group_size > 1:
             shown["train/reward_variance"] = rollout.rewards.var(dim=1).mean()
-        self.log_means(shown, num_rows=len(rollout.prompts) * rollout.counts, prog_bar=["train/reward"])
+        self.log_means(shown, count=len(rollout.prompts) * rollout.counts, prog_bar=["train/reward"])
+        if completions.logps is not None:
+            # The sampled tokens' mean surprise costs nothing, and without top-k and top-p estimates the entropy.
+            surprise = -masked_mean(completions.logps, completions.mask)
+            self.log_means({"train/entropy": surprise}, count=int(completions.mask.sum()) * rollout.counts)
         if rollout.counts:
             # Not exchanged: tasks have different parts, and ranks may hold different tasks.
             self.log_dict({f"train/reward/{name}": part.mean() for name, part in rollout.reward_parts.items()})

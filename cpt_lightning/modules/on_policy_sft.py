@@ -128,7 +128,7 @@ class OnPolicySFT(GroupRollouts):
 
     def _log_kept(self, verdicts: Sequence[Fate], kept: Tensor) -> None:
         shown = {"train/kept_fraction": kept.float().mean(), "train/learned_rows": kept.any(dim=1).float().mean()}
-        self.log_means(shown, num_rows=len(kept))
+        self.log_means(shown, count=len(kept))
         # Not exchanged: ranks have different reasons.
         reasons = Counter(verdict for verdict in verdicts if verdict != "kept")
         self.log_dict({f"train/left_out/{name}": count / len(verdicts) for name, count in reasons.items()})
