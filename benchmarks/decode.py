@@ -1,5 +1,7 @@
 """How many tokens a second sampling alone gives: ours, transformers' ``generate``, and vLLM where it is installed.
 
+On a GPU ours is also measured without CUDA graphs.
+
     python benchmarks/decode.py [--prompts 4] [--group_size 8] [--prompt_tokens 315] [--new_tokens 32] [--ragged] ...
 
 The time of one token (image, prompt and first draw) is measured apart, so that a decoding step is known by itself. On a
@@ -23,7 +25,7 @@ from record import write_record
 from workload import Workload, rollout_parser
 
 from cpt_lightning.data.collate import Collate
-from cpt_lightning.models.qwen_vl import QwenVL
+from cpt_lightning.models.qwen_vl import QwenVL, use_cuda_graphs
 from cpt_lightning.rollouts import VLLM, Sampling, sample_groups
 from cpt_lightning.types import Prompts
 
@@ -55,6 +57,14 @@ def ours(
     generator = torch.Generator(prompts.device).manual_seed(0)
     completions = sample_groups(model, processor, prompts, group_size, Sampling(max_new_tokens=new_tokens), generator)
     return int(completions.mask.sum()), int(completions.lengths.max())
+
+
+def unrecorded(
+    model: QwenVL, processor: EndlessProcessor, prompts: Prompts, group_size: int, new_tokens: int
+) -> tuple[int, int]:
+    """Ours without CUDA graphs."""
+    use_cuda_graphs(model, False)
+    return ours(model, processor, prompts, group_size, new_tokens)
 
 
 def generate(
@@ -140,11 +150,13 @@ def main() -> None:
     results = []
     for prompt_tokens in options.prompt_tokens:
         workload = Workload.of(options, prompt_tokens=prompt_tokens)
+        samplers = [ours, generate, *([unrecorded] if options.device == "cuda" else [])]
+        samplers += [vllm] if find_spec("vllm") else []
         arms = {
             sampler.__name__: partial(
                 in_fresh_process, measure, sampler, workload, options.ragged, threads=options.threads
             )
-            for sampler in (ours, generate, *([vllm] if find_spec("vllm") else []))
+            for sampler in samplers
         }
         compared = compare(in_turn(arms, options.repeats))
         results.append({"workload": vars(workload), "ragged": options.ragged, **compared})
@@ -155,9 +167,9 @@ def main() -> None:
 def print_table(title: str, results: dict, bandwidth: float | None) -> None:
     """A line per arm, and how many times ours the other's times are."""
     print(title)
-    print("            tokens/s   mean length   first token   decoding step   peak above model   of bandwidth")
+    print("              tokens/s   mean length   first token   decoding step   peak above model   of bandwidth")
     for arm, figures in results["medians"].items():
-        print(f"  {arm:8}{figures['tokens_per_s']:10,.0f}{figures['mean_length']:14.1f}", end="")
+        print(f"  {arm:10}{figures['tokens_per_s']:10,.0f}{figures['mean_length']:14.1f}", end="")
         print(f"{figures['first_token_s'] * 1e3:11.1f} ms{figures['decoding_step_s'] * 1e3:13.2f} ms", end="")
         share = figures["weight_bytes"] / figures["decoding_step_s"] / 1e9 / bandwidth if bandwidth else None
         print(f"{figures['peak_bytes'] / 1e6:16,.0f} MB{f'{share:.1%}' if share else 'unknown':>15}")

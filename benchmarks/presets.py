@@ -15,7 +15,7 @@ from transformers import Qwen2_5_VLConfig
 from cpt_lightning.models import Backbone
 from cpt_lightning.models.adapters import add_lora, freeze
 from cpt_lightning.models.processor import PromptProcessor
-from cpt_lightning.models.qwen_vl import QwenVL
+from cpt_lightning.models.qwen_vl import QwenVL, use_cuda_graphs
 from cpt_lightning.models.tiny.config import TEXT, VISION, tiny_config
 
 TEXT_6M = {
@@ -117,6 +117,7 @@ class PresetBackbone(Backbone):
         modules = {"vision_tower": model.model.visual, "language_model": model.model.language_model}
         for part in self.gradient_checkpointing:
             modules[part].activation_checkpointing_enable({"use_reentrant": False})
+        use_cuda_graphs(model, self.cuda_graphs)
         return model.train()
 
 

@@ -24,6 +24,8 @@ from torch.autograd import Variable
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from tests.pretend_cuda_graph import CUDAGraph, forbid, pretended_graphs
+
 GPU = torch.device("cuda", 0)
 CPU = torch.device("cpu")
 SYNCS = {"_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2", "unique_consecutive"}
@@ -68,14 +70,22 @@ class OnGPU(Tensor):
         check_devices(name, args, kwargs)
         masks = [each for each in args[1] if each is not None and each.dtype == torch.bool] if name in INDEXING else []
         if name in SYNCS or masks:
-            waits[name] += 1
-        out = func(*tree_map(on_host, args), **tree_map(on_host, kwargs))
+            wait(name)
+        on_cpu = tree_map(on_host, args), tree_map(on_host, kwargs)
+        graph = CUDAGraph.recording
+        out = func(*on_cpu[0], **on_cpu[1]) if graph is None else graph.record(func, *on_cpu)
         if name == "_local_scalar_dense":
             return out
         named = zip(func._schema.arguments, args, strict=False)
         written = [value for argument, value in named if argument.alias_info and argument.alias_info.is_write]
         same = {id(each.on_cpu): each for each in tree_leaves((written, kwargs.get("out"))) if isinstance(each, OnGPU)}
         return tree_map(lambda each: same.get(id(each), on_gpu(each)), out)
+
+
+def wait(what: str) -> None:
+    """Counts that the host waits for the device."""
+    forbid(what)
+    waits[what] += 1
 
 
 def on_gpu(value: Any) -> Any:
@@ -104,7 +114,9 @@ class Moved(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor: Tensor) -> Tensor:
         ctx.from_gpu = isinstance(tensor, OnGPU)
-        waits["copy to the CPU"] += ctx.from_gpu
+        if ctx.from_gpu:
+            wait("copy to the CPU")
+        forbid("copy from the CPU")
         copy = on_host(tensor).clone()
         return copy if ctx.from_gpu else on_gpu(copy)
 
@@ -125,11 +137,15 @@ class Devices(TorchFunctionMode):
         if func is Tensor.pin_memory:
             return args[0]
         if func is Tensor.tolist and isinstance(args[0], OnGPU):
-            waits["tolist"] += 1
+            wait("tolist")
             return args[0].on_cpu.tolist()
         if func in (torch.tensor, torch.as_tensor, Tensor.new_tensor):
             first = int(func is Tensor.new_tensor)
-            waits["values of a list"] += sum(isinstance(each, OnGPU) for each in tree_leaves(args[first:]))
+            for each in tree_leaves(args[first:]):
+                if isinstance(each, OnGPU):
+                    wait("values of a list")
+            if kwargs.get("device") is not None or isinstance(args[0], OnGPU):
+                forbid("values of a list")
             args = (*args[:first], *tree_map(on_host, args[first:]))
         return _on_device(func, args, kwargs)
 
@@ -148,7 +164,11 @@ def _on_device(func: Callable, args: Any, kwargs: dict[str, Any]) -> Any:
     out = func(*args, **kwargs)
     if wanted is None or not isinstance(out, Tensor) or isinstance(out, OnGPU) == (wanted.type == "cuda"):
         return out
-    return on_gpu(out.detach()).requires_grad_(out.requires_grad) if wanted.type == "cuda" else on_host(out)
+    if wanted.type != "cuda":
+        return on_host(out)
+    if CUDAGraph.recording is not None:
+        CUDAGraph.recording.refill(out)
+    return on_gpu(out.detach()).requires_grad_(out.requires_grad)
 
 
 def _to(func: Callable, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -254,5 +274,6 @@ def pretended_gpu() -> Iterator[Counter[str]]:
             stack.enter_context(patch(name, value))
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwrites)
+        stack.enter_context(pretended_graphs())
         stack.enter_context(Devices())
         yield waits

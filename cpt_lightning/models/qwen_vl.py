@@ -30,6 +30,16 @@ def weightless(path: str, dtype: str) -> QwenVL:
     return QwenVL._from_config(config, dtype=kept)
 
 
+def use_cuda_graphs(model: QwenVL, wanted: bool) -> None:
+    """Notes on a model whether its steps of decoding may be recorded on a GPU, see rollouts/decoding.py."""
+    model._uses_cuda_graphs = wanted
+
+
+def uses_cuda_graphs(model: QwenVL) -> bool:
+    """Whether they may; not of a model on which nothing is noted."""
+    return getattr(model, "_uses_cuda_graphs", False)
+
+
 def vision_is_frozen(model: QwenVL) -> bool:
     """Whether image features stay what they are over an update, so that a rollout's may be used again."""
     return not any(parameter.requires_grad for parameter in model.model.visual.parameters())

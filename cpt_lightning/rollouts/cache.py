@@ -13,7 +13,8 @@ class GroupCache(Pattern):
     """The pattern of a decoding step: one new token of each of B * G completions, all in one row.
 
     A query scores its prompt's keys, which the whole group shares, and those of its own completion; one softmax goes
-    over both (bifurcated attention, arXiv 2403.08845). Room for the completions is taken at once.
+    over both (bifurcated attention, arXiv 2403.08845). Room for the completions is taken at once. Of it a step reads
+    the places that are full, or always the same window, see :meth:`fix_window`.
 
     Args:
         prompts: B prompts.
@@ -25,14 +26,45 @@ class GroupCache(Pattern):
     decoding = True
 
     def __init__(self, prompts: Prompts, state: PromptState, group_size: int, max_new_tokens: int) -> None:
-        mask = prompts.attention_mask.bool()
         layers = zip(state.keys, state.values, strict=True)
         self.prompts = [(keys.contiguous(), values.contiguous()) for keys, values in layers]
         sizes = (group_size, max_new_tokens)
         self.completions = [(_room(keys, *sizes), _room(values, *sizes)) for keys, values in self.prompts]
-        bias = state.keys[0].new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
-        self.padding = None if mask.all() else bias[:, None, None, None]
+        self.mask = prompts.attention_mask.bool()
+        self.has_padding = not self.mask.all()
+        self.room = max_new_tokens
         self.length = 0
+        self.fix_window(None)
+
+    def fix_window(self, size: int | None) -> None:
+        """Lets every step from now on read the same places of each completion, so that it has the same shapes.
+
+        Those that are not full yet are masked. A step past the window is an error.
+
+        Args:
+            size: How many; no more than there is room for. ``None`` reads what is full, one place more at each step.
+        """
+        self.window = None if size is None else min(size, self.room)
+        self.place = None if size is None else self.mask.new_tensor([self.length], dtype=torch.long)
+        self.bias = None
+        if self.window is not None or self.has_padding:
+            seen = self.mask.new_ones(len(self.mask), self.window or self.room)
+            if self.window is not None:
+                seen[:, self.length + 1 :] = False
+            seen = torch.cat([self.mask, seen], dim=1)[:, None, None, None]
+            self.bias = self.prompts[0][0].new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no place for a token in the window."""
+        return self.length == (self.room if self.window is None else self.window)
+
+    def advance(self) -> None:
+        """Goes on to the next token."""
+        self.length += 1
+        if self.place is not None and self.bias is not None and not self.is_full:
+            self.place += 1
+            self.bias[..., self.mask.shape[1] + self.length] = 0
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """``[1, heads, N, D]`` from queries of that shape and new keys and values ``[1, kv_heads, N, D]``."""
@@ -44,20 +76,26 @@ class GroupCache(Pattern):
         by_prompt = query.reshape(num_prompts * kv_heads, -1, size)
         by_completion = by_prompt.view(-1, shape[3], size)
         scores = _scores(by_prompt, prompt_keys).view(*shape[:4], -1)
-        scores = scores if self.padding is None else scores + self.padding
         scores = torch.cat([scores, _scores(by_completion, keys.flatten(0, 2)).view(*shape[:4], -1)], dim=-1)
+        if self.bias is not None:
+            scores += self.bias[..., : scores.shape[-1]]
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype)
         shared, own = weights.split([prompt_keys.shape[1], keys.shape[3]], dim=-1)
         output = torch.bmm(own.flatten(0, 2), values.flatten(0, 2)).view_as(by_prompt)
         output = torch.baddbmm(output, shared.reshape(*by_prompt.shape[:2], -1), prompt_values)
-        return output.view(shape).permute(1, 3, 0, 2, 4).flatten(2, 3).flatten(0, 1)[None]
+        # A token's heads side by side, as the output projection wants them: no second copy is made there.
+        return output.view(shape).transpose(1, 2).flatten(2, 3).flatten(0, 1).transpose(0, 1)[None]
 
     def _with_new(self, layer: int, key: Tensor, value: Tensor) -> list[Tensor]:
         """The layer's keys and values ``[B, kv_heads, G, T, D]`` of all completions, the new token's included."""
         rooms = self.completions[layer]
         for room, new in zip(rooms, (key, value), strict=True):
-            room[:, :, :, self.length] = new[0].unflatten(1, (-1, room.shape[2])).transpose(0, 1)
-        return [room[:, :, :, : self.length + 1] for room in rooms]
+            new = new[0].unflatten(1, (-1, room.shape[2])).transpose(0, 1)
+            if self.place is None:
+                room[:, :, :, self.length] = new
+            else:
+                room.index_copy_(3, self.place, new.unsqueeze(3))
+        return [room[:, :, :, : self.window or self.length + 1] for room in rooms]
 
     def keep(self, prompts: Tensor, members: Tensor) -> None:
         """Drops all completions but some.
@@ -67,7 +105,8 @@ class GroupCache(Pattern):
             members: ``[B', G']`` which of its completions each of them keeps.
         """
         self.prompts = [(keys[prompts], values[prompts]) for keys, values in self.prompts]
-        self.padding = None if self.padding is None else self.padding[prompts]
+        self.mask = self.mask[prompts]
+        self.bias = None if self.bias is None else self.bias[prompts]
         self.completions = [
             (_members(keys, prompts, members), _members(values, prompts, members)) for keys, values in self.completions
         ]

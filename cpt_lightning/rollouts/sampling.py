@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from cpt_lightning.models.processor import PromptProcessor
-from cpt_lightning.models.qwen_vl import QwenVL, embed, hidden_states, output_weight
+from cpt_lightning.models.qwen_vl import QwenVL, output_weight
 from cpt_lightning.rollouts.cache import GroupCache
+from cpt_lightning.rollouts.decoding import decoding_steps
 from cpt_lightning.rollouts.packing import run_prompts
 from cpt_lightning.types import Completions, Prompts
 
@@ -213,7 +214,7 @@ def _decode(
 ) -> tuple[Tensor, Tensor]:
     """``[N, T]`` sampled ids and their log-probabilities; what stands behind a stop token has no meaning."""
     state = run_prompts(model, prompts) if prompts.state is None else prompts.state
-    cache = GroupCache(prompts, state, group_size, sampling.max_new_tokens)
+    steps = decoding_steps(model, GroupCache(prompts, state, group_size, sampling.max_new_tokens))
     hidden = state.hidden.repeat_interleave(group_size, dim=0)
     positions = state.next_position.repeat_interleave(group_size)
     weight, banned = output_weight(model), prompts.input_ids.new_tensor(processor.banned_token_ids)
@@ -236,12 +237,10 @@ def _decode(
             return ids[:, : step + 1], logps[:, : step + 1]
         if num_alive <= KEPT_WHILE_ALIVE * alive.numel():
             kept, members = _still_alive(alive)
-            cache.keep(kept, members)
+            steps.keep(kept, members)
             token = token.view_as(rows)[kept].gather(1, members).flatten()
             rows, alive = rows[kept].gather(1, members), alive[kept].gather(1, members)
-        embeds = embed(model, token[None])
-        hidden = hidden_states(model, embeds, (positions[rows.flatten()] + step).expand(3, 1, -1), cache)[0]
-        cache.length += 1
+        hidden = steps(token, positions[rows.flatten()] + step)
     raise AssertionError("unreachable: the last step returns")
 
 

@@ -131,11 +131,11 @@ def test_decoding_stops_when_all_completions_have_ended(
     small_model: QwenVL, processor: PromptProcessor, mixed_prompts: Prompts, monkeypatch: pytest.MonkeyPatch
 ):
     """A model that ends its turn at once needs no forward beyond that over the prompts."""
-    from cpt_lightning.rollouts import sampling as module
+    from cpt_lightning.rollouts import decoding
 
     calls = []
-    real = module.hidden_states
-    monkeypatch.setattr(module, "hidden_states", lambda *args: calls.append(1) or real(*args))
+    real = decoding.hidden_states
+    monkeypatch.setattr(decoding, "hidden_states", lambda *args: calls.append(1) or real(*args))
     ends = [processor.eos_token_id] * 4
     monkeypatch.setattr(Sampling, "_draw", lambda self, logps, uniform: torch.tensor(ends))
     completions = sample_groups(small_model, processor, mixed_prompts, 1, Sampling(100))
@@ -147,12 +147,13 @@ def test_finished_completions_leave_the_batch_and_the_others_stay_what_they_are(
     small_model: QwenVL, processor: PromptProcessor, mixed_prompts: Prompts, monkeypatch: pytest.MonkeyPatch
 ):
     """Every token below 170 ends a turn here, so completions end all the time; never dropping one gives the same."""
+    from cpt_lightning.rollouts import decoding
     from cpt_lightning.rollouts import sampling as module
 
     monkeypatch.setattr(PromptProcessor, "stop_token_ids", property(lambda self: list(range(170))))
     sizes = []
-    real = module.hidden_states
-    monkeypatch.setattr(module, "hidden_states", lambda *args: sizes.append(args[1].shape[1]) or real(*args))
+    real = decoding.hidden_states
+    monkeypatch.setattr(decoding, "hidden_states", lambda *args: sizes.append(args[1].shape[1]) or real(*args))
 
     def draw(kept_while_alive: float) -> Completions:
         monkeypatch.setattr(module, "KEPT_WHILE_ALIVE", kept_while_alive)
