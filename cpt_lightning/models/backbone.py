@@ -35,7 +35,7 @@ class Backbone:
         min_pixels: Area to which smaller images are enlarged; the checkpoint's setting by default.
         max_pixels: Area to which larger images are reduced; the checkpoint's setting by default.
         cuda_graphs: On a GPU, record a step of decoding and replay it for the tokens to come: one launch in place of a
-            thousand. Without effect on a CPU, and under fsdp2.
+            thousand. Without effect on a CPU.
     """
 
     path: str = "tiny"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer, Qwen2_5_VLTextModel
 
 from cpt_lightning.models.attention import Pattern
 from cpt_lightning.models.norms import use_fast_norms
@@ -25,6 +25,25 @@ def use_patterns(model: QwenVL) -> None:
         for layer in layers:
             layer.__class__ = PatternLayer  # the same weights, hooks and checkpointing, another forward
         use_fast_norms(model.model.language_model)
+
+
+def decode(language_model: Qwen2_5_VLTextModel, embeds: Tensor, positions: Tensor, pattern: Pattern) -> Tensor:
+    """``[1, N, H]`` final hidden states of one token more of each completion, from embeddings of that shape.
+
+    Layers are called without their hooks. FSDP2's would wait for streams at every layer of every token, which no CUDA
+    graph may, for weights that are gathered as long as tokens are sampled (see sharding.py).
+
+    Args:
+        language_model: Its layers ask patterns.
+        embeds: ``[1, N, H]``.
+        positions: ``[3, 1, N]`` M-RoPE positions.
+        pattern: A step of sampling.
+    """
+    angles = language_model.rotary_emb(embeds, positions)
+    hidden = embeds
+    for layer in language_model.layers:
+        hidden = layer.forward(hidden, pattern, angles)
+    return language_model.norm(hidden)
 
 
 class PatternLayer(Qwen2_5_VLDecoderLayer):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from cpt_lightning.models.attention import Pattern
-from cpt_lightning.models.decoder import use_patterns
+from cpt_lightning.models.decoder import decode, use_patterns
 from cpt_lightning.models.vision import use_fast_vision
 from cpt_lightning.types import Prompts
 
@@ -128,6 +128,8 @@ def hidden_states(model: QwenVL, embeds: Tensor, positions: Tensor, pattern: Pat
         ``[B, W, H]`` final hidden states of the tokens that the pattern wants, all Q by default.
     """
     use_patterns(model)
+    if pattern.decoding:
+        return decode(model.model.language_model, embeds, positions, pattern)
     output = model.model.language_model(
         inputs_embeds=embeds,
         position_ids=positions,

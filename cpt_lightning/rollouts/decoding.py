@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from cpt_lightning.models.qwen_vl import QwenVL, embed, hidden_states, use_cuda_graphs, uses_cuda_graphs
-from cpt_lightning.models.sharding import is_sharded
 from cpt_lightning.rollouts.cache import GroupCache
 
 FEWEST_TOKENS = 16
@@ -26,13 +25,9 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 def decoding_steps(model: QwenVL, cache: GroupCache) -> DecodingSteps:
-    """Recorded steps where the model is on a GPU and is to use them, and steps as they are elsewhere.
-
-    Not where weights are in shards: FSDP2 waits for streams before each layer, which no recording may.
-    """
-    is_wanted = uses_cuda_graphs(model) and cache.room >= FEWEST_TOKENS
-    may_record = is_wanted and model.device.type == "cuda" and not is_sharded(model)
-    return (RecordedSteps if may_record else DecodingSteps)(model, cache)
+    """Recorded steps on a GPU where the model is to use them, and steps as they are elsewhere."""
+    is_recorded = uses_cuda_graphs(model) and cache.mask.is_cuda and cache.room >= FEWEST_TOKENS
+    return (RecordedSteps if is_recorded else DecodingSteps)(model, cache)
 
 
 class DecodingSteps:
