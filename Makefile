@@ -41,7 +41,7 @@ test: $(VENV)/.dev  ## all tests, doctests included
 
 .PHONY: test-vllm
 test-vllm: $(VLLM_VENV)/.project  ## vLLM on the CPU as the engine that samples, in an environment of its own
-	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest tests/vllm/test_vllm.py $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest -n auto --maxprocesses 2 tests/vllm/test_vllm.py $(PYTEST_ARGS)
 
 .PHONY: notebooks
 notebooks: $(VENV)/.dev  ## runs the notebooks and stores what they show
