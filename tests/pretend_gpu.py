@@ -71,6 +71,8 @@ class OnGPU(Tensor):
         masks = [each for each in args[1] if each is not None and each.dtype == torch.bool] if name in INDEXING else []
         if name in SYNCS or masks:
             wait(name)
+        if name == "cumsum" and args[0].is_floating_point() and torch.are_deterministic_algorithms_enabled():
+            raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation")
         on_cpu = tree_map(on_host, args), tree_map(on_host, kwargs)
         graph = CUDAGraph.recording
         out = func(*on_cpu[0], **on_cpu[1]) if graph is None else graph.record(func, *on_cpu)

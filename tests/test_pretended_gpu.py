@@ -68,6 +68,21 @@ def test_a_tensor_of_the_cpu_and_a_generator_of_the_cpu_are_refused(small_model,
             prompts.input_ids.numpy()
 
 
+@pytest.mark.parametrize("sampling", [Sampling(20), Sampling(20, top_p=0.9), Sampling(20, top_k=7)])
+def test_sampling_is_deterministic_on_a_gpu(small_model, processor, mixed_prompts, sampling):
+    """As ``Trainer(deterministic=True)`` asks for, which refuses sums along a row of floating-point numbers."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pretended_gpu():
+            model, prompts = small_model.to("cuda"), mixed_prompts.to("cuda")
+            model.tie_weights()
+            with pytest.raises(RuntimeError, match="deterministic"):
+                torch.ones(3, device="cuda").cumsum(0)
+            assert len(sample_groups(model, processor, prompts, 2, sampling)) == 8
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_while_decoding_the_host_waits_once_a_token(small_model, processor, mixed_prompts):
     """To see who has ended; the number of layers does not matter."""
     waited = []

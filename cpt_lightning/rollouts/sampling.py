@@ -23,6 +23,10 @@ KEPT_WHILE_ALIVE = 0.5
 """Finished completions are dropped from the batch when no more than this share of it goes on."""
 
 
+ONE = 2**61
+"""See :func:`_fixed_point`; a vocabulary's probabilities may come to a little more than 1, and must not overflow."""
+
+
 @dataclass
 class Sampling:
     """How completions are drawn.
@@ -81,18 +85,30 @@ class Sampling:
             logps = logps.masked_fill(logps < kth, -torch.inf)
         if self.top_p < 1:
             logps = _nucleus(logps, self.top_p)
-        # The inverse of the distribution function. In float64, or the tail of a large vocabulary would be rounded away;
-        # on the right of equal values, or a token of probability 0 could be drawn.
-        cumulated = logps.exp().double().cumsum(dim=-1)
-        height = uniform.double()[:, None] * cumulated[:, -1:]
-        return torch.searchsorted(cumulated, height, right=True).squeeze(1)
+        # The inverse of the distribution function; on the right of equal values, or a token of probability 0 could be
+        # drawn.
+        cumulated = _fixed_point(logps.exp()).cumsum(dim=-1)
+        height = (uniform.double()[:, None] * cumulated[:, -1:]).long()
+        token = torch.searchsorted(cumulated, height, right=True).squeeze(1)
+        # Of NaN there is no token. Any will do, for the update will not be made; and on a GPU an index that does not
+        # exist ends the process without a word of why.
+        return token.clamp(max=logps.shape[-1] - 1)
+
+
+def _fixed_point(probability: Tensor) -> Tensor:
+    """Probabilities as whole numbers of which ``ONE`` is 1: their sums are exact, the same on every device.
+
+    Of floating-point numbers they would round away the tail of a large vocabulary, and on a GPU their order is left
+    open, which ``Trainer(deterministic=True)`` refuses.
+    """
+    return (probability.double() * ONE).long()
 
 
 def _nucleus(logits: Tensor, top_p: float) -> Tensor:
     """Rules out every token that stands behind others with at least ``top_p`` probability together."""
     ordered, order = logits.sort(dim=-1, descending=True)
-    probability = ordered.softmax(dim=-1)
-    behind = probability.cumsum(dim=-1) - probability >= top_p
+    probability = _fixed_point(ordered.softmax(dim=-1))
+    behind = probability.cumsum(dim=-1) - probability >= int(top_p * ONE)
     return logits.masked_fill(behind.scatter(1, order, behind), -torch.inf)
 
 

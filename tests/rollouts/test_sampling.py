@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cpt_lightning.models import load_backbone
 from cpt_lightning.models.processor import PromptProcessor
 from cpt_lightning.models.qwen_vl import QwenVL
 from cpt_lightning.rollouts import Sampling, completion_logprobs, sample_groups
@@ -59,8 +62,6 @@ def test_greedy_equals_transformers_generate_token_for_token(
 
 def test_greedy_equals_generate_on_the_embedded_base(processor: PromptProcessor, mixed_prompts: Prompts):
     """The trained base ends its turns, so this also compares where completions stop."""
-    from cpt_lightning.models import load_backbone
-
     model, _ = load_backbone("tiny")
     expected = generate(model.eval(), processor, mixed_prompts, 24)
     assert any(row[-1] == processor.eos_token_id for row in expected)
@@ -119,6 +120,37 @@ def test_draws_follow_the_distribution_and_never_hit_probability_zero():
     tokens, logps = Sampling(1).pick(logits, NONE, uniform)
     assert tokens.tolist() == [0, 2, 2, 3, 3]
     torch.testing.assert_close(logps.exp(), torch.tensor([0.25, 0.5, 0.5, 0.25, 0.25]))
+
+
+def test_the_tail_of_a_large_vocabulary_is_drawn_by_its_exact_share():
+    """Against sums of fractions: 150,000 tokens of probability 1e-10 behind one that has nearly all."""
+    num_tail, tail = 150_000, 1e-10
+    probability = torch.full((1, num_tail + 1), tail, dtype=torch.float32)
+    probability[0, 0] = 1 - num_tail * tail
+    exact = [Fraction(each) for each in probability[0].tolist()]
+    total = sum(exact)
+    for uniform in (1 - 2**-24, 1 - 2**-17, 1 - 7.4e-6):
+        height, below = Fraction(float(torch.tensor(uniform))) * total, Fraction(0)
+        for wanted, share in enumerate(exact):
+            below += share
+            if below > height:
+                break
+        drawn = Sampling()._draw(probability.log(), torch.tensor([uniform]))
+        # The logarithm is rounded, and with it all that stands before: a hundred-millionth of the whole.
+        assert abs(int(drawn) - wanted) <= 1e-7 / tail, (uniform, wanted)
+
+
+def test_values_that_are_no_numbers_are_no_place_behind_the_vocabulary(
+    small_folder: Path, processor: PromptProcessor, mixed_prompts: Prompts
+):
+    """Which would end a GPU's process without a word of why; as it is the steps are skipped, and end in an error."""
+    model, _ = load_backbone(str(small_folder))
+    with torch.no_grad():
+        model.model.language_model.norm.weight.fill_(torch.nan)
+    for sampling in (Sampling(6), Sampling(6, top_p=0.9), Sampling(6, top_k=5), Sampling(6, temperature=0)):
+        drawn = sample_groups(model, processor, mixed_prompts, 2, sampling)
+        assert 0 <= int(drawn.ids.min()) and int(drawn.ids.max()) < model.config.text_config.vocab_size
+        assert drawn.logps[drawn.mask].isnan().all()
 
 
 def test_top_k_keeps_the_k_most_probable():
