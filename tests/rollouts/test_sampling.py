@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from fractions import Fraction
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -130,11 +131,8 @@ def test_the_tail_of_a_large_vocabulary_is_drawn_by_its_exact_share():
     exact = [Fraction(each) for each in probability[0].tolist()]
     total = sum(exact)
     for uniform in (1 - 2**-24, 1 - 2**-17, 1 - 7.4e-6):
-        height, below = Fraction(float(torch.tensor(uniform))) * total, Fraction(0)
-        for wanted, share in enumerate(exact):
-            below += share
-            if below > height:
-                break
+        height = Fraction(float(torch.tensor(uniform))) * total
+        wanted = next(token for token, below in enumerate(accumulate(exact)) if below > height)
         drawn = Sampling()._draw(probability.log(), torch.tensor([uniform]))
         # The logarithm is rounded, and with it all that stands before: a hundred-millionth of the whole.
         assert abs(int(drawn) - wanted) <= 1e-7 / tail, (uniform, wanted)
@@ -149,7 +147,7 @@ def test_values_that_are_no_numbers_are_no_place_behind_the_vocabulary(
         model.model.language_model.norm.weight.fill_(torch.nan)
     for sampling in (Sampling(6), Sampling(6, top_p=0.9), Sampling(6, top_k=5), Sampling(6, temperature=0)):
         drawn = sample_groups(model, processor, mixed_prompts, 2, sampling)
-        assert 0 <= int(drawn.ids.min()) and int(drawn.ids.max()) < model.config.text_config.vocab_size
+        assert (drawn.ids >= 0).all() and (drawn.ids < model.config.text_config.vocab_size).all()
         assert drawn.logps[drawn.mask].isnan().all()
 
 
