@@ -17,6 +17,7 @@ from cpt_lightning.models.adapters import has_adapters
 from cpt_lightning.models.folders import lasting_name, load_weights, refuse_filled, save_folder
 from cpt_lightning.records.matrix import AccuracyMatrix
 from cpt_lightning.records.run import MATRIX
+from cpt_lightning.rollouts.prefixes import prefixes_of
 
 TASK_CHECKPOINT = re.compile(r"(?P<stage>\d+)_(?P<name>.+)\.ckpt")
 
@@ -75,7 +76,7 @@ def export(
         matrix,
         config,
         backbone.lora.along_stream,
-        prefixes_of(config),
+        prefixes_of(config["model"]["init_args"]),
     )
     save_folder(model, backbone.load_processor(), folder, backbone.path, card, overwrite=overwrite)
     return folder
@@ -132,13 +133,6 @@ def backbone_of(config: dict, run: Path) -> Backbone:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Backbone, "backbone")
     return parser.instantiate(parser.parse_object({"backbone": options})).backbone
-
-
-def prefixes_of(config: dict) -> dict[str, str]:
-    """What a run made replies begin with, by option, as its module's ``prefixes`` are."""
-    options = config["model"]["init_args"]
-    texts = {f"{part}.prefix": (options.get(part) or {}).get("prefix") for part in ("sampling", "evaluation")}
-    return {option: text for option, text in texts.items() if text}
 
 
 def learned_stages(path: Path, checkpoint: dict, matrix: AccuracyMatrix | None) -> tuple[list[str], str | None]:

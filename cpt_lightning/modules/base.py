@@ -18,6 +18,7 @@ from cpt_lightning.modules.clipping import ClippedGradients
 from cpt_lightning.modules.evaluating import Evaluating
 from cpt_lightning.modules.schedules import TaskSchedule
 from cpt_lightning.rollouts import Attempts, Sampler, Sampling, completion_hidden
+from cpt_lightning.rollouts.prefixes import prefixes_of
 from cpt_lightning.strategy import FSDP2, check_strategy
 from cpt_lightning.types import Completions, Prompts, Scored
 
@@ -133,7 +134,7 @@ class PostTraining(Accounted, Evaluating, ClippedGradients):
     @property
     def prefixes(self) -> dict[str, str]:
         """What replies are made to begin with, by the option that says so; an option that forces nothing is no part."""
-        return {"evaluation.prefix": self.evaluation.prefix} if self.evaluation.prefix else {}
+        return prefixes_of(vars(self))
 
     @property
     def learns_by_logprobs(self) -> bool:

@@ -78,11 +78,6 @@ class GroupRollouts(ManualUpdates):
         self.micro_batch_prompts = micro_batch_prompts
 
     @property
-    def prefixes(self) -> dict[str, str]:
-        """Those of rollouts, before those of evaluations."""
-        return {**({"sampling.prefix": self.sampling.prefix} if self.sampling.prefix else {}), **super().prefixes}
-
-    @property
     def updates_per_step(self) -> int:
         """Optimizer steps of a training step."""
         return 1
