@@ -14,7 +14,7 @@ from cpt_lightning.functional.logprobs import token_logprobs
 from cpt_lightning.models import Backbone
 from cpt_lightning.models.qwen_vl import output_weight
 from cpt_lightning.modules.accounting import Accounted
-from cpt_lightning.modules.clipping import ClippedGradients
+from cpt_lightning.modules.clipping import ClippedGradients, check_clipping
 from cpt_lightning.modules.evaluating import Evaluating
 from cpt_lightning.modules.schedules import TaskSchedule
 from cpt_lightning.rollouts import Attempts, Sampler, Sampling, completion_hidden
@@ -78,6 +78,7 @@ class PostTraining(Accounted, Evaluating, ClippedGradients):
         """Loads the backbone, once, and says what it is."""
         if self._trainer is not None:
             check_strategy(self._trainer.strategy, self.backbone)
+            check_clipping(self._trainer)
         is_new = "model" not in self._modules
         super().configure_model()
         if is_new and self._trainer is not None:
