@@ -237,7 +237,7 @@ class GroupRollouts(ManualUpdates):
         if completions.logps is not None:
             # The sampled tokens' mean surprise costs nothing, and without top-k and top-p estimates the entropy.
             surprise = -masked_mean(completions.logps, completions.mask)
-            self.log_means({"train/entropy": surprise}, count=int(completions.mask.sum()) * rollout.counts)
+            self.log_means({"train/entropy": surprise}, count=completions.mask.sum() * rollout.counts)
         if rollout.counts:
             # Not exchanged: tasks have different parts, and ranks may hold different tasks.
             self.log_dict({f"train/reward/{name}": part.mean() for name, part in rollout.reward_parts.items()})
