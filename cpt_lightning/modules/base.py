@@ -49,11 +49,11 @@ class PostTraining(Accounted, Evaluating, ClippedGradients):
 
     def __init__(
         self,
-        backbone: Backbone = Backbone(),  # noqa: B008 a dataclass that is never changed
+        backbone: Backbone = Backbone(),
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.01),
         lr_scheduler: LRSchedulerCallable | None = None,
         max_grad_norm: float | None = 1.0,
-        evaluation: Sampling = Sampling(max_new_tokens=64, temperature=0.0),  # noqa: B008
+        evaluation: Sampling = Sampling(max_new_tokens=64, temperature=0.0),
         forced_prefix: str | None = None,
         attempts: Attempts | None = None,
         sampler: Sampler | None = None,

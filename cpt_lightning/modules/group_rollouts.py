@@ -42,7 +42,7 @@ class GroupRollouts(ManualUpdates):
     def __init__(
         self,
         group_size: int = 8,
-        sampling: Sampling = Sampling(max_new_tokens=64),  # noqa: B008 a dataclass that is never changed
+        sampling: Sampling = Sampling(max_new_tokens=64),
         rollout_batch_prompts: int | None = None,
         informative_prompts: int | None = None,
         overlong_margin: int | None = None,
