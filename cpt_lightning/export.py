@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from difflib import get_close_matches
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser
 
@@ -18,6 +19,9 @@ from cpt_lightning.models.folders import lasting_name, load_weights, refuse_fill
 from cpt_lightning.records.matrix import AccuracyMatrix
 from cpt_lightning.records.run import MATRIX
 from cpt_lightning.rollouts.prefixes import prefixes_of
+
+if TYPE_CHECKING:
+    from cpt_lightning.models.qwen_vl import QwenVL
 
 TASK_CHECKPOINT = re.compile(r"(?P<stage>\d+)_(?P<name>.+)\.ckpt")
 
@@ -58,13 +62,7 @@ def export(
     if merge and backbone.tuning == "full":
         raise ValueError("--merge: this run tuned the weights themselves, there is no adapter to merge; leave it out")
     checkpoint = read_checkpoint(path, parts=["state_dict"])
-    state = checkpoint["state_dict"]
-    if merge:
-        model = merged_model(backbone, state, str(path))
-    else:
-        _check_one_adapter(backbone, state, path)
-        model = backbone.load_model()
-        load_weights(model, weights_of_model(state), str(path))
+    model = _model_of(backbone, checkpoint["state_dict"], path, merge)
     kind: Kind = "merged" if merge else "adapter" if has_adapters(model) else "full"
     matrix = AccuracyMatrix.load(run / MATRIX) if (run / MATRIX).is_file() else None
     card = model_card(
@@ -82,12 +80,18 @@ def export(
     return folder
 
 
-def _check_one_adapter(backbone: Backbone, state: dict, path: Path) -> None:
+def _model_of(backbone: Backbone, state: dict, path: Path, merge: bool) -> QwenVL:
+    """The model of a checkpoint, with its adapter or with all of them merged in."""
+    if merge:
+        return merged_model(backbone, state, str(path))
     if backbone.lora.along_stream == "renewed" and any(name.startswith("earlier.") for name in state):
         raise ValueError(
             f"{path.name}: adapters were merged into the weights and begun anew (backbone.lora.along_stream=renewed), "
             "so the last one alone is not the model that was evaluated; --merge exports it, with all of them merged"
         )
+    model = backbone.load_model()
+    load_weights(model, weights_of_model(state), str(path))
+    return model
 
 
 def find_checkpoint(folder: Path, task: str | None) -> Path:
