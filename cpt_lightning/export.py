@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from difflib import get_close_matches
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser
 
@@ -17,6 +18,10 @@ from cpt_lightning.models.adapters import has_adapters
 from cpt_lightning.models.folders import lasting_name, load_weights, refuse_filled, save_folder
 from cpt_lightning.records.matrix import AccuracyMatrix
 from cpt_lightning.records.run import MATRIX
+from cpt_lightning.rollouts.prefixes import prefixes_of
+
+if TYPE_CHECKING:
+    from cpt_lightning.models.qwen_vl import QwenVL
 
 TASK_CHECKPOINT = re.compile(r"(?P<stage>\d+)_(?P<name>.+)\.ckpt")
 
@@ -57,13 +62,7 @@ def export(
     if merge and backbone.tuning == "full":
         raise ValueError("--merge: this run tuned the weights themselves, there is no adapter to merge; leave it out")
     checkpoint = read_checkpoint(path, parts=["state_dict"])
-    state = checkpoint["state_dict"]
-    if merge:
-        model = merged_model(backbone, state, str(path))
-    else:
-        _check_one_adapter(backbone, state, path)
-        model = backbone.load_model()
-        load_weights(model, weights_of_model(state), str(path))
+    model = _model_of(backbone, checkpoint["state_dict"], path, merge)
     kind: Kind = "merged" if merge else "adapter" if has_adapters(model) else "full"
     matrix = AccuracyMatrix.load(run / MATRIX) if (run / MATRIX).is_file() else None
     card = model_card(
@@ -75,18 +74,24 @@ def export(
         matrix,
         config,
         backbone.lora.along_stream,
-        prefixes_of(config),
+        prefixes_of(config["model"]["init_args"]),
     )
     save_folder(model, backbone.load_processor(), folder, backbone.path, card, overwrite=overwrite)
     return folder
 
 
-def _check_one_adapter(backbone: Backbone, state: dict, path: Path) -> None:
+def _model_of(backbone: Backbone, state: dict, path: Path, merge: bool) -> QwenVL:
+    """The model of a checkpoint, with its adapter or with all of them merged in."""
+    if merge:
+        return merged_model(backbone, state, str(path))
     if backbone.lora.along_stream == "renewed" and any(name.startswith("earlier.") for name in state):
         raise ValueError(
             f"{path.name}: adapters were merged into the weights and begun anew (backbone.lora.along_stream=renewed), "
             "so the last one alone is not the model that was evaluated; --merge exports it, with all of them merged"
         )
+    model = backbone.load_model()
+    load_weights(model, weights_of_model(state), str(path))
+    return model
 
 
 def find_checkpoint(folder: Path, task: str | None) -> Path:
@@ -132,13 +137,6 @@ def backbone_of(config: dict, run: Path) -> Backbone:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Backbone, "backbone")
     return parser.instantiate(parser.parse_object({"backbone": options})).backbone
-
-
-def prefixes_of(config: dict) -> dict[str, str]:
-    """What a run made replies begin with, by option, as its module's ``prefixes`` are."""
-    options = config["model"]["init_args"]
-    texts = {f"{part}.prefix": (options.get(part) or {}).get("prefix") for part in ("sampling", "evaluation")}
-    return {option: text for option, text in texts.items() if text}
 
 
 def learned_stages(path: Path, checkpoint: dict, matrix: AccuracyMatrix | None) -> tuple[list[str], str | None]:

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
     from PIL.Image import Image
 
-T = TypeVar("T")
+T = TypeVar("T", bound="DataclassInstance")
 
 Gold = str | list[str]
 """One reference answer, or several that are all right (VQA sets carry ten human answers)."""
@@ -363,4 +364,4 @@ def _tensors_to(batch: T, device: torch.device | str, **kwargs) -> T:
 
 def _of_tensors(batch: T, change: Callable[[Tensor], Tensor]) -> T:
     changed = {name: change(value) for name, value in vars(batch).items() if isinstance(value, Tensor)}
-    return replace(batch, **changed)  # type: ignore[type-var]
+    return replace(batch, **changed)

@@ -34,7 +34,16 @@ ENGINE = partial(VLLM if find_spec("vllm") else FakeVLLM, tolerance=1e-3, enforc
 RUNS = {
     "sft_full": partial(SFT, max_grad_norm=0.05),
     "sft_lora": partial(SFT, max_grad_norm=0.05),
-    "rft_full": partial(RFT, group_size=4, sampling=Sampling(max_new_tokens=8), micro_batch_prompts=1, kl_coef=0.1),
+    "rft_full": partial(
+        RFT,
+        group_size=4,
+        sampling=Sampling(max_new_tokens=8),
+        micro_batch_prompts=1,
+        kl_coef=0.1,
+        passes_per_rollout=2,
+        clip_low=0.01,
+        clip_high=0.01,
+    ),
     "rft_lora": partial(
         RFT, group_size=4, sampling=Sampling(max_new_tokens=8), kl_coef=0.1, reference="base", reduction="constant"
     ),
@@ -62,7 +71,7 @@ OFFLOADED = ["sft_full", "rft_lora", "mixed_sft_full", "resumed_full"]
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 FLOAT32 = Quantization(compute_dtype="float32")
 GATHERS = [0]
-SEEN: dict[str, Any] = {"gathers_while_sampling": [], "lengths": [], "waiting_gradients": [], "kept": []}
+SEEN: dict[str, Any] = {"gathers_while_sampling": [], "lengths": [], "waiting_gradients": [], "kept": [], "logged": []}
 
 
 class Share(Dataset):
@@ -85,6 +94,14 @@ class Share(Dataset):
         return Batch(self.whole.prompts.select(mine), self.whole.targets.select(mine))
 
 
+class Noted(L.Callback):
+    """Keeps what was logged of each batch."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        shown = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
+        SEEN["logged"].append(shown)
+
+
 def runs_by(strategy: str) -> list[str]:
     """Names of the runs by a strategy: shards cannot be made of four-bit weights, and one process shares no engine."""
     if strategy == "fsdp2_offload":
@@ -96,7 +113,7 @@ def runs_by(strategy: str) -> list[str]:
 def make_trainer(strategy: str | FSDP2, devices: int, max_epochs: int = 1, **options: Any) -> L.Trainer:
     return L.Trainer(
         **QUIET, **options, max_epochs=max_epochs, accelerator="cpu", limit_val_batches=0, inference_mode=False,
-        use_distributed_sampler=False, strategy=strategy, devices=devices,
+        use_distributed_sampler=False, strategy=strategy, devices=devices, callbacks=[Noted()],
     )  # fmt: skip
 
 
@@ -128,8 +145,7 @@ def run(name: str, folder: Path, strategy: str, devices: int, shards: bool = Fal
     local = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in module.parameters())
     weights = all_whole(trainer.strategy.lightning_module_state_dict(), keep=True)
     weights = {key: weight.clone() for key, weight in weights.items()}
-    logged = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
-    return {"weights": weights, "local": local, "logged": logged, **SEEN}
+    return {"weights": weights, "local": local, **SEEN}
 
 
 def _fit(module: L.LightningModule, batch: Batch, trainer: L.Trainer, checkpoint: str | None = None) -> L.Trainer:
@@ -205,7 +221,7 @@ def main(folder: Path, launched: str, devices: int, names: Sequence[str] = ()) -
         seen = run(name, folder, strategy, devices, shards=label == "shards")
         rank = distributed.get_rank() if distributed.is_initialized() else 0
         torch.save({**seen, "gathers": GATHERS[0]}, folder / f"{name}_{label}_{rank}.pt")
-        SEEN.update(gathers_while_sampling=[], lengths=[], waiting_gradients=[], kept=[])
+        SEEN.update({what: [] for what in SEEN if what != "loaded"})
     if not names:
         collect(folder, launched, devices)
 

@@ -17,10 +17,12 @@ from cpt_lightning.callbacks.cards import model_card
 from cpt_lightning.callbacks.exports import TaskExport, weights_of_model
 from cpt_lightning.checkpoint_io import read_checkpoint
 from cpt_lightning.cli import main
-from cpt_lightning.export import export, prefixes_of, push
+from cpt_lightning.export import export, push
 from cpt_lightning.models import Backbone, Lora
 from cpt_lightning.models.processor import TINY
 from cpt_lightning.modules import SFT
+from cpt_lightning.rollouts import Sampling
+from cpt_lightning.rollouts.prefixes import prefixes_of
 from cpt_lightning.sharded_checkpoints import save_shards
 
 # peft 0.21 asks transformers 5.23 by an old name
@@ -167,10 +169,10 @@ def test_a_card_says_what_was_learned_and_how_well(runs):
 )
 def test_a_card_says_in_words_what_replies_were_made_to_begin_with(prefixes, said):
     assert said in model_card("x", "full", "tiny", "float32", ["a"], prefixes=prefixes)
-    config = {"model": {"init_args": {"sampling": None, "evaluation": {"prefix": ""}}}}
-    for option, text in prefixes.items():
-        config["model"]["init_args"][option.removesuffix(".prefix")] = {"prefix": text}
-    assert prefixes_of(config) == prefixes
+    in_config = {"sampling": None, "evaluation": {"prefix": ""}}
+    in_config |= {option.removesuffix(".prefix"): {"prefix": text} for option, text in prefixes.items()}
+    in_module = {option: given and Sampling(**given) for option, given in in_config.items()}
+    assert prefixes_of(in_config) == prefixes_of(in_module) == prefixes
 
 
 def test_a_run_without_a_forced_beginning_has_a_card_without_a_word_of_it(runs):

@@ -76,15 +76,31 @@ def test_two_ranks_that_share_an_engine_learn_what_one_process_does(runs, strate
         torch.testing.assert_close(two[key], weight, atol=1e-5, rtol=1e-5)
 
 
+OF_ROLLOUTS = ["reward", "reward_variance", "entropy", "zero_signal_groups", "clip_fraction", "ratio"]
+OF_MISMATCH = ["mismatch/mean", "mismatch/max", "mismatch/kl_k1", "mismatch/kl_k3"]
+LOGGED = {
+    "sft_full": ["completion_length"],
+    "rft_full": [*OF_ROLLOUTS, "kl_k3"],
+    "rft_lora": [*OF_ROLLOUTS, "kl_k3"],
+    "multitask_full": OF_ROLLOUTS,
+    "engine_full": [*OF_ROLLOUTS, "kl_k3", *OF_MISMATCH],
+}
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("name", ["sft_full", "rft_full", "rft_lora", "multitask_full"])
+@pytest.mark.parametrize("name", LOGGED)
 def test_two_ranks_log_means_over_the_rows_of_both(runs, name, strategy):
-    """Of the last batch, of which one rank has three rows and the other one."""
-    one, two = seen(runs, name, "auto")["logged"], seen(runs, name, strategy)["logged"]
-    shown = {"train/loss"}
-    if name != "sft_full":
-        shown |= {"train/reward", "train/reward_variance", "train/entropy", "train/zero_signal_groups"}
-    assert {key: two[key] for key in shown} == pytest.approx({key: one[key] for key in shown}, abs=1e-5)
+    """Of every batch; in every other one rank has three rows and the other one. In the first of several objectives one
+    rank has no rollout to tell of. Mismatch is rounding, so that only what was exchanged is the same on both."""
+    shown = [f"train/{each}" for each in ("loss", *LOGGED[name])]
+    one, *two = (
+        [[step[key] for key in shown] for step in seen(runs, name, strategy, rank)["logged"]]
+        for strategy, rank in (("auto", 0), (strategy, 0), (strategy, 1))
+    )
+    assert len(one) == 4
+    for ours, theirs in zip(two[0], one, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+    assert two[1] == two[0]
 
 
 @pytest.mark.parametrize("name", ["sft_qlora", "rft_qlora"])

@@ -12,6 +12,7 @@ import yaml
 from cpt_lightning import __version__
 from cpt_lightning.models.adapters import AlongStream
 from cpt_lightning.records.matrix import AccuracyMatrix
+from cpt_lightning.rollouts.prefixes import USES
 
 Kind = Literal["adapter", "merged", "full"]
 """What a folder holds: a LoRA adapter, the base with it merged in, or a model of which everything was tuned."""
@@ -28,9 +29,6 @@ ADAPTERS = {
     "are those of their own adapters, which are exported from the checkpoints of these tasks.",
 }
 """What became of the adapters, where it was not one that learned all tasks."""
-
-USES = {"sampling.prefix": "rollouts", "evaluation.prefix": "evaluations"}
-"""Where an option makes replies begin in a certain way."""
 
 LIBRARIES = ("torch", "transformers", "peft", "lightning")
 
@@ -82,7 +80,7 @@ def model_card(
         matrix: The run's record up to the last of them; ``None`` where it has none.
         config: The run's configuration, if it has one.
         along_stream: What became of adapters from task to task.
-        prefixes: What replies were made to begin with, by option, as a module's ``prefixes`` are.
+        prefixes: What replies were made to begin with, as ``prefixes_of`` tells.
     """
     is_adapter = kind == "adapter"
     header = {
@@ -116,7 +114,8 @@ def _learned(stages: list[str], within: str | None) -> str:
 
 def _begun(prefixes: Mapping[str, str]) -> str:
     """How replies were begun, which nothing else in the folder tells whoever loads it."""
-    uses = {text: [USES[option] for option, other in prefixes.items() if other == text] for text in prefixes.values()}
+    names = {f"{option}.prefix": use for option, use in USES.items()}
+    uses = {text: [names[option] for option, other in prefixes.items() if other == text] for text in prefixes.values()}
     said = ", and ".join(f"in {' and '.join(where)} with `{text}`" for text, where in uses.items())
     if "evaluation.prefix" in prefixes:
         scores = (

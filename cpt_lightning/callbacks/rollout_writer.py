@@ -16,7 +16,8 @@ from PIL.Image import Image
 
 from cpt_lightning.models.fingerprint import model_fingerprint
 from cpt_lightning.records.files import append_lines, replace_text
-from cpt_lightning.rollouts.selection import FATES, Fate, Selection
+from cpt_lightning.rollouts import Selection
+from cpt_lightning.rollouts.selection import FATES, Fate
 from cpt_lightning.types import Batch, Evaluation
 
 VERSION = 1
@@ -48,7 +49,7 @@ class RolloutWriter(Callback):
     def __init__(
         self,
         file: str = "rollouts.jsonl",
-        selection: Selection = Selection(),  # noqa: B008 a dataclass that is never changed
+        selection: Selection = Selection(),
     ) -> None:
         if Path(file).suffix not in SUFFIXES:
             raise ValueError(f"file={file!r} must end in {' or '.join(SUFFIXES)}")

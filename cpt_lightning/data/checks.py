@@ -96,8 +96,6 @@ def check_trainer(stream: TaskStream) -> None:
             "trainer.max_steps or max_time would end the run in the middle of a task, whose row of scores would be "
             "missing; data.steps says how long tasks are, and a run that is stopped (Ctrl-C, SIGTERM) can go on later"
         )
-    if trainer.gradient_clip_val is not None:
-        raise ValueError("trainer.gradient_clip_val: set model.init_args.max_grad_norm instead, for every objective")
     if stream.num_stages > 1 and trainer.reload_dataloaders_every_n_epochs != 1:
         raise ValueError(f"trainer.reload_dataloaders_every_n_epochs must be 1: {stages}")
     if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:

@@ -3,12 +3,13 @@
 Two counts are kept apart. *Executed* is what this code runs: a prompt and its image once per group, activations again
 under gradient checkpointing, no gradient of frozen weights. *Equivalent* is what the textbook step needs for the same
 result: every completion a sequence of its own, nothing computed twice. Norms, activations and softmax are left out.
+
+Counts stay on the device where the lengths lie, in float64: a training step does not wait for them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,8 +30,8 @@ class Flops:
         equivalent: What a naive computation of the same would run.
     """
 
-    executed: float = 0.0
-    equivalent: float = 0.0
+    executed: Tensor | float = 0.0
+    equivalent: Tensor | float = 0.0
 
     def __add__(self, other: Flops) -> Flops:
         return Flops(self.executed + other.executed, self.equivalent + other.equivalent)
@@ -55,11 +56,10 @@ class FlopCounter:
 
     def sampled(self, prompts: Prompts, completions: Completions) -> Flops:
         """Of sampling groups: a pass over the prompts, then token by token."""
-        executed = equivalent = 0.0
-        for length, image, group in self._groups(prompts, completions):
-            grown = sum(self._branch(length, tokens) + self._logits(tokens) for tokens in group)
-            executed += self._prompt(length) + image.forward + grown
-            equivalent += (self._branch(0, length + 1) + image.forward) * len(group) + grown
+        lengths, tokens, images = self._sizes(prompts, completions)
+        grown = (self._branch(lengths, tokens) + self._logits(tokens)).sum()
+        executed = self._prompt(lengths).sum() + images.forward + grown
+        equivalent = (self._branch(0, lengths + 1).sum() + images.forward) * tokens.shape[1] + grown
         return Flops(executed, equivalent)
 
     def scored(self, prompts: Prompts, completions: Completions, backward: bool = True) -> Flops:
@@ -67,36 +67,33 @@ class FlopCounter:
         text, vision = (self.text_passes, self.vision_passes) if backward else (NO_BACKWARD, NO_BACKWARD)
         runs_prompts = prompts.state is None
         runs_images = runs_prompts and prompts.image_features is None
-        executed = equivalent = 0.0
-        for length, image, group in self._groups(prompts, completions):
-            executed += self._prompt(length) * (runs_prompts + text.backward)
-            executed += image.forward * runs_images + image.backward(vision)
-            executed += sum(self._branch(length, tokens) for tokens in group) * (1 + text.backward)
-            executed += self._logits(sum(group)) * (self.logits_products if backward else 1)
-            alone = sum(self._branch(0, length + tokens) + self._logits(tokens) for tokens in group)
-            equivalent += alone * (1 + text.without_checkpointing.backward)
-            equivalent += (image.forward + image.backward(vision.without_checkpointing)) * len(group)
+        lengths, tokens, images = self._sizes(prompts, completions)
+        executed = self._prompt(lengths).sum() * (runs_prompts + text.backward)
+        executed += images.forward * runs_images + images.backward(vision)
+        executed += self._branch(lengths, tokens).sum() * (1 + text.backward)
+        executed += self._logits(tokens).sum() * (self.logits_products if backward else 1)
+        alone = (self._branch(0, lengths + tokens) + self._logits(tokens)).sum()
+        of_images = images.forward + images.backward(vision.without_checkpointing)
+        equivalent = alone * (1 + text.without_checkpointing.backward) + of_images * tokens.shape[1]
         return Flops(executed, equivalent)
 
-    def _groups(self, prompts: Prompts, completions: Completions) -> Iterator[tuple[int, _Images, list[int]]]:
-        """Of each group the tokens of its prompt, its images, and the tokens of its completions."""
-        tokens = completions.lengths.tolist()
-        size = len(tokens) // len(prompts)
-        groups = [tokens[start : start + size] for start in range(0, len(tokens), size)]
-        return zip(prompts.lengths.tolist(), self._images(prompts), groups, strict=True)
+    def _sizes(self, prompts: Prompts, completions: Completions) -> tuple[Tensor, Tensor, _Images]:
+        """``[B, 1]`` tokens of the prompts, ``[B, G]`` of their completions, and all images."""
+        tokens = completions.lengths.double().view(len(prompts), -1)
+        return prompts.lengths.double()[:, None], tokens, self._images(prompts)
 
     # -- parts of the model ----------------------------------------------------------------------------------------
 
-    def _prompt(self, tokens: int) -> float:
+    def _prompt(self, tokens: Tensor) -> Tensor:
         """A prompt's forward pass; in the last layer only its last token goes beyond keys and values."""
         beyond = (self.text.num_hidden_layers - 1) * tokens + 1
         keys = self.text.num_hidden_layers * tokens
         pairs = (self.text.num_hidden_layers - 1) * tokens * (tokens + 1) / 2 + tokens
         return keys * self._per_key + beyond * self._per_query + pairs * self._per_pair
 
-    def _branch(self, prompt: int, tokens: int) -> float:
+    def _branch(self, prompt: Tensor | int, tokens: Tensor) -> Tensor:
         """A completion's forward pass behind its prompt; its last token is no input."""
-        inputs = max(0, tokens - 1)
+        inputs = (tokens - 1).clamp(min=0)
         pairs = inputs * prompt + inputs * (inputs + 1) / 2
         layers = self.text.num_hidden_layers
         return layers * (inputs * (self._per_key + self._per_query) + pairs * self._per_pair)
@@ -120,17 +117,14 @@ class FlopCounter:
         """Score and weighted value, of a query and a key in a layer."""
         return 4 * self.text.hidden_size
 
-    def _logits(self, tokens: int) -> float:
+    def _logits(self, tokens: Tensor) -> Tensor:
         return 2 * tokens * self.text.hidden_size * self.text.vocab_size
 
-    def _images(self, prompts: Prompts) -> list[_Images]:
-        """Forward pass of the vision tower over each prompt's images."""
-        grids = iter([] if prompts.image_grid_thw is None else prompts.image_grid_thw.tolist())
-        return [
-            sum((self._image(*next(grids)) for _ in range(count)), _Images()) for count in prompts.images_per_prompt
-        ]
-
-    def _image(self, time: int, height: int, width: int) -> _Images:
+    def _images(self, prompts: Prompts) -> _Images:
+        """Forward pass of the vision tower over all images."""
+        if prompts.image_grid_thw is None:
+            return _Images()
+        time, height, width = prompts.image_grid_thw.double().unbind(dim=1)
         vision, patches = self.vision, time * height * width
         merged = vision.spatial_merge_size**2
         patch_size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
@@ -142,25 +136,22 @@ class FlopCounter:
         pairs = num_full * time * (height * width) ** 2
         pairs += (vision.depth - num_full) * time * _squares(height, side) * _squares(width, side)
         blocks = patches * vision.depth * per_layer + 4 * vision.hidden_size * pairs
-        return _Images(patches * per_patch, blocks, patches / merged * per_token)
+        return _Images((patches * per_patch).sum(), blocks.sum(), (patches / merged * per_token).sum())
 
 
 @dataclass(frozen=True)
 class _Images:
     """Forward of images: the embedding of patches, the blocks, the merger."""
 
-    embedding: float = 0.0
-    blocks: float = 0.0
-    merger: float = 0.0
-
-    def __add__(self, other: _Images) -> _Images:
-        return _Images(self.embedding + other.embedding, self.blocks + other.blocks, self.merger + other.merger)
+    embedding: Tensor | float = 0.0
+    blocks: Tensor | float = 0.0
+    merger: Tensor | float = 0.0
 
     @property
-    def forward(self) -> float:
+    def forward(self) -> Tensor | float:
         return self.embedding + self.blocks + self.merger
 
-    def backward(self, passes: _Passes) -> float:
+    def backward(self, passes: _Passes) -> Tensor | float:
         """Pixels want no gradient, and of the tower only the blocks are checkpointed."""
         if not passes.backward:
             return 0.0
@@ -207,6 +198,6 @@ def _num_weights(weight: Tensor) -> int:
 NO_BACKWARD = _Passes(0.0, 0.0)
 
 
-def _squares(length: int, side: int) -> int:
+def _squares(length: Tensor, side: int) -> Tensor:
     """Sum of the squared sizes of the windows that ``length`` patches are cut into."""
     return length // side * side**2 + (length % side) ** 2

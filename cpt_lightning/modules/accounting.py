@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 
 from cpt_lightning.models.flops import FlopCounter, Flops
 from cpt_lightning.types import Batch, Completions, Prompts
@@ -54,7 +55,8 @@ class StepAccount:
         self._clear()
 
     def _clear(self) -> None:
-        self._tokens, self._rollouts, self._flops = 0, 0, Flops()
+        self._tokens: Tensor | int = 0
+        self._rollouts, self._flops = 0, Flops()
         self._phases: dict[str, float] = {}
 
     def add_flops(self, flops: Flops) -> None:
@@ -63,7 +65,7 @@ class StepAccount:
 
     def add_tokens(self, prompts: Prompts, completions: Completions) -> None:
         """Adds the tokens that the step learns from, without padding, a prompt once per group."""
-        self._tokens += int(prompts.lengths.sum() + completions.lengths.sum())
+        self._tokens += prompts.lengths.sum() + completions.lengths.sum()
 
     def add_rollouts(self, completions: Completions) -> None:
         """Adds completions that the step samples."""
@@ -95,7 +97,7 @@ class StepAccount:
         """Seconds that have passed, but for those that went aside."""
         return time.perf_counter() - self._aside_s
 
-    def end(self, device: torch.device) -> dict[str, float]:
+    def end(self, device: torch.device) -> dict[str, Tensor | float]:
         """A step has ended.
 
         Returns:
@@ -106,7 +108,7 @@ class StepAccount:
         """
         now = self.clock()
         seconds = 0.0 if self._start is None else now - self._start
-        measured = {
+        measured: dict[str, Tensor | float] = {
             "time/step_s": seconds,
             "perf/rollouts": float(self._rollouts),
             "perf/host_rss_gb": host_rss() / 1e9,

@@ -14,10 +14,11 @@ from cpt_lightning.functional.logprobs import token_logprobs
 from cpt_lightning.models import Backbone
 from cpt_lightning.models.qwen_vl import output_weight
 from cpt_lightning.modules.accounting import Accounted
-from cpt_lightning.modules.clipping import ClippedGradients
+from cpt_lightning.modules.clipping import ClippedGradients, check_clipping
 from cpt_lightning.modules.evaluating import Evaluating
 from cpt_lightning.modules.schedules import TaskSchedule
 from cpt_lightning.rollouts import Attempts, Sampler, Sampling, completion_hidden
+from cpt_lightning.rollouts.prefixes import prefixes_of
 from cpt_lightning.strategy import FSDP2, check_strategy
 from cpt_lightning.types import Completions, Prompts, Scored
 
@@ -48,11 +49,11 @@ class PostTraining(Accounted, Evaluating, ClippedGradients):
 
     def __init__(
         self,
-        backbone: Backbone = Backbone(),  # noqa: B008 a dataclass that is never changed
+        backbone: Backbone = Backbone(),
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.01),
         lr_scheduler: LRSchedulerCallable | None = None,
         max_grad_norm: float | None = 1.0,
-        evaluation: Sampling = Sampling(max_new_tokens=64, temperature=0.0),  # noqa: B008
+        evaluation: Sampling = Sampling(max_new_tokens=64, temperature=0.0),
         forced_prefix: str | None = None,
         attempts: Attempts | None = None,
         sampler: Sampler | None = None,
@@ -77,6 +78,7 @@ class PostTraining(Accounted, Evaluating, ClippedGradients):
         """Loads the backbone, once, and says what it is."""
         if self._trainer is not None:
             check_strategy(self._trainer.strategy, self.backbone)
+            check_clipping(self._trainer)
         is_new = "model" not in self._modules
         super().configure_model()
         if is_new and self._trainer is not None:
@@ -133,7 +135,7 @@ class PostTraining(Accounted, Evaluating, ClippedGradients):
     @property
     def prefixes(self) -> dict[str, str]:
         """What replies are made to begin with, by the option that says so; an option that forces nothing is no part."""
-        return {"evaluation.prefix": self.evaluation.prefix} if self.evaluation.prefix else {}
+        return prefixes_of(vars(self))
 
     @property
     def learns_by_logprobs(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from lightning import Trainer
 from torch import Tensor, nn
 
 from cpt_lightning.models.sharding import own_part, whole
@@ -22,13 +23,7 @@ class ClippedGradients(AcrossRanks):
         self._nonfinite_in_a_row = 0
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """Clips by norm, and logs the gradient's norm and the learning rate of the coming step.
-
-        Raises:
-            ValueError: The Trainer would clip too.
-        """
-        if gradient_clip_val is not None:
-            raise ValueError("trainer.gradient_clip_val: set max_grad_norm of the module instead")
+        """Clips by norm, and logs the gradient's norm and the learning rate of the coming step."""
         # Not in on_before_optimizer_step: once another hook logs, Lightning (2.6) drops what training_step had logged
         # before its optimizer step in the first batch of an epoch.
         self.log_clipping(self.clip_gradients_by_norm(optimizer))
@@ -77,3 +72,13 @@ class ClippedGradients(AcrossRanks):
         if not self.max_over_ranks(int(is_touched)):
             for weight in reached:
                 weight.grad = None
+
+
+def check_clipping(trainer: Trainer) -> None:
+    """Refuses a Trainer that would clip as well.
+
+    Raises:
+        ValueError: Says what to set instead.
+    """
+    if trainer.gradient_clip_val is not None:
+        raise ValueError("trainer.gradient_clip_val: set model.init_args.max_grad_norm instead, for every objective")

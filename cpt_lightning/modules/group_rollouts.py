@@ -42,7 +42,7 @@ class GroupRollouts(ManualUpdates):
     def __init__(
         self,
         group_size: int = 8,
-        sampling: Sampling = Sampling(max_new_tokens=64),  # noqa: B008 a dataclass that is never changed
+        sampling: Sampling = Sampling(max_new_tokens=64),
         rollout_batch_prompts: int | None = None,
         informative_prompts: int | None = None,
         overlong_margin: int | None = None,
@@ -76,11 +76,6 @@ class GroupRollouts(ManualUpdates):
         self.overlong = None if overlong_margin is None else OverlongPenalty(sampling.max_new_tokens, overlong_margin)
         self.learn_truncated = learn_truncated
         self.micro_batch_prompts = micro_batch_prompts
-
-    @property
-    def prefixes(self) -> dict[str, str]:
-        """Those of rollouts, before those of evaluations."""
-        return {**({"sampling.prefix": self.sampling.prefix} if self.sampling.prefix else {}), **super().prefixes}
 
     @property
     def updates_per_step(self) -> int:
@@ -242,7 +237,7 @@ class GroupRollouts(ManualUpdates):
         if completions.logps is not None:
             # The sampled tokens' mean surprise costs nothing, and without top-k and top-p estimates the entropy.
             surprise = -masked_mean(completions.logps, completions.mask)
-            self.log_means({"train/entropy": surprise}, count=int(completions.mask.sum()) * rollout.counts)
+            self.log_means({"train/entropy": surprise}, count=completions.mask.sum() * rollout.counts)
         if rollout.counts:
             # Not exchanged: tasks have different parts, and ranks may hold different tasks.
             self.log_dict({f"train/reward/{name}": part.mean() for name, part in rollout.reward_parts.items()})

@@ -71,11 +71,7 @@ class MultiTask(RFT):
         weights = self._weights_of(batch.prompts)
         supervised = [row for row, task in enumerate(tasks) if self.objectives.get(task, self.objective) == "sft"]
         reinforced = sorted(set(range(len(batch))) - set(supervised))
-        rollout: Rollout | None = None
-        if self.max_over_ranks(len(reinforced)):
-            # A rank without a reinforced row samples for one anyway, to take part in what ranks exchange.
-            rollout = self.collect(batch.prompts.select(reinforced or [0]), batch_idx)
-            rollout.counts = bool(reinforced)
+        rollout = self._collect_of(reinforced, batch.prompts, batch_idx)
         stats: list[UpdateStats] = []
         with self.timed("update"):
             prepared = None if rollout is None else self.prepare(rollout)
@@ -92,6 +88,13 @@ class MultiTask(RFT):
         if rollout is not None and prepared is not None:
             self.log_rollout(rollout, zero_signal_groups=prepared.zero_signal_groups)
         self.log_updates(stats, self.updates_per_step)
+
+    def _collect_of(self, rows: list[int], prompts: Prompts, batch_idx: int) -> Rollout | None:
+        """Groups of the rows that are reinforced; ``None`` where no rank has any."""
+        if not self.max_over_ranks(len(rows)):
+            return None
+        # A rank without a reinforced row samples for one anyway, to take part in what ranks exchange.
+        return replace(self.collect(prompts.select(rows or [0]), batch_idx), counts=bool(rows))
 
     def prepare(self, rollout: Rollout) -> Prepared:
         """As in RFT; each prompt weighs what its task does."""

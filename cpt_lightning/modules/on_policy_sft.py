@@ -58,7 +58,7 @@ class OnPolicySFT(GroupRollouts):
 
     def __init__(
         self,
-        selection: Selection = Selection(),  # noqa: B008 a dataclass that is never changed
+        selection: Selection = Selection(),
         hint: Hint | None = None,
         reduction: Reduction = "sequence_mean",
         **kwargs,

@@ -43,15 +43,15 @@ class AcrossRanks(L.LightningModule):
             return count
         return int(self.trainer.strategy.reduce(torch.tensor(count, device=self.device), reduce_op="max"))
 
-    def log_means(self, means: Mapping[str, Tensor], count: int, prog_bar: Collection[str] = ()) -> None:
+    def log_means(self, means: Mapping[str, Tensor], count: int | Tensor, prog_bar: Collection[str] = ()) -> None:
         """Logs means over the rows, or tokens, of all ranks; every rank must have the same ones.
 
         Args:
-            means: Scalars, each over this rank's rows or tokens.
-            count: How many those are.
+            means: Finite scalars, each over this rank's rows or tokens.
+            count: How many those are; a rank may have none.
             prog_bar: Which of them the progress bar shows.
         """
         mine = torch.stack([*means.values(), torch.ones((), device=self.device)]).double() * count
         *sums, total = self.sum_over_ranks(mine).float().unbind()
         for name, value in zip(means, sums, strict=True):
-            self.log(name, value / total, prog_bar=name in prog_bar, batch_size=max(1, count))
+            self.log(name, value / total.clamp(min=1), prog_bar=name in prog_bar, batch_size=1)

@@ -254,14 +254,14 @@ class RFT(GroupRollouts, HeldToReference):
         rollout.reward_parts["kl"] = -self.kl_coef * kl
         rollout.rewards = rollout.rewards - self.kl_coef * kl
 
-    def log_updates(self, stats: list[UpdateStats], num_updates: int) -> None:
+    def log_learned(self, parts: list[UpdateStats]) -> None:
         """Logs the divergence from the reference too, where the loss has it."""
-        super().log_updates(stats, num_updates)
-        measured = [(part.kl, part.policy.num_tokens) for part in stats if part.kl is not None and part.policy]
-        if measured:
+        super().log_learned(parts)
+        if self._has_kl_loss:
+            measured = [(part.kl, part.policy.num_tokens) for part in parts if part.kl is not None and part.policy]
             divergences, num_tokens = (torch.stack(values) for values in zip(*measured, strict=True))
             mean = (divergences * num_tokens).sum() / num_tokens.sum().clamp(min=1)
-            self.log(f"train/kl_{self.kl_estimator}", mean, batch_size=1)
+            self.log_means({f"train/kl_{self.kl_estimator}": mean}, count=num_tokens.sum())
 
     # -- parts of a step -----------------------------------------------------------------------------------------
 

@@ -47,9 +47,9 @@ class SFT(HeldToReference):
             logps, divergence = self.logps_and_divergence(batch.prompts, targets, forward_kl)
             kl = weighted_sum(divergence, weights, targets.mask)
             loss = self.kl_coef * kl - weighted_sum(logps, weights, targets.mask)
-            self.log("train/forward_kl", kl.detach(), batch_size=len(batch))
+            self.log("train/forward_kl", kl.detach(), batch_size=len(batch), sync_dist=True)
         else:
             loss = -weighted_sum(self.logprobs(batch.prompts, targets), weights, targets.mask)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch), sync_dist=True)
-        self.log("train/completion_length", targets.lengths.float().mean(), batch_size=len(batch))
+        self.log_means({"train/completion_length": targets.lengths.float().mean()}, count=len(batch))
         return self.anchored(loss)

@@ -101,13 +101,28 @@ class ManualUpdates(PostTraining):
     # -- what is shown -------------------------------------------------------------------------------------------
 
     def log_updates(self, stats: list[UpdateStats], num_updates: int) -> None:
-        """Logs the mean over a step's updates of the loss, on all ranks, and of clipping and mismatch on this one."""
+        """Logs the mean over a step's updates of the loss, and what they showed of the tokens that they learned."""
         loss = sum((part.loss for part in stats), torch.zeros((), device=self.device)) / num_updates
         self.log("train/loss", loss, batch_size=1, sync_dist=True)
-        shown: dict[str, Tensor] = {}  # not exchanged: ranks may have no update, and so none of these
-        if policies := [part.policy for part in stats if part.policy is not None]:
-            policy = PolicyStats.mean(policies)
-            shown |= {"train/clip_fraction": policy.clip_fraction, "train/ratio": policy.ratio_mean}
-        if mismatches := [part.mismatch for part in stats if part.mismatch is not None]:
-            shown |= {f"train/mismatch/{name}": value for name, value in Mismatch.of_all(mismatches).shown.items()}
-        self.log_dict(shown, batch_size=1)
+        learned = [part for part in stats if part.policy is not None]
+        if self.max_over_ranks(len(learned)):  # a rank that had none tells so
+            self.log_learned(learned or [self._of_no_tokens()])
+
+    def log_learned(self, parts: list[UpdateStats]) -> None:
+        """Logs clipping and mismatch over the tokens of all ranks; every rank must call it.
+
+        Args:
+            parts: Micro-batches with a policy loss, at least one.
+        """
+        policy = PolicyStats.mean([part.policy for part in parts if part.policy is not None])
+        means = {"train/clip_fraction": policy.clip_fraction, "train/ratio": policy.ratio_mean}
+        if self.sampler is not None:
+            mismatch = Mismatch.of_all([part.mismatch for part in parts if part.mismatch is not None])
+            shown = {f"train/mismatch/{name}": value for name, value in mismatch.shown.items()}
+            self.log("train/mismatch/max", shown.pop("train/mismatch/max"), sync_dist=True, reduce_fx="max")
+            means |= shown
+        self.log_means(means, count=policy.num_tokens)
+
+    def _of_no_tokens(self) -> UpdateStats:
+        zero = torch.zeros((), device=self.device)
+        return UpdateStats(zero, PolicyStats(*[zero] * 5), kl=zero, mismatch=Mismatch(*[zero] * 5))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 """Okabe and Ito's, which the colour-blind tell apart; yellow is left out, for it is lost on white."""
 MARKERS = "osD^vP*X<>"
+HOLLOW = {"markerfacecolor": "none"}
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,13 @@ class Point:
         name: For the legend.
         lost: What each of its seeds lost, as the axis has it.
         learned: What each of them learned.
+        is_finished: Whether each of them has learned its whole stream.
     """
 
     name: str
     lost: Sequence[float]
     learned: Sequence[float]
+    is_finished: bool = True
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ def style_of(number: int) -> dict[str, Any]:
 def trade_off(panels: Sequence[Panel], title: str = "") -> Figure:
     """Learning against what was lost: means, and standard deviations over seeds.
 
-    A grey line goes through the arms that no other beats in both, the Pareto front.
+    A grey line goes through the arms that no other beats in both, the Pareto front. Arms that are not finished are
+    hollow and no part of it: in fewer tasks there is less to forget.
     """
     from matplotlib.figure import Figure  # slow to import
 
@@ -71,8 +75,10 @@ def trade_off(panels: Sequence[Panel], title: str = "") -> Figure:
             axes.errorbar(
                 statistics.mean(point.lost), statistics.mean(point.learned), label=point.name, capsize=2,
                 xerr=_deviation(point.lost), yerr=_deviation(point.learned), linestyle="none",
-                **style_of(names.index(point.name)),
+                **style_of(names.index(point.name)), **({} if point.is_finished else HOLLOW),
             )  # fmt: skip
+        if not all(point.is_finished for point in panel.points):
+            axes.plot([], [], "o", color="grey", **HOLLOW, label="hollow: not finished")
         axes.axvline(0, color="grey", linewidth=0.5)
         axes.set(xlabel=panel.label, ylabel="learning, %")
     legend_below(figure)
@@ -81,8 +87,9 @@ def trade_off(panels: Sequence[Panel], title: str = "") -> Figure:
 
 
 def _front(axes: Axes, panel: Panel) -> None:
-    lost = [statistics.mean(point.lost) for point in panel.points]
-    learned = [statistics.mean(point.learned) for point in panel.points]
+    finished = [point for point in panel.points if point.is_finished]
+    lost = [statistics.mean(point.lost) for point in finished]
+    learned = [statistics.mean(point.learned) for point in finished]
     front = pareto_front(learned, lost if panel.right_is_worse else [-value for value in lost])
     if len(front) > 1:
         x, y = [lost[place] for place in front], [learned[place] for place in front]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tensorboard.backend.event_processing.event_accumulator import ScalarEvent  # type: ignore[import-untyped]
+    from tensorboard.backend.event_processing.event_accumulator import ScalarEvent
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,11 @@ class Arm:
         return next(iter(self.runs.values()))
 
     @property
+    def unfinished(self) -> list[RunFolder]:
+        """Those that have not learned the whole stream."""
+        return [run for run in self.runs.values() if not run.is_finished]
+
+    @property
     def num_stages(self) -> int:
         """How far they came."""
         return self.first.num_stages
@@ -127,8 +132,8 @@ def _give_names(arms: list[Arm]) -> None:
                  if all_names.count(name) == 1 and name not in taken)  # fmt: skip
         arm.name = next(clear, str(arm.first.path))
     for arm in arms:
-        if unfinished := [run for run in arm.runs.values() if not run.is_finished]:
-            arm.name += f" ({_progress(unfinished[0])})"
+        if arm.unfinished:
+            arm.name += f" ({_progress(arm.unfinished[0])})"
 
 
 def _names(run: RunFolder) -> tuple[str, str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,10 +34,12 @@ class Comparison:
     Args:
         arms: For each arm the figures of each of its seeds.
         intervals: For each arm those of its means, by figure, where they are known.
+        unfinished: Arms with a seed that has not learned its whole stream.
     """
 
     arms: Mapping[str, Mapping[int | str, Figures]]
     intervals: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
+    unfinished: Collection[str] = ()
 
     @property
     def columns(self) -> list[str]:
@@ -149,7 +151,10 @@ class Comparison:
         """By figure, where each arm lies: learning, and what was lost."""
         found = {}
         for column, (label, right_is_worse) in AXES.items():
-            points = [Point(arm, self.values(arm, column), self.values(arm, "learning")) for arm in self.arms]
+            points = [
+                Point(arm, self.values(arm, column), self.values(arm, "learning"), arm not in self.unfinished)
+                for arm in self.arms
+            ]
             if known := [point for point in points if point.lost and point.learned]:
                 found[column] = Panel(label, known, right_is_worse)
         return found

@@ -41,6 +41,7 @@ class Report:
             {arm.name: {seed: figures_of(run) for seed, run in arm.runs.items()} for arm in arms},
             {name: {figure: interval for figure in draws if (interval := self.resampled.interval(name, figure))}
              for name, draws in self.resampled.arms.items()},
+            [arm.name for arm in arms if arm.unfinished],
         )  # fmt: skip
         self.cautions = [*cautions(arms), *self.resampled.unknown]
         self.options = differing_options(arms)

@@ -184,7 +184,6 @@ def test_an_empty_task_is_refused_at_setup(tmp_path):
         ({"reload_dataloaders_every_n_epochs": 0}, "reload_dataloaders_every_n_epochs must be 1"),
         ({"max_steps": 2}, "trainer.max_steps or max_time .*data.steps says how long tasks are"),
         ({"max_time": {"hours": 1}}, "trainer.max_steps or max_time .*data.steps says how long tasks are"),
-        ({"gradient_clip_val": 0.5}, "trainer.gradient_clip_val: set model.init_args.max_grad_norm instead"),
     ],
 )
 def test_a_trainer_that_would_learn_another_stream_is_refused(tmp_path, options, message):

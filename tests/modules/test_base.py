@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch.utils.data import DataLoader
 
 from cpt_lightning.models import Backbone
-from cpt_lightning.modules import SFT, TaskSchedule
+from cpt_lightning.modules import RFT, SFT, TaskSchedule
 from cpt_lightning.rewards import Reward, score
 from cpt_lightning.rollouts import Sampling
 from tests.training import fit, with_examples
@@ -64,6 +64,13 @@ def test_a_forced_prefix_is_measured_beside_the_free_answer(small_folder, proces
     shown = validate(module, [with_examples(mixed_prompts, processor, reward)])
     assert shown["val/demo/accuracy"] == 0
     assert shown["val/demo/forced_accuracy"] == 1
+
+
+@pytest.mark.parametrize("objective", [SFT, RFT])
+def test_a_trainer_that_would_clip_too_is_refused_before_anything_is_loaded_or_evaluated(objective):
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, gradient_clip_val=1.0)
+    with pytest.raises(ValueError, match="trainer.gradient_clip_val: set model.init_args.max_grad_norm instead"):
+        trainer.validate(objective(backbone=Backbone("there/is/no/such")), DataLoader([]))
 
 
 def test_precision_recall_f1_and_yes_ratio_are_those_of_the_whole_set_however_it_is_batched(

@@ -100,11 +100,6 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_several_stop_the_run(
         fit(Broken(backbone=Backbone(small_folder)), [batch] * 5)
 
 
-def test_clipping_by_the_trainer_is_refused_in_favour_of_the_modules_own(small_folder, processor, mixed_prompts):
-    with pytest.raises(ValueError, match="max_grad_norm"):
-        fit(SFT(backbone=Backbone(small_folder)), [with_examples(mixed_prompts, processor)], gradient_clip_val=1.0)
-
-
 def test_without_a_kl_term_no_reference_is_made_and_with_one_the_policy_stays_near(
     small_folder, processor, mixed_prompts
 ):

@@ -25,6 +25,18 @@ def test_where_less_is_lost_to_the_right_the_front_turns():
     assert front.get_xydata().tolist() == [[-1, 50], [-9, 60]]
 
 
+def test_an_arm_that_is_not_finished_is_hollow_and_no_part_of_the_front():
+    """It beats all others so far: of one task nothing can be forgotten."""
+    points = [Point("x", [2], [55]), Point("y", [5], [70]), Point("half", [0], [90], is_finished=False)]
+    (axes,) = trade_off([Panel("lost", points)]).axes
+    marks, labels = axes.get_legend_handles_labels()
+    lines = dict(zip(labels, marks, strict=True))
+    assert lines["Pareto front"].get_xydata().tolist() == [[2, 55], [5, 70]]
+    assert {name for name in ("x", "y", "half") if lines[name].lines[0].get_markerfacecolor() == "none"} == {"half"}
+    assert lines["hollow: not finished"].get_markerfacecolor() == "none"
+    assert "hollow: not finished" not in trade_off([Panel("lost", points[:2])]).axes[0].get_legend_handles_labels()[1]
+
+
 def test_arms_look_different():
     styles = [tuple(style_of(number).values()) for number in range(70)]
     assert len(set(styles)) == 70

@@ -194,6 +194,15 @@ def test_unfinished_runs_are_reported_as_such(tmp_path, capsys):
     assert "half (1 of 2 stages)" in read(tmp_path / "page.html").text
 
 
+def test_pictures_tell_unfinished_arms_from_finished_ones(tmp_path):
+    """An arm of which one seed is finished is none."""
+    half, whole = made_run(tmp_path / "half", num_stages=1), made_run(tmp_path / "whole", seed=1)
+    other = made_run(tmp_path / "other", seed=2)
+    panels = Report(arms_of([f"mixed={half}", f"mixed={whole}", str(other)])).comparison.panels
+    shown = {point.name: point.is_finished for point in panels["probes"].points}
+    assert shown == {"mixed (1 of 2 stages)": False, "other": True}
+
+
 def test_the_verb_names_what_is_wrong(tmp_path, capsys):
     for arguments, message in (
         ([str(tmp_path / "none")], "none is no folder"),

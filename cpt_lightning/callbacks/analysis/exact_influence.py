@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from lightning import LightningModule, Trainer
@@ -50,7 +51,7 @@ class ExactInfluence:
             of_v_given_u = (self._log_probs(asked) - before) * per_unit
         cosines, first_orders, of_u_given_v = [], [], []
         for number in range(asked.num_rows):
-            gradient = self._gradient(lambda number=number: self._log_prob(asked, number))  # type: ignore[misc]
+            gradient = self._gradient(partial(self._log_prob, asked, number))
             cosines.append(float(cosine_similarity(gradient, uphill, dim=0)))
             first_orders.append(float(gradient @ self.moved))
             with self._stepped(gradient) as per_unit:

@@ -147,7 +147,7 @@ def _loggers(trainer: Trainer) -> Sequence[Any]:
 
 def _write_image(logger: TensorBoardLogger, name: str, image: Image, step: int) -> None:
     """As ``SummaryWriter.add_image``, but as JPEG: PNG takes seven times as long, more than the drawing itself."""
-    from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+    from tensorboard.compat.proto.summary_pb2 import Summary
 
     jpeg = BytesIO()
     image.save(jpeg, "JPEG", quality=90, subsampling=0)  # colours as sharp as brightness, for text
@@ -161,7 +161,7 @@ def _write_hparams(
 ) -> None:
     """As ``SummaryWriter.add_hparams``, which would name this run's own options only, and write a run of its own."""
     from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2  # type: ignore[import-untyped]
+    from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
     kinds = {True: api_pb2.DATA_TYPE_FLOAT64, False: api_pb2.DATA_TYPE_STRING}
     experiment = api_pb2.Experiment(

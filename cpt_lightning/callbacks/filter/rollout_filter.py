@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,7 @@ class RolloutFilter(Callback):
         self.filter_from = filter_from
         self._stages: dict[int, dict[str, Any]] = {}
         self._step_s: list[float] = []
+        self._afterwards = ExitStack()
 
     # -- hooks -----------------------------------------------------------------------------------------------------
 
@@ -100,12 +102,17 @@ class RolloutFilter(Callback):
         if self.filter_from is not None:  # all of them: rather now than after the first tasks
             for index in range(trainer.datamodule.num_stages):
                 self._taken_over(trainer, index)
-        trainer.datamodule.choose_rows = lambda index: self._kept_rows(trainer, index)
+        stream = trainer.datamodule
+        self._afterwards.callback(setattr, stream, "choose_rows", stream.choose_rows)
+        stream.choose_rows = lambda index: self._kept_rows(trainer, index)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leaves the stream without a filter, for the next Trainer that it is given to."""
-        if stage == "fit" and trainer.datamodule is not None:
-            trainer.datamodule.choose_rows = None
+        """Leaves the stream as it was, for the next Trainer that it is given to."""
+        self._afterwards.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The same for a run that fails or is stopped, which Lightning does not tear down."""
+        self._afterwards.close()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins to measure steps."""

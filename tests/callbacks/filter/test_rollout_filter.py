@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -221,15 +222,30 @@ def test_a_stage_that_began_without_a_filter_ends_without_one(tmp_path):
     assert module.tried == [f"c/train/{row}" for row in range(10)]
 
 
-def test_a_stream_that_was_filtered_shows_every_row_to_a_trainer_without_a_filter(tmp_path):
+@pytest.mark.parametrize("killed", [None, KillAt(1, batch=1)])
+def test_a_stream_that_was_filtered_shows_every_row_to_a_trainer_without_a_filter(killed, tmp_path):
     """A filter that is left in the stream would show the second Trainer the rows that the first one kept."""
     numbers = number_stream(passes=1, prompts_per_step=2)
-    for folder, filters in (("filtered", [RolloutFilter("solvable", completions_per_row=3, lowest=2)]), ("whole", [])):
-        module, trainer = TryingModule(), make_trainer(tmp_path / folder, numbers, callbacks=filters)
+    chosen = [RolloutFilter("solvable", completions_per_row=3, lowest=2), *([killed] if killed else [])]
+    for folder, callbacks in (("filtered", chosen), ("whole", [])):
+        module, trainer = TryingModule(), make_trainer(tmp_path / folder, numbers, callbacks=callbacks)
         trainer.validate(module, numbers, verbose=False)
-        trainer.fit(module, numbers)
+        with pytest.raises(Killed) if killed in callbacks else nullcontext():
+            trainer.fit(module, numbers)
     assert len(kept_ids(tmp_path / "filtered", "a")) < 10
     assert len({row for step in module.seen for row in step}) == 3 * 10
+
+
+@pytest.mark.parametrize("mode", ["random", None])
+def test_rows_that_somebody_else_chose_are_chosen_by_them_again(mode, tmp_path):
+    """When the filter has gone; one that is off was never there."""
+    numbers = number_stream(passes=1, prompts_per_step=2, stages=["a"])
+    numbers.choose_rows = own = lambda stage: {"a": [0, 1, 2]}
+    trainer = make_trainer(tmp_path, numbers, callbacks=[RolloutFilter(mode, completions_per_row=3)])
+    trainer.validate(module := TryingModule(), numbers, verbose=False)
+    trainer.fit(module, numbers)
+    assert numbers.choose_rows is own
+    assert len({row for step in module.seen for row in step}) == (3 if mode is None else len(kept_ids(tmp_path, "a")))
 
 
 @pytest.mark.parametrize("mode", ["unsolvable", "random"])
