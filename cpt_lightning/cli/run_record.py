@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ class RunRecord(SaveConfigCallback):
             return
         rank_zero_info(
             "note: the run goes on with other options than it had; comparisons will take them for those of all of it: "
-            + "; ".join(f"{name} {before.get(name)} -> {now.get(name)}" for name in changed)
+            + "; ".join(_differences(before, now, changed))
             + f". Within a task optimizer and schedule stay those of the checkpoint. Before: {kept}"
         )
 
@@ -100,6 +101,27 @@ class RunRecord(SaveConfigCallback):
             world_size=trainer.world_size,
             **surroundings(),
         )
+
+
+def _differences(before: Mapping[str, str], now: Mapping[str, str], changed: Iterable[str]) -> list[str]:
+    """What became of options, by name; a task or probe that was added is one of them.
+
+    >>> _differences({"data.tasks.a.num": "1"}, {"data.tasks.a.num": "2", "data.tasks.b.num": "1"},
+    ...              ["data.tasks.a.num", "data.tasks.b.num"])
+    ['data.tasks.a.num 1 -> 2', 'data.tasks.b is new']
+    """
+    known = {_owner(name) for name in before}
+    said = (
+        f"{name} {before.get(name)} -> {now.get(name)}" if _owner(name) in known else f"{_owner(name)} is new"
+        for name in changed
+    )
+    return list(dict.fromkeys(said))
+
+
+def _owner(option: str) -> str:
+    """``data.tasks.<task>`` or ``data.probes.<probe>``, if it is an option of one; else what the option begins with."""
+    parts = option.split(".")
+    return ".".join(parts[:3]) if parts[:2] in (["data", "tasks"], ["data", "probes"]) else parts[0]
 
 
 def _device(trainer: Trainer) -> Device:
