@@ -1,19 +1,31 @@
 """Tasks that come later: a stream that was extended behind its end is learned like the longer one in one go."""
 
 import csv
+import io
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from cpt_lightning.callbacks import EWC, L2, ContinualLearning, ModelMerging
+from cpt_lightning.callbacks.cards import model_card
+from cpt_lightning.callbacks.continual import unmeasured
+from cpt_lightning.checkpoint_io import read_checkpoint
 from cpt_lightning.cli import main
 from cpt_lightning.data import Replay
+from cpt_lightning.pictures.comparison import task_curves
+from cpt_lightning.pictures.probes import probe_curves
 from cpt_lightning.records import AccuracyMatrix, RunFolder
+from cpt_lightning.report.arms import Arm
+from cpt_lightning.report.figures import scores_of
+from cpt_lightning.report.matrices import matrices_of, table_of
+from cpt_lightning.report.summary import summary_table
 from cpt_lightning.tasks import Prompt, Task
 from tests.fakes import KillAt, Killed, LinearModule, NumberSource, make_trainer, number_stream
 from tests.test_resume import MODELS, OPTIONS, ROOT, STREAM, scalars
@@ -108,6 +120,106 @@ def branch(folder: Path, of: Path, stream, checkpoint: str = "last.ckpt", **opti
     return module
 
 
+# After b the stream was extended by c and the probe q.
+EXTENDED = AccuracyMatrix(
+    tasks=["a", "b", "c"],
+    probes=["p", "q"],
+    stages=[["a"], ["b"], ["c"]],
+    zero_shot={name: {"accuracy": score, "num_samples": 100} for name, score in {"a": 0.2, "b": 0.3, "p": 0.8}.items()},
+    rows=[
+        {name: {"accuracy": score, "num_samples": 100} for name, score in scores.items()}
+        for scores in (
+            {"a": 0.9, "b": 0.5, "p": 0.7},
+            {"a": 0.6, "b": 0.8, "c": 0.4, "p": 0.6, "q": 0.9},
+            {"a": 0.7, "b": 0.5, "c": 0.6, "p": 0.5, "q": 0.5},
+        )
+    ],
+)
+
+
+def test_metrics_of_an_extended_stream_by_hand():
+    """AvgAcc (.7 + .5 + .6)/3; MAA (.9 + .7 + .6)/3; FM and BWT (-.2 - .3)/2; a dips by .3 after b, and b after c.
+
+    FWT is b's .5 - .3 alone, and the probes' change p's .5 - .8: the base was not asked about c and q.
+    """
+    assert EXTENDED.metrics() == pytest.approx(
+        {
+            "average_accuracy": 0.6,
+            "learning": 2.3 / 3,
+            "mean_average_accuracy": 2.2 / 3,
+            "forgetting_measure": -0.25,
+            "forgetting/a": -0.2,
+            "forgetting/b": -0.3,
+            "backward_transfer": -0.25,
+            "worst_dip": 0.3,
+            "forward_transfer": 0.2,
+            "probes_mean_change": -0.3,
+            "probe/p": -0.3,
+            "probe_minimum/p": -0.3,
+        }
+    )
+    figures = scores_of(EXTENDED)
+    assert (figures["FWT"], figures["probes"], figures["probes, lowest"]) == pytest.approx((20, -30, -30))
+
+
+def test_cells_that_are_missing_are_absent_in_the_file_and_blank_or_dashes_elsewhere(tmp_path):
+    EXTENDED.save(tmp_path / "accuracy_matrix.json")
+    assert AccuracyMatrix.load(tmp_path / "accuracy_matrix.json") == EXTENDED
+    assert "c" not in json.loads((tmp_path / "accuracy_matrix.json").read_text())["rows"][0]["scores"]
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(EXTENDED.table(confidence=0.95), summary_table(EXTENDED))
+    lines = [line.replace("│", " ").split() for line in console.export_text().splitlines()]
+    rows = {(line[0] if line[0] != "probe" else line[1]): line for line in lines if line}
+    assert [line for line in lines if line[:1] == ["c"]] == [["c", "-", "-", "40.0", "±9.4", "60.0", "±9.4"],
+                                                             ["c", "60.0", "60.0", "0.0"]]  # fmt: skip
+    assert rows["q"][2:] == ["50.0", "40.0"], "of its best, and no score of the base"
+    card = model_card("x", "full", "base", "float32", ["a", "b", "c"], matrix=EXTENDED)
+    assert "| c | 60.0 |  | 100 |" in card and "| a | 70.0 | 20.0 | 100 |" in card
+    assert "| c |" not in model_card("x", "full", "base", "float32", ["a"], matrix=EXTENDED)
+
+
+def test_arms_with_cells_that_are_missing_are_drawn_and_averaged_by_what_they_have():
+    """Lines begin where all that they are about was asked."""
+    whole = replace(EXTENDED, zero_shot=EXTENDED.rows[2], rows=[EXTENDED.rows[2]] * 3)
+    panels = {axes.get_title(): axes for axes in task_curves({"extended": EXTENDED, "whole": whole}).axes}
+    assert list(panels["c"].lines[0].get_xdata()) == [2, 3]
+    assert list(panels["probes, mean"].lines[0].get_xdata()) == [2, 3]
+    assert list(panels["a"].lines[0].get_xdata()) == [0, 1, 2, 3]
+    curve = probe_curves({"extended": [EXTENDED]}).axes[0].lines[0]
+    assert list(curve.get_ydata()) == pytest.approx([80, 70, 60, 50]), "of p, which the base was asked"
+    entries = table_of([EXTENDED, EXTENDED])[1]["c"]
+    assert entries[:2] == [None, None] and [entry.accuracy for entry in entries[2:]] == [40, 60]
+
+
+def test_no_cell_is_the_mean_of_some_of_the_seeds(tmp_path):
+    """One seed was extended and the other learned the longer stream at once: the arm's matrix is that of the first."""
+    whole = replace(EXTENDED, zero_shot=EXTENDED.rows[2], rows=[EXTENDED.rows[2]] * 3)
+    arm = Arm("arm")
+    for seed, matrix in enumerate([EXTENDED, whole]):
+        (tmp_path / str(seed)).mkdir()
+        matrix.save(tmp_path / str(seed) / "accuracy_matrix.json")
+        arm.add(RunFolder(tmp_path / str(seed)))
+    assert matrices_of(arm) == [EXTENDED]
+
+
+def test_what_is_asked_before_the_run_goes_on(tmp_path, runs):
+    """What is new, at the end of a stage behind which there is another one."""
+
+    def asked(stream, checkpoint: Path) -> list[str]:
+        trainer = make_trainer(tmp_path, stream)
+        trainer.datamodule = stream
+        return unmeasured(trainer, read_checkpoint(checkpoint, parts=()))
+
+    last, first = runs["ab"] / "last.ckpt", runs["ab"] / "1_a.ckpt"
+    assert asked(stream_of("abc", "pq"), last) == ["c", "q"]
+    assert asked(stream_of("abc"), first) == ["c"] and asked(stream_of("ab"), first) == []
+    assert asked(stream_of("ab", stages=["a", "b", "a"]), last) == []
+    assert asked(stream_of("ab", "pq"), last) == [], "nothing is left to learn"
+    with pytest.raises(Killed):
+        learn(tmp_path, stream_of("ab"), callbacks=[KillAt(1, batch=2)])
+    assert asked(stream_of("abc"), tmp_path / "last.ckpt") == []
+
+
 def test_metrics_are_those_of_the_cells_that_are_there(tmp_path, runs):
     """All but forward transfer are as in one go; that is b's term alone, for the base was not asked about c."""
     branch(tmp_path, runs["ab"], stream_of("abc"))
@@ -117,11 +229,11 @@ def test_metrics_are_those_of_the_cells_that_are_there(tmp_path, runs):
     assert matrix.metrics() == pytest.approx({**whole.metrics(), "forward_transfer": forward})
 
 
-@pytest.mark.parametrize("kill", [KillAt(2), KillAt(2, batch=2), KillAt(2, "on_train_epoch_end")], ids=["at once", "within the task", "behind it"])
+@pytest.mark.parametrize("kill", [("on_train_batch_start", 0), ("on_train_batch_start", 2), ("on_train_epoch_end", 0)])
 def test_an_extended_run_may_be_killed_anywhere(tmp_path, runs, kill):
     learn(tmp_path, stream_of("ab"))
     with pytest.raises(Killed):
-        learn(tmp_path, stream_of("abc"), "last.ckpt", callbacks=[kill])
+        learn(tmp_path, stream_of("abc"), "last.ckpt", callbacks=[KillAt(2, *kill)])
     learn(tmp_path, stream_of("abc"), "last.ckpt")
     assert_learned_alike(tmp_path, runs["abc"])
 
@@ -184,7 +296,9 @@ def test_what_was_validated_of_another_checkpoint_joins_no_row(tmp_path, runs):
     module, stream = LinearModule(), stream_of("abc")
     trainer = make_trainer(tmp_path, stream)
     trainer.validate(module, stream, ckpt_path=str(runs["ab"] / "1_a.ckpt"), verbose=False)
-    with pytest.warns(UserWarning, match="c came to the stream later, and the checkpoint was not asked.*trainer.validate"):
+    with pytest.warns(
+        UserWarning, match="c came to the stream later, and the checkpoint was not asked.*trainer.validate"
+    ):
         trainer.fit(module, stream, ckpt_path=str(runs["ab"] / "last.ckpt"))
     assert [("c" in row) for row in matrix_of(tmp_path).rows] == [False, False, True]
     assert {row["stage"] for row in samples_of(tmp_path) if row["task"] == "c"} == {3}
@@ -193,11 +307,13 @@ def test_what_was_validated_of_another_checkpoint_joins_no_row(tmp_path, runs):
 
 # -- the real modules, by the command that a person types ------------------------------------------------------------
 
-LONGER = STREAM.replace(
-    "probes:",
-    "  bars2: {source: {class_path: cpt_lightning.tasks.ToyWorld, init_args: {family: bars2}}, num_test: 4}\nprobes:",
-)
-FILTERED = ["--filter.mode=random", "--filter.completions_per_row=2", "--filter.sampling.max_new_tokens=12"]
+SHORT = STREAM.replace("num_test: 4", "num_test: 4, num_train: 12")
+BARS = "{source: {class_path: cpt_lightning.tasks.ToyWorld, init_args: {family: bars2}}, num_test: 4, num_train: 12}"
+LONGER = SHORT.replace("probes:", f"  bars2: {BARS}\nprobes:")
+FILTERED = [
+    "--filter.mode=random", "--filter.completions_per_row=2", "--filter.sampling.max_new_tokens=12",
+    "--filter.lowest=0", "--filter.cap=6",
+]  # fmt: skip
 MEASURED = [
     "--trainer.callbacks+=cpt_lightning.callbacks.Drift", "--trainer.callbacks.num_rows=2",
     "--trainer.callbacks.max_new_tokens=8", "--trainer.callbacks+=cpt_lightning.callbacks.GradientRisk",
@@ -209,9 +325,9 @@ MEASURED = [
     "--trainer.callbacks.max_new_tokens=8", "--trainer.callbacks.every_n_steps=2",
 ]  # fmt: skip
 ARMS = {
-    **{name: MODELS[name] for name in ("sft", "lwf", "lora with dropout", "renewed adapters", "grpo")},
+    **{name: MODELS[name] for name in ("sft", "lwf", "renewed adapters", "grpo")},
     "adapters per task": [*MODELS["renewed adapters"], "--model.backbone.lora.along_stream=per_task"],
-    "filtered": [*MODELS["sft"], *FILTERED, *(f"--data.tasks.{name}.num_train=12" for name in ("word2", "digit2"))],
+    "filtered": [*MODELS["sft"], *FILTERED],
     "measured": [*MODELS["sft"], *MEASURED],
 }
 
@@ -219,7 +335,7 @@ ARMS = {
 @pytest.fixture
 def streams(tmp_path) -> dict[str, str]:
     """Files of the stream of two tasks and of that of three, as options."""
-    for name, text in {"short": STREAM, "longer": LONGER}.items():
+    for name, text in {"short": SHORT, "longer": LONGER}.items():
         (tmp_path / f"{name}.yaml").write_text(text)
     return {name: f"--data={tmp_path / name}.yaml" for name in ("short", "longer")}
 
@@ -229,28 +345,22 @@ def test_cpt_fit_learns_a_task_that_comes_later_as_in_one_go(tmp_path, streams, 
     """On the embedded base: weights, cells, answers, verdicts and measurements of the new task, bit for bit."""
     whole, run = tmp_path / "whole", tmp_path / "run"
     options = [*ARMS[arm], *OPTIONS]
-    if arm == "filtered":
-        streams = {**streams, "longer": streams["longer"]}
-    main(["fit", streams["longer"], *options, *_rows(arm, "bars2"), f"--run_dir={whole}"])
+    main(["fit", streams["longer"], *options, f"--run_dir={whole}"])
     main(["fit", streams["short"], *options, f"--run_dir={run}"])
     capsys.readouterr()
     caplog.set_level("INFO")
-    main(["fit", streams["longer"], *options, *_rows(arm, "bars2"), f"--run_dir={run}", "--ckpt_path=last"])
+    main(["fit", streams["longer"], *options, f"--run_dir={run}", "--ckpt_path=last"])
     assert_learned_alike(run, whole)
-    assert "was not asked about it: bars2" in caplog.text and "extended since the checkpoint, by stage bars2" in caplog.text
-    assert "data.tasks.bars2 is new." in caplog.text and RunFolder(run).changed_at == [_num_updates(arm)]
-    assert capsys.readouterr().out.count("–") == 4, "base and word2, in the tables before and after the task"
+    assert "was not asked about it: bars2" in caplog.text
+    assert "the stream was extended since the checkpoint, by stage bars2" in caplog.text
+    assert "data.tasks.bars2 is new." in caplog.text and RunFolder(run).changed_at == [12 if arm == "grpo" else 6]
+    shown = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
+    dashes = [line[1:].count("-") for line in shown if line[:1] == ["bars2"]]
+    assert dashes == [0, 2, 2, 0], "what the checkpoint said, the matrix before and after the task, and the summary"
     for name in ("drift", "gradient_risk", "weight_change", "weight_distance", "influence"):
         assert _measured(run, name) == _measured(whole, name), name
     assert _verdicts(run) == _verdicts(whole)
-
-
-def _rows(arm: str, task: str) -> list[str]:
-    return [f"--data.tasks.{task}.num_train=12"] if arm == "filtered" else []
-
-
-def _num_updates(arm: str) -> int:
-    return 12 if arm == "grpo" else 6
+    assert len(_verdicts(run)) == (39 if arm == "filtered" else 0), "a header and twelve rows of each task"
 
 
 def _measured(run: Path, name: str) -> list[dict]:
@@ -291,7 +401,7 @@ def test_runs_with_cells_that_are_missing_are_reported_and_compared(tmp_path, st
     main(["report", str(run), str(whole), "-o", str(tmp_path / "page.html")])
     text = (tmp_path / "page.md").read_text()
     assert "run was extended by bars2 on the way: the base was not asked about that" in text.replace("\\", "")
-    assert "| bars2 | – | – |" in text and "has no intervals" not in text
+    assert "| bars2 | - | - |" in text and "has no intervals" not in text
     with (tmp_path / "page.csv").open() as file:
         figures = {row.pop("arm"): row for row in csv.DictReader(file)}
     differing = {name for name in figures["run"] if figures["run"][name] != figures["whole"][name]}
@@ -322,3 +432,19 @@ def test_two_ranks_learn_a_task_that_comes_later_as_one_does_in_one_go(tmp_path,
     asked = [(row["stage"], row["task"], row["completion"]) for row in samples_of(whole)]
     expected = [row for row in asked if row[0] > 1 or row[1] != "bars2"]
     assert sorted((row["stage"], row["task"], row["completion"]) for row in samples_of(run)) == sorted(expected)
+
+
+def test_a_schedule_that_tasks_keep_cannot_be_made_longer(tmp_path, streams, capsys):
+    """The rate falls to 0 over the six steps of two tasks; for nine it would have to be another schedule."""
+    kept = ["--continual.reset_optimizer=false", *MODELS["sft"], *OPTIONS]
+    kept += ["--model.lr_scheduler=torch.optim.lr_scheduler.PolynomialLR", "--model.lr_scheduler.total_iters=6"]
+    run = tmp_path / "run"
+    main(["fit", streams["short"], *kept, f"--run_dir={run}"])
+    longer = ["fit", streams["longer"], *kept, f"--run_dir={run}", "--ckpt_path=last"]
+    with pytest.raises(SystemExit):
+        main([*longer, "--model.lr_scheduler.total_iters=9"])
+    said = capsys.readouterr().err
+    assert "model.init_args.lr_scheduler.init_args.total_iters differs" in said and "has no effect" in said
+    assert len(matrix_of(run).rows) == 2 and RunFolder(run).changed_at == []
+    main([*longer, "--model.lr_scheduler.total_iters=9", "--continual.reset_optimizer=true"])
+    assert len(matrix_of(run).rows) == 3

@@ -39,7 +39,8 @@ class ContinualLearning(Callback):
     change on the way), and as mean of the former ``continual/probes_mean_change``.
 
     Args:
-        reset_optimizer: Begin every task with a fresh optimizer and learning-rate schedule.
+        reset_optimizer: Begin every task with a fresh optimizer and learning-rate schedule. Otherwise both go on from
+            task to task, over a resume as the checkpoint has them, even if the stream has become longer.
         confidence: Level of the confidence intervals (Wilson) printed beside accuracies, such as 0.95; none by default.
         print_table: Print the matrix after every task.
 
@@ -74,7 +75,8 @@ class ContinualLearning(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Scores of a checkpoint stand at its step, as those of the untrained base at 0."""
         if trainer.state.fn == TrainerFn.VALIDATING and trainer.ckpt_path is not None:
-            self.log("step", float(self._resumed_step))  # Lightning's name for the place of what is logged
+            # Lightning's name for the place of what is logged.
+            self.log("step", float(self._resumed_step), sync_dist=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes the scores of all tasks and probes; before ``fit`` they are the untrained base's."""
@@ -191,8 +193,7 @@ class ContinualLearning(Callback):
         """Checks that a record that ``fit`` goes on with belongs to this stream, and says what is new, or left."""
         # Not in on_fit_start: under fsdp2 the checkpoint is read after that.
         record = checkpoint["callbacks"].get(self.state_key)
-        if "loops" in checkpoint:  # else it has weights only
-            self._resumed_step = next_step(checkpoint)
+        self._resumed_step = next_step(checkpoint)
         if record is None or trainer.state.fn != TrainerFn.FITTING or trainer.fast_dev_run:
             return
         check_stream(trainer, record)
@@ -229,7 +230,8 @@ class ContinualLearning(Callback):
 def unmeasured(trainer: Trainer, checkpoint: Mapping[str, Any]) -> list[str]:
     """Tasks and probes that the model of a checkpoint is to be asked before ``fit`` goes on from it.
 
-    They are those that came to the stream later, at the end of a stage; within one none, for its end asks everything.
+    They are those that came to the stream later, if the checkpoint stands at the end of a stage that is not the last.
+    Within one there are none, for its end asks everything.
 
     Raises:
         ValueError: The checkpoint belongs to another stream.
@@ -238,8 +240,10 @@ def unmeasured(trainer: Trainer, checkpoint: Mapping[str, Any]) -> list[str]:
     if record is None:
         return []
     check_stream(trainer, record)
-    is_within_stage = len(record["rows"]) <= checkpoint["epoch"]
-    return [] if is_within_stage else [name for name in trainer.datamodule.asked if name not in record["rows"][-1]]
+    num_learned, stream = len(record["rows"]), trainer.datamodule
+    if not checkpoint["epoch"] < num_learned < stream.num_stages:
+        return []
+    return [name for name in stream.asked if name not in record["rows"][-1]]
 
 
 def check_stream(trainer: Trainer, record: Mapping[str, Any]) -> None:
@@ -257,15 +261,15 @@ def check_stream(trainer: Trainer, record: Mapping[str, Any]) -> None:
         )
     if gone := [name for name in (*record["tasks"], *record["probes"]) if name not in stream.everything]:
         raise ValueError(
-            f"the checkpoint belongs to another stream: {', '.join(gone)} was evaluated, and is missing now. Probes may "
-            "be added, and not taken away"
+            f"the checkpoint belongs to another stream: {', '.join(gone)} was evaluated, and is missing now. Probes "
+            "may be added, and not taken away"
         )
     for name, before in record.get("fingerprints", {}).items():
         if before != (now := stream.fingerprint(name, stream.evaluate_on)):
             raise ValueError(
                 f"task '{name}' is evaluated otherwise than in the checkpoint (fingerprint {before}, now {now}), and "
-                "the matrix would mix two measurements: restore its prompt, reward, rows and data.evaluate_on, or begin "
-                "a new run"
+                "the matrix would mix two measurements: restore its prompt, reward, rows and data.evaluate_on, or "
+                "begin a new run"
             )
 
 

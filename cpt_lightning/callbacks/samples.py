@@ -43,7 +43,7 @@ class SampleLog(Answers):
     # -- writing ---------------------------------------------------------------------------------------------------
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Outside of ``fit``: holds the answers back, as they may be those of a model that a fit to come begins with."""
+        """Outside of ``fit``: holds the answers back, as a fit to come may begin with the model that gave them."""
         if trainer.state.fn == TrainerFn.VALIDATING:
             rows = self.take(trainer)
             self._validated = _name_of(trainer.ckpt_path), rows

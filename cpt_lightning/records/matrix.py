@@ -56,7 +56,7 @@ FURTHER: tuple[Further, ...] = get_args(Further)
 Scores = dict[str, Cell]
 """Measurements by the name of the task or probe; without those that were added to the stream later."""
 
-NOT_MEASURED = "–"
+NOT_MEASURED = "-"
 """What a table shows in such a place."""
 
 

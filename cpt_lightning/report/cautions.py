@@ -64,8 +64,8 @@ def _extended(scored: Sequence[tuple[str, AccuracyMatrix]]) -> Iterator[str]:
     for run, matrix in scored:
         if matrix.added:
             yield (
-                f"{run} was extended by {', '.join(matrix.added)} on the way: the base was not asked about that, and FWT "
-                "and changes since the base are about the rest."
+                f"{run} was extended by {', '.join(matrix.added)} on the way: the base was not asked about that, and "
+                "FWT and changes since the base are about the rest."
             )
 
 

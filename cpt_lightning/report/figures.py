@@ -91,7 +91,8 @@ def changes_by_probe(matrix: AccuracyMatrix) -> dict[str, float]:
     if matrix.zero_shot is None or not matrix.rows:
         return {}
     last, base = matrix.rows[-1], matrix.zero_shot
-    return {probe: 100 * (last[probe]["accuracy"] - base[probe]["accuracy"]) for probe in matrix.probes if probe in base}
+    probes = [probe for probe in matrix.probes if probe in base]
+    return {probe: 100 * (last[probe]["accuracy"] - base[probe]["accuracy"]) for probe in probes}
 
 
 def distances_of(run: RunFolder, stage: int) -> dict[str, float]:
