@@ -40,12 +40,14 @@ def stream_of(tasks: str, probes: str = "p", num_test: int = 6, **options):
     return number_stream(tasks=made(tasks), probes=made(probes), **options)
 
 
-def learn(folder: Path, stream, checkpoint: str | None = None, callbacks=(), validate=True, manual=False, **options):
-    """A run, or what follows a checkpoint of it, as ``cpt fit`` makes it; returns the module."""
-    module, trainer = LinearModule(manual=manual), make_trainer(folder, stream, callbacks, **options)
+def learn(folder: Path, stream, checkpoint: Path | str | None = None, callbacks=(), manual=False, **options):
+    """A run, or what follows a checkpoint of it or another, as ``cpt fit`` makes it; returns the module.
+
+    At this rate what is answered changes with every batch.
+    """
+    module, trainer = LinearModule(manual=manual, lr=3.0), make_trainer(folder, stream, callbacks, **options)
     path = None if checkpoint is None else str(folder / checkpoint)
-    if validate:
-        trainer.validate(module, stream, ckpt_path=path, verbose=False)
+    trainer.validate(module, stream, ckpt_path=path, verbose=False)
     trainer.fit(module, stream, ckpt_path=path)
     return module
 
@@ -110,14 +112,6 @@ def runs(tmp_path_factory) -> dict[str, Path]:
     for tasks, folder in folders.items():
         learn(folder, stream_of(tasks))
     return folders
-
-
-def branch(folder: Path, of: Path, stream, checkpoint: str = "last.ckpt", **options) -> LinearModule:
-    """What follows a checkpoint of a run, in another folder."""
-    module, trainer = LinearModule(), make_trainer(folder, stream, **options)
-    trainer.validate(module, stream, ckpt_path=str(of / checkpoint), verbose=False)
-    trainer.fit(module, stream, ckpt_path=str(of / checkpoint))
-    return module
 
 
 # After b the stream was extended by c and the probe q.
@@ -222,7 +216,7 @@ def test_what_is_asked_before_the_run_goes_on(tmp_path, runs):
 
 def test_metrics_are_those_of_the_cells_that_are_there(tmp_path, runs):
     """All but forward transfer are as in one go; that is b's term alone, for the base was not asked about c."""
-    branch(tmp_path, runs["ab"], stream_of("abc"))
+    learn(tmp_path, stream_of("abc"), runs["ab"] / "last.ckpt")
     matrix, whole = matrix_of(tmp_path), matrix_of(runs["abc"])
     forward = matrix.rows[0]["b"]["accuracy"] - matrix.zero_shot["b"]["accuracy"]
     assert matrix.added == ["c"]
@@ -240,14 +234,14 @@ def test_an_extended_run_may_be_killed_anywhere(tmp_path, runs, kill):
 
 def test_the_row_of_the_checkpoint_is_in_the_file_before_anything_is_learned(tmp_path, runs):
     with pytest.raises(Killed):
-        branch(tmp_path, runs["ab"], stream_of("abc"), callbacks=[KillAt(2)])
+        learn(tmp_path, stream_of("abc"), runs["ab"] / "last.ckpt", callbacks=[KillAt(2)])
     matrix = matrix_of(tmp_path)
     assert matrix.rows[-1] == matrix_of(runs["abc"]).rows[1] and len(matrix.rows) == 2
 
 
 def test_a_stream_that_is_under_way_is_extended_at_the_end_of_a_task(tmp_path, runs):
     """After a, b is still to come, and c behind it: the model after a is asked about c."""
-    branch(tmp_path, runs["ab"], stream_of("abc"), "1_a.ckpt")
+    learn(tmp_path, stream_of("abc"), runs["ab"] / "1_a.ckpt")
     assert_learned_alike(tmp_path, runs["abc"])
     assert [("c" in row) for row in matrix_of(tmp_path).rows] == [True, True, True]
 
@@ -255,7 +249,7 @@ def test_a_stream_that_is_under_way_is_extended_at_the_end_of_a_task(tmp_path, r
 def test_within_a_task_the_evaluation_at_its_end_is_the_first_to_ask_what_is_new(tmp_path, runs):
     """Whatever a model half-way was asked joins no row, for no row stands for it."""
     with pytest.raises(Killed):
-        learn(tmp_path, stream_of("ab"), callbacks=[KillAt(1, batch=2)])
+        learn(tmp_path, stream_of("ab"), callbacks=[KillAt(1, batch=1)])
     learn(tmp_path, stream_of("abc"), "last.ckpt")
     assert_learned_alike(tmp_path, runs["abc"])
     assert [("c" in row) for row in matrix_of(tmp_path).rows] == [False, True, True]
@@ -263,7 +257,7 @@ def test_within_a_task_the_evaluation_at_its_end_is_the_first_to_ask_what_is_new
 
 def test_probes_may_be_added_and_a_probe_may_be_learned(tmp_path, runs):
     """q is new; p is a task from now on, which every model was asked, so that nothing of it is missing."""
-    branch(tmp_path, runs["ab"], stream_of("abp", "q"))
+    learn(tmp_path, stream_of("abp", "q"), runs["ab"] / "last.ckpt")
     matrix = matrix_of(tmp_path)
     assert (matrix.tasks, matrix.probes, matrix.added) == (["a", "b", "p"], ["q"], ["q"])
     assert [set(row) for row in matrix.rows] == [set("abp"), set("abpq"), set("abpq")]
@@ -287,7 +281,7 @@ def test_probes_may_be_added_and_a_probe_may_be_learned(tmp_path, runs):
 )
 def test_a_stream_that_does_not_begin_as_it_did_is_refused(tmp_path, runs, stream, said):
     with pytest.raises(ValueError, match=said):
-        branch(tmp_path, runs["ab"], stream)
+        learn(tmp_path, stream, runs["ab"] / "last.ckpt")
     assert not (tmp_path / "accuracy_matrix.json").exists()
 
 

@@ -145,7 +145,7 @@ class ContinualLearning(Callback):
                 "the matrix has no score before the next task's. Call trainer.validate(module, stream, ckpt_path=...) "
                 "before trainer.fit(...) with the same ckpt_path"
             )
-        if row.keys() != self.rows[-1].keys():
+        if row != self.rows[-1]:
             self.rows = [*self.rows[:-1], {name: row[name] for name in matrix.names if name in row}]
             self._save(trainer, self.matrix(trainer))
             self._print(trainer)
