@@ -321,6 +321,7 @@ MEASURED = [
 ARMS = {
     **{name: MODELS[name] for name in ("sft", "lwf", "renewed adapters", "grpo")},
     "adapters per task": [*MODELS["renewed adapters"], "--model.backbone.lora.along_stream=per_task"],
+    "sampled answers": [*MODELS["sft"], "--model.evaluation.temperature=1"],
     "filtered": [*MODELS["sft"], *FILTERED],
     "measured": [*MODELS["sft"], *MEASURED],
 }
