@@ -232,6 +232,17 @@ def test_an_extended_run_may_be_killed_anywhere(tmp_path, runs, kill):
     assert_learned_alike(tmp_path, runs["abc"])
 
 
+def test_a_stream_is_extended_again_and_again(tmp_path):
+    """By c, then by d and a once more; each is asked for the first time when it comes."""
+    learn(tmp_path / "whole", stream_of("abcd", stages=[*"abcda"]))
+    learn(tmp_path / "run", stream_of("ab"))
+    for stages in ("abc", "abcda"):
+        learn(tmp_path / "run", stream_of("".join(sorted(set(stages))), stages=[*stages]), "last.ckpt")
+    assert_learned_alike(tmp_path / "run", tmp_path / "whole")
+    matrix = matrix_of(tmp_path / "run")
+    assert matrix.added == ["c", "d"] and [len(row) for row in matrix.rows] == [3, 4, 5, 5, 5]
+
+
 def test_the_row_of_the_checkpoint_is_in_the_file_before_anything_is_learned(tmp_path, runs):
     with pytest.raises(Killed):
         learn(tmp_path, stream_of("abc"), runs["ab"] / "last.ckpt", callbacks=[KillAt(2)])

@@ -257,7 +257,8 @@ def check_stream(trainer: Trainer, record: Mapping[str, Any]) -> None:
     if stream.stages[: len(stages)] != stages:
         raise ValueError(
             f"the checkpoint belongs to another stream: its stages are {stages}, now they are {stream.stages}. New "
-            "stages may stand behind those that it had, which must stay as they are"
+            "stages may stand behind those that it had. For another stream, begin a new run from the model: `cpt "
+            "export` it, and name the folder as backbone.path"
         )
     if gone := [name for name in (*record["tasks"], *record["probes"]) if name not in stream.everything]:
         raise ValueError(

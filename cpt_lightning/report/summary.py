@@ -48,7 +48,7 @@ def summary_table(matrix: AccuracyMatrix) -> Table:
         since = [row[name]["accuracy"] for row in matrix.rows[learned:] if name in row]
         before = [base[name]["accuracy"]] if name in base else []
         best = max(since if is_task else [*before, *since])
-        figures = [before[:1], since[:1] if is_task else [], since[-1:], [best - since[-1]]]
+        figures = [before, since[:1] if is_task else [], since[-1:], [best - since[-1]]]
         table.add_row(
             name if is_task else f"[dim]probe[/] {name}",
             *("".join(f"{100 * value:.1f}" for value in figure) for figure in figures),
