@@ -127,7 +127,7 @@ def test_a_branch_in_another_folder_has_the_whole_record(tmp_path, uninterrupted
 def test_another_stream_does_not_go_on_with_this_record(tmp_path, uninterrupted):
     folder, _ = uninterrupted[False]
     stream = number_stream(stages=["a", "c", "b"])
-    with pytest.raises(ValueError, match="another stream: its tasks are .*'a', 'b', 'c'.*now they are .*'a', 'c', 'b'"):
+    with pytest.raises(ValueError, match="its stages are .*'a'.*'b'.*'c'.*now they are .*'a'.*'c'.*'b'"):
         make_trainer(tmp_path, stream).fit(LinearModule(), stream, ckpt_path=str(folder / "1_a.ckpt"))
 
 
@@ -281,5 +281,5 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again_in_its_folder(tmp
 def test_a_checkpoint_of_another_stream_is_refused_even_if_nothing_is_left_to_learn(tmp_path, uninterrupted):
     folder, _ = uninterrupted[False]
     module, stream = LinearModule(), number_stream(stages=["a"])
-    with pytest.raises(ValueError, match="the checkpoint belongs to another stream: its tasks are"):
+    with pytest.raises(ValueError, match="the checkpoint belongs to another stream: its stages are"):
         make_trainer(tmp_path, stream).fit(module, stream, ckpt_path=str(folder / "last.ckpt"))

@@ -134,10 +134,10 @@ def _base_in_code(base: str) -> str:
 def _scores(matrix: AccuracyMatrix | None, num_stages: int) -> str:
     if matrix is None or not 0 < num_stages <= len(matrix.rows):
         return "Not measured at this point."
-    row, base = matrix.rows[num_stages - 1], matrix.zero_shot
+    row, base = matrix.rows[num_stages - 1], matrix.zero_shot or {}
     lines = ["| | accuracy | of the base | rows |", "|---|---|---|---|"]
-    for name in matrix.names:
-        before = "" if base is None else f"{100 * base[name]['accuracy']:.1f}"
+    for name in (name for name in matrix.names if name in row):
+        before = f"{100 * base[name]['accuracy']:.1f}" if name in base else ""
         label = name if name in matrix.tasks else f"probe {name}"
         lines.append(f"| {label} | {100 * row[name]['accuracy']:.1f} | {before} | {row[name]['num_samples']} |")
     return "\n".join(["Accuracy in per cent, by generated answers.", "", *lines])

@@ -11,6 +11,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from cpt_lightning.checkpoint_io import next_step
 from cpt_lightning.records.matrix import AccuracyMatrix, Scores, logged_cell
 from cpt_lightning.records.run import MATRIX
 
@@ -25,6 +26,12 @@ class ContinualLearning(Callback):
     twice. The record also keeps each task's and probe's fingerprint; a checkpoint whose scores were measured with other
     questions, references or rewards, or on answers drawn otherwise, is refused.
 
+    The stream may have grown since the checkpoint: by stages behind those that it had, and by probes. Rows that were
+    there before have no scores of what is new, and :class:`~cpt_lightning.records.AccuracyMatrix` leaves it out where
+    it would need them. But the row of the checkpoint's own model gets them, for forward transfer, from a
+    ``trainer.validate`` of that checkpoint before ``trainer.fit``, which ``cpt fit`` runs (``stream.asking`` makes it
+    one of what is new alone). Within a stage there is no need: the evaluation at its end asks everything.
+
     Logs ``continual/average_accuracy``, ``continual/forgetting_measure``, ``continual/backward_transfer``,
     ``continual/forward_transfer``, ``continual/learning``, ``continual/mean_average_accuracy`` and
     ``continual/worst_dip``; for every earlier task ``continual/forgetting/<task>``, its term of the forgetting measure;
@@ -32,7 +39,8 @@ class ContinualLearning(Callback):
     change on the way), and as mean of the former ``continual/probes_mean_change``.
 
     Args:
-        reset_optimizer: Begin every task with a fresh optimizer and learning-rate schedule.
+        reset_optimizer: Begin every task with a fresh optimizer and learning-rate schedule. Otherwise both go on from
+            task to task, over a resume as the checkpoint has them, even if the stream has become longer.
         confidence: Level of the confidence intervals (Wilson) printed beside accuracies, such as 0.95; none by default.
         print_table: Print the matrix after every task.
 
@@ -51,7 +59,9 @@ class ContinualLearning(Callback):
         self.fingerprints: dict[str, str] = {}
         self.answers: dict[str, Any] = {}
         self._resumed: dict | None = None
+        self._resumed_step = 0
         self._last_validation: Scores | None = None
+        self._validated: tuple[str, Scores] | None = None  # a checkpoint, before `fit`
 
     def matrix(self, trainer: Trainer) -> AccuracyMatrix:
         """The record so far."""
@@ -62,6 +72,12 @@ class ContinualLearning(Callback):
 
     # -- recording -------------------------------------------------------------------------------------------------
 
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Scores of a checkpoint stand at its step, as those of the untrained base at 0."""
+        if trainer.state.fn == TrainerFn.VALIDATING and trainer.ckpt_path is not None:
+            # Lightning's name for the place of what is logged.
+            self.log("step", float(self._resumed_step), sync_dist=True)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes the scores of all tasks and probes; before ``fit`` they are the untrained base's."""
         if trainer.sanity_checking or trainer.fast_dev_run:
@@ -70,27 +86,11 @@ class ContinualLearning(Callback):
         if trainer.state.fn == TrainerFn.FITTING:
             self._last_validation = scores
             return
-        if trainer.ckpt_path is None:  # else `validate` was asked about a checkpoint
+        if trainer.ckpt_path is None:
             self.zero_shot = scores
             self._print(trainer)
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Checks that a resumed record belongs to this stream, and says so if all of it has been learned."""
-        if self._resumed is None or trainer.fast_dev_run:
-            return
-        matrix = self.matrix(trainer)
-        for part in ("tasks", "probes", "stages"):
-            before, now = self._resumed[part], getattr(matrix, part)
-            if before != now:
-                raise ValueError(
-                    f"the checkpoint belongs to another stream: its {part} are {before}, now they are {now}. To learn "
-                    "more tasks after these, begin a new run from the model: `cpt export` it, and name the folder as "
-                    "backbone.path"
-                )
-        self._check_fingerprints(self._resumed.get("fingerprints", {}))
-        self._check_answers(self._resumed.get("answers", {}))
-        if len(self.rows) == len(matrix.stages):
-            rank_zero_info("all stages of the stream were learned before this checkpoint; nothing is left to learn")
+        else:
+            self._validated = str(trainer.ckpt_path), scores
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks that a resumed record is complete, and writes it."""
@@ -111,6 +111,8 @@ class ContinualLearning(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A task begins: with a fresh optimizer, unless told otherwise."""
+        if self.rows and not trainer.fast_dev_run:
+            self._complete_row(trainer)
         # The module's own hook runs after this one, so that it sees the new schedule. The first task has a fresh one
         # anyway, and a task resumed half-way does not come here: it keeps the optimizer of its checkpoint.
         if self.reset_optimizer and trainer.current_epoch > 0:
@@ -118,7 +120,7 @@ class ContinualLearning(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch, batch_idx: int) -> None:
         """What was validated before is not the task's end."""
-        self._last_validation = None
+        self._last_validation = self._validated = None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A task is done: its row joins the matrix, before the checkpoint of the task is saved."""
@@ -132,15 +134,30 @@ class ContinualLearning(Callback):
         self._save(trainer, matrix)
         self._print(trainer)
 
+    def _complete_row(self, trainer: Trainer) -> None:
+        """Adds to the row of the model that the next task begins with what was asked of it before ``fit``."""
+        path, scores = self._validated or ("", {})
+        row = {**self.rows[-1], **(scores if path == str(trainer.ckpt_path) else {})}
+        matrix = self.matrix(trainer)
+        if missing := [name for name in matrix.names if name not in row]:
+            rank_zero_warn(
+                f"ContinualLearning: {', '.join(missing)} came to the stream later, and the checkpoint was not asked; "
+                "the matrix has no score before the next task's. Call trainer.validate(module, stream, ckpt_path=...) "
+                "before trainer.fit(...) with the same ckpt_path"
+            )
+        if row != self.rows[-1]:
+            self.rows = [*self.rows[:-1], {name: row[name] for name in matrix.names if name in row}]
+            self._save(trainer, self.matrix(trainer))
+            self._print(trainer)
+
     def _logged_scores(self, trainer: Trainer) -> Scores:
         stream, logged = trainer.datamodule, trainer.callback_metrics
-        names = [*stream.task_names, *stream.probe_names]
-        if missing := [name for name in names if f"val/{name}/accuracy" not in logged]:
+        if missing := [name for name in stream.asked if f"val/{name}/accuracy" not in logged]:
             raise RuntimeError(
                 f"val/{missing[0]}/accuracy was not logged: every task and probe must be evaluated. To evaluate less, "
                 f"set num_{stream.evaluate_on} of the tasks rather than trainer.limit_val_batches"
             )
-        return {name: logged_cell(f"val/{name}", logged) for name in names}
+        return {name: logged_cell(f"val/{name}", logged) for name in stream.asked}
 
     def _save(self, trainer: Trainer, matrix: AccuracyMatrix) -> None:
         folder = trainer.log_dir  # a broadcast: all ranks must ask
@@ -160,8 +177,7 @@ class ContinualLearning(Callback):
             raise ValueError("ContinualLearning needs a stream of tasks: call trainer.fit(module, datamodule=stream)")
         if stage == "fit":
             self._check_evaluation(trainer)
-            names = [*stream.task_names, *stream.probe_names]
-            self.fingerprints = {name: stream.fingerprint(name, stream.evaluate_on) for name in names}
+            self.fingerprints = {name: stream.fingerprint(name, stream.evaluate_on) for name in stream.asked}
             if (sampling := getattr(pl_module, "evaluation", None)) is not None:
                 self.answers = {**asdict(sampling), "forced_prefix": getattr(pl_module, "forced_prefix", None)}
         self._stream = {"tasks": stream.task_names, "probes": stream.probe_names, "stages": stream.stages}
@@ -173,21 +189,25 @@ class ContinualLearning(Callback):
         }  # fmt: skip
         return {**self._stream, **record}
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Checks that a record that ``fit`` goes on with belongs to this stream, and says what is new, or left."""
+        # Not in on_fit_start: under fsdp2 the checkpoint is read after that.
+        record = checkpoint["callbacks"].get(self.state_key)
+        self._resumed_step = next_step(checkpoint)
+        if record is None or trainer.state.fn != TrainerFn.FITTING or trainer.fast_dev_run:
+            return
+        check_stream(trainer, record)
+        self._check_answers(record.get("answers", {}))
+        if len(record["rows"]) == trainer.datamodule.num_stages:
+            rank_zero_info("all stages of the stream were learned before this checkpoint; nothing is left to learn")
+        elif new := _new(trainer, record):
+            rank_zero_info(f"the stream was extended since the checkpoint, by {new}")
+
     def load_state_dict(self, state_dict: dict) -> None:
         """Goes on with the record of a checkpoint."""
         self.zero_shot = state_dict["zero_shot"]
         self.rows = list(state_dict["rows"])
         self._resumed = state_dict
-
-    def _check_fingerprints(self, before: Mapping[str, str]) -> None:
-        """Refuses to go on with scores that were measured otherwise; earlier checkpoints do not say how."""
-        for name, now in self.fingerprints.items():
-            if before.get(name, now) != now:
-                raise ValueError(
-                    f"task '{name}' is evaluated otherwise than in the checkpoint (fingerprint {before[name]}, now "
-                    f"{now}), and the matrix would mix two measurements: restore its prompt, reward, rows and "
-                    "data.evaluate_on, or begin a new run"
-                )
 
     def _check_answers(self, before: Mapping[str, Any]) -> None:
         """Refuses to go on where answers are drawn otherwise."""
@@ -205,3 +225,58 @@ class ContinualLearning(Callback):
                 "the validation after a task is a row of the accuracy matrix: "
                 "trainer.check_val_every_n_epoch must be 1, and trainer.limit_val_batches not 0"
             )
+
+
+def unmeasured(trainer: Trainer, checkpoint: Mapping[str, Any]) -> list[str]:
+    """Tasks and probes that the model of a checkpoint is to be asked before ``fit`` goes on from it.
+
+    They are those that came to the stream later, if the checkpoint stands at the end of a stage that is not the last.
+    Within one there are none, for its end asks everything.
+
+    Raises:
+        ValueError: The checkpoint belongs to another stream.
+    """
+    record = checkpoint["callbacks"].get(ContinualLearning.__qualname__)
+    if record is None:
+        return []
+    check_stream(trainer, record)
+    num_learned, stream = len(record["rows"]), trainer.datamodule
+    if not checkpoint["epoch"] < num_learned < stream.num_stages:
+        return []
+    return [name for name in stream.asked if name not in record["rows"][-1]]
+
+
+def check_stream(trainer: Trainer, record: Mapping[str, Any]) -> None:
+    """Refuses a stream that does not begin with the one that a record is of, or that measures it otherwise.
+
+    Raises:
+        ValueError: Stages were changed other than by new ones behind them; a task or probe is no longer evaluated, or
+            evaluated otherwise. Earlier checkpoints do not say how.
+    """
+    stream, stages = trainer.datamodule, record["stages"]
+    if stream.stages[: len(stages)] != stages:
+        raise ValueError(
+            f"the checkpoint belongs to another stream: its stages are {stages}, now they are {stream.stages}. New "
+            "stages may stand behind those that it had. For another stream, begin a new run from the model: `cpt "
+            "export` it, and name the folder as backbone.path"
+        )
+    if gone := [name for name in (*record["tasks"], *record["probes"]) if name not in stream.everything]:
+        raise ValueError(
+            f"the checkpoint belongs to another stream: {', '.join(gone)} was evaluated, and is missing now. Probes "
+            "may be added, and not taken away"
+        )
+    for name, before in record.get("fingerprints", {}).items():
+        if before != (now := stream.fingerprint(name, stream.evaluate_on)):
+            raise ValueError(
+                f"task '{name}' is evaluated otherwise than in the checkpoint (fingerprint {before}, now {now}), and "
+                "the matrix would mix two measurements: restore its prompt, reward, rows and data.evaluate_on, or "
+                "begin a new run"
+            )
+
+
+def _new(trainer: Trainer, record: Mapping[str, Any]) -> str:
+    """What a stream has that a record knows nothing of, in words; empty if it is the same stream."""
+    stream, known = trainer.datamodule, {*record["tasks"], *record["probes"]}
+    stages = stream.stage_names[len(record["stages"]) :]
+    kinds = {"stage": stages, "probe": [name for name in stream.probe_names if name not in known]}
+    return " and ".join(f"{kind} {name}" for kind, names in kinds.items() for name in names)

@@ -25,6 +25,8 @@ class SampleLog(Answers):
     ``predictions.jsonl`` instead, without ``stage`` and ``after``; an earlier one is replaced.
 
     A resumed run drops the lines of tasks that it learns again, so that its file ends like an uninterrupted run's.
+    Answers of the checkpoint that it goes on from, by a ``validate`` before ``fit``, stand with those of its stage:
+    where a stream was extended, they are about what is new.
 
     Args:
         filename: Of the file that ``fit`` writes.
@@ -33,7 +35,7 @@ class SampleLog(Answers):
     def __init__(self, filename: str = "samples.jsonl") -> None:
         super().__init__()
         self.filename = filename
-        self._base: list[dict] = []
+        self._validated: tuple[str | None, list[dict]] = None, []  # before `fit`: the checkpoint, and its answers
 
     on_test_batch_end = Answers.on_validation_batch_end
     on_predict_batch_end = Answers.on_validation_batch_end
@@ -41,10 +43,11 @@ class SampleLog(Answers):
     # -- writing ---------------------------------------------------------------------------------------------------
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Outside of ``fit``: holds the answers back, as they may be the untrained base's of a fit to come."""
+        """Outside of ``fit``: holds the answers back, as a fit to come may begin with the model that gave them."""
         if trainer.state.fn == TrainerFn.VALIDATING:
-            self._base = self.take(trainer)
-            self._replace(trainer, BASE_FILENAME, self._base)
+            rows = self.take(trainer)
+            self._validated = _name_of(trainer.ckpt_path), rows
+            self._replace(trainer, BASE_FILENAME, rows)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Goes on after the stages that the run has behind it."""
@@ -52,11 +55,24 @@ class SampleLog(Answers):
         if path is not None and trainer.is_global_zero:
             if trainer.ckpt_path is None:
                 replace_text(path, "")
-                append_lines(path, [_at(row, 0, None) for row in self._base])
-                path.with_name(BASE_FILENAME).unlink(missing_ok=True)
             else:
                 self._resume(path, Path(trainer.ckpt_path).with_name(self.filename), trainer.current_epoch)
-        self._base = []
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A task begins: takes over what its model answered before ``fit``."""
+        (checkpoint, rows), self._validated = self._validated, (None, [])
+        path, stage = self._path(trainer, self.filename), trainer.current_epoch
+        if path is None or not rows or checkpoint != _name_of(trainer.ckpt_path) or not trainer.is_global_zero:
+            return
+        asked = {row["task"] for row in rows}
+        keep_lines(path, lambda row: row["stage"] != stage or row["task"] not in asked)
+        after = trainer.datamodule.stage_names[stage - 1] if stage else None
+        append_lines(path, [_at(row, stage, after) for row in rows])
+        path.with_name(BASE_FILENAME).unlink(missing_ok=True)
+
+    def on_train_batch_start(self, trainer: Trainer, *_) -> None:
+        """A task that is resumed half-way has a model that no row stands for."""
+        self._validated = None, []
 
     def _resume(self, path: Path, earlier: Path, num_stages: int) -> None:
         if not path.exists() and earlier.exists():  # the run branches off into a folder of its own
@@ -92,6 +108,10 @@ class SampleLog(Answers):
     def _path(self, trainer: Trainer, filename: str) -> Path | None:
         folder = trainer.log_dir  # a broadcast: all ranks must ask
         return None if folder is None or trainer.fast_dev_run else Path(folder) / filename
+
+
+def _name_of(checkpoint: str | Path | None) -> str | None:
+    return None if checkpoint is None else str(checkpoint)
 
 
 def _at(row: dict, stage: int, after: str | None) -> dict:

@@ -26,6 +26,7 @@ from cpt_lightning.callbacks import (
     TaskProgressBar,
     TestScores,
 )
+from cpt_lightning.callbacks.continual import unmeasured
 from cpt_lightning.checkpoint_io import check_resumable, next_step, read_checkpoint
 from cpt_lightning.cli import VERBS
 from cpt_lightning.cli.console import tidy
@@ -211,13 +212,21 @@ class CPTCLI(LightningCLI):
     # -- verbs -----------------------------------------------------------------------------------------------------
 
     def before_fit(self) -> None:
-        """Evaluates the untrained base; a resumed run has that row in its checkpoint."""
+        """Evaluates the untrained base, or a checkpoint on what the stream was extended by since."""
         # What is wrong with the stream or its files should show before an evaluation that may take an hour.
-        self.datamodule.trainer = self.trainer
+        self.datamodule.trainer, self.trainer.datamodule = self.trainer, self.datamodule
         self.datamodule.setup("fit")
-        config = self.config_init["fit"]
-        if config.ckpt_path is None and not self.trainer.fast_dev_run and self.trainer.limit_val_batches:
-            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        if self.trainer.fast_dev_run or not self.trainer.limit_val_batches:
+            return
+        checkpoint = self.config_init["fit"].ckpt_path
+        names = self.datamodule.asked
+        if checkpoint is not None:
+            names = unmeasured(self.trainer, read_checkpoint(Path(checkpoint), parts=()))
+            if names:
+                rank_zero_info(f"evaluated first, for the checkpoint was not asked about it: {', '.join(names)}")
+        if names:
+            with self.datamodule.asking(names):
+                self.trainer.validate(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, verbose=False)
 
     def after_fit(self) -> None:
         """Says what was learned, lost and spent, and what to do next."""

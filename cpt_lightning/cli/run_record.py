@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from cpt_lightning.report.settings import leaves
 
 LEARNED_BY = ("model.", "data.", "filter.", "continual.", "seed_everything", "trainer.precision", "trainer.accumulate")
 """Options that what is learned depends on, or their beginnings."""
+KEPT = ("model.init_args.optimizer", "model.init_args.lr_scheduler")
+"""Those that are a checkpoint's where a task does not begin with a fresh optimizer."""
 
 
 class RunRecord(SaveConfigCallback):
@@ -29,13 +32,17 @@ class RunRecord(SaveConfigCallback):
 
     The configuration does not say from where the run was resumed: used again, it begins a new run. The environment
     does, and has an entry for each start. A run that goes on with other options says which, and keeps those that it had
-    as ``config_until_step_<step>.yaml``.
+    as ``config_until_step_<step>.yaml``. Options of an optimizer or schedule that tasks keep would have no effect, and
+    are refused.
 
     Args:
         parser: That made the configuration.
         config: The resolved configuration.
         arguments: What was typed after ``cpt``.
         **kwargs: Options of Lightning's callback.
+
+    Raises:
+        ValueError: With ``continual.reset_optimizer=false``, another optimizer or schedule than the run had.
     """
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, arguments: list[str], **kwargs: Any) -> None:
@@ -51,6 +58,9 @@ class RunRecord(SaveConfigCallback):
         known = self.resumed_from is not None and (self.folder / self.config_filename).exists()
         self.goes_on = trainer.strategy.broadcast(known)
         self.save_to_log_dir = not self.goes_on  # as long as it learns nothing, what it was told does not matter
+        if self.goes_on and not self.config.continual.reset_optimizer:
+            changed = self._changed(*self._options()) if trainer.is_global_zero else []
+            _check_kept(trainer.strategy.broadcast(changed))
         super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -73,9 +83,8 @@ class RunRecord(SaveConfigCallback):
     def _renew(self, step: int) -> None:
         """Replaces the configuration of a run that goes on, if it is told something else."""
         path = self.folder / self.config_filename
-        before = dict(leaves(RunFolder(self.folder).config or {}))
-        now = dict(leaves(yaml.safe_load(self.parser.dump(self.config, skip_none=False))))
-        changed = [name for name in now | before if now.get(name) != before.get(name) and name.startswith(LEARNED_BY)]
+        before, now = self._options()
+        changed = self._changed(before, now)
         kept = path.with_name(OLDER_CONFIG.format(step))
         if changed:
             path.rename(kept)
@@ -84,9 +93,19 @@ class RunRecord(SaveConfigCallback):
             return
         rank_zero_info(
             "note: the run goes on with other options than it had; comparisons will take them for those of all of it: "
-            + "; ".join(f"{name} {before.get(name)} -> {now.get(name)}" for name in changed)
+            + "; ".join(_differences(before, now, changed))
             + f". Within a task optimizer and schedule stay those of the checkpoint. Before: {kept}"
         )
+
+    def _options(self) -> tuple[dict[str, str], dict[str, str]]:
+        """By name, those that the run had, and those that it has now."""
+        now = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        return dict(leaves(RunFolder(self.folder).config or {})), dict(leaves(now))
+
+    @staticmethod
+    def _changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+        names = [*now, *(name for name in before if name not in now)]
+        return [name for name in names if now.get(name) != before.get(name) and name.startswith(LEARNED_BY)]
 
     def _start(self, trainer: Trainer) -> Start:
         return Start(
@@ -100,6 +119,36 @@ class RunRecord(SaveConfigCallback):
             world_size=trainer.world_size,
             **surroundings(),
         )
+
+
+def _check_kept(changed: Iterable[str]) -> None:
+    if lost := [name for name in changed if name.startswith(KEPT)]:
+        raise ValueError(
+            f"{lost[0]} differs from what the run had, which has no effect with continual.reset_optimizer=false: the "
+            "optimizer and the schedule go on as the checkpoint has them. Restore it, or let the next task begin with "
+            "fresh ones (continual.reset_optimizer=true)"
+        )
+
+
+def _differences(before: Mapping[str, str], now: Mapping[str, str], changed: Iterable[str]) -> list[str]:
+    """What became of options, by name; a task or probe that was added is one of them.
+
+    >>> _differences({"data.tasks.a.num": "1"}, {"data.tasks.a.num": "2", "data.tasks.b.num": "1"},
+    ...              ["data.tasks.a.num", "data.tasks.b.num"])
+    ['data.tasks.a.num 1 -> 2', 'data.tasks.b is new']
+    """
+    known = {_owner(name) for name in before}
+    said = (
+        f"{name} {before.get(name)} -> {now.get(name)}" if _owner(name) in known else f"{_owner(name)} is new"
+        for name in changed
+    )
+    return list(dict.fromkeys(said))
+
+
+def _owner(option: str) -> str:
+    """``data.tasks.<task>`` or ``data.probes.<probe>``, if it is an option of one; else what the option begins with."""
+    parts = option.split(".")
+    return ".".join(parts[:3]) if parts[:2] in (["data", "tasks"], ["data", "probes"]) else parts[0]
 
 
 def _device(trainer: Trainer) -> Device:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
@@ -105,6 +106,7 @@ class TaskStream(L.LightningDataModule):
         check_numbers(self)
         self.choose_rows: Callable[[int], Mapping[str, Sequence[int]] | None] | None = None
         """Says which training rows of a stage are kept, by task (``None`` for all); asked when the stage begins."""
+        self._asked: Sequence[str] | None = None
         self._processor: Processor | None = None
         self._examples: dict[tuple[str, Split], Sequence[Example]] = {}
         self._fingerprints: dict[tuple[str, Split], str] = {}
@@ -135,6 +137,21 @@ class TaskStream(L.LightningDataModule):
     def probe_names(self) -> list[str]:
         """What is evaluated but never learned."""
         return [name for name in self.everything if name not in self.task_names]
+
+    @property
+    def asked(self) -> list[str]:
+        """What an evaluation asks: every task, then every probe, unless some alone are :meth:`asking`."""
+        names = [*self.task_names, *self.probe_names]
+        return names if self._asked is None else [name for name in names if name in self._asked]
+
+    @contextmanager
+    def asking(self, names: Sequence[str]) -> Iterator[None]:
+        """Evaluations are of these tasks and probes alone, for as long as it lasts."""
+        self._asked = names
+        try:
+            yield
+        finally:
+            self._asked = None
 
     def examples(self, name: str, split: Split) -> Sequence[Example]:
         """The rows of a task or probe, made when they are fetched."""
@@ -296,7 +313,7 @@ class TaskStream(L.LightningDataModule):
 
     def _evaluated(self, split: str) -> list[str]:
         """Whose rows of a split are asked: probes are never learned, and need not have training rows."""
-        return self.task_names if split == "train" else [*self.task_names, *self.probe_names]
+        return self.task_names if split == "train" else self.asked
 
 
 def _as_asked(task: Task, style: Style | None, target: str | None) -> Task:

@@ -3,7 +3,8 @@
 Common libraries disagree about "forgetting" (first minus last, the last row inside the maximum) and one changes its
 caller's lists; here every function states its formula, and none writes into its input. ``accuracy[i][j]`` is the score
 on task j after stage i; the untrained base is no row of it but a vector of its own, ``zero_shot[j]``. Unknown entries
-are ``None`` or ``nan``; a lower triangle is enough wherever the formula needs no more.
+are ``None`` or ``nan``; a lower triangle is enough wherever the formula needs no more. What is measured against the
+base leaves out tasks and probes that the base was not asked, as where a stream was extended when it was gone.
 
 Stage i teaches task i, unless ``learned_at[j]`` says at which stage task j is learned: in joint training all are at
 stage 0. With fewer rows than tasks the stream is under way, and the metrics are about the tasks learned so far. An
@@ -77,7 +78,8 @@ def forgetting_measure(
     """Paper A's FM: final minus best earlier score, averaged over earlier tasks; negative if something was forgotten.
 
     ``FM = 1/(T-1) * sum_{j<T} (R[T][j] - max_{l<T} R[l][j])`` (arXiv 2507.05386), the negative of Chaudhry's F_T
-    (ECCV 2018, eq. 3). The paper does not say what it divides by.
+    (ECCV 2018, eq. 3). The paper does not say what it divides by. The best is that of the scores which are known: of a
+    task that was added to the stream later those since then.
 
     Args:
         accuracy: ``[T, K]``.
@@ -131,16 +133,20 @@ def forward_transfer(accuracy: Accuracy, zero_shot: Scores, learned_at: Sequence
     """FWT of Lopez-Paz and Ranzato (NeurIPS 2017): what earlier tasks did for a task before it was learned itself.
 
     ``FWT = 1/(T-1) * sum_{j>1} (R[j-1][j] - b_j)``; their b is a randomly initialised model, here the untrained base.
+    A task without a b_j is left out of the sum and of the number that divides it.
 
     Args:
         accuracy: ``[T, K]``.
         zero_shot: ``[K]`` scores of the untrained base.
         learned_at: ``[K]`` stage at which each task is learned; task j at stage j by default.
+
+    >>> forward_transfer([[0.9, 0.5, None], [0.7, 0.8, 0.6], [0.7, 0.8, 0.9]], zero_shot=[0.1, 0.25, None])
+    0.25
     """
     table = _Table(accuracy, learned_at)
-    base = _Table([zero_shot], [0] * len(table.learned_at))
-    later = [task for task in table.learned_by(table.last) if table.learned_at[task] > 0]
-    return _mean(table[table.learned_at[task] - 1, task] - base[0, task] for task in later)
+    base = _numbers(zero_shot)
+    later = [task for task in table.learned_by(table.last) if table.learned_at[task] > 0 and not math.isnan(base[task])]
+    return _mean(table[table.learned_at[task] - 1, task] - base[task] for task in later)
 
 
 def worst_dip(accuracy: Accuracy, learned_at: Sequence[int] | None = None) -> float:
@@ -170,7 +176,7 @@ def probe_changes(probes: Accuracy, zero_shot: Scores) -> list[float]:
         zero_shot: ``[K]`` scores of the untrained base.
 
     Returns:
-        K differences, negative where ability was lost.
+        K differences, negative where ability was lost; ``nan`` of a probe that the base was not asked.
 
     >>> probe_changes([[0.5, 1.0], [0.75, 1.0]], zero_shot=[1.0, 1.0])
     [-0.25, 0.0]

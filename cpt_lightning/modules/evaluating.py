@@ -45,19 +45,20 @@ class Evaluating(TaskAdapters):
         """Turns messages and images into prompts, and completions into text; the data module uses it too."""
         return self.backbone.load_processor()
 
-    def evaluate(self, batch: Batch, key: int) -> Evaluation:
+    def evaluate(self, batch: Batch) -> Evaluation:
         """Lets the model answer every prompt once and grades the answers.
+
+        What is sampled (not greedy) depends on the seed and the row alone, and not on what else is evaluated.
 
         Args:
             batch: B rows; of one task, where each has its own adapters.
-            key: Tells this batch from others, so that sampling (not greedy) is the same whenever it is repeated.
         """
         prompts = batch.prompts
         valid = [True] * len(prompts) if prompts.valid is None else prompts.valid.tolist()
         with self.adapters_of(prompts.examples[0].task):
-            _, texts, scores = self.attempt(prompts, 1, self.evaluation, key)
+            _, texts, scores = self.attempt(prompts, 1, self.evaluation)
             if self.forced_prefix is not None:
-                forced = self.attempt(prompts, 1, replace(self.evaluation, prefix=self.forced_prefix), key)[2]
+                forced = self.attempt(prompts, 1, replace(self.evaluation, prefix=self.forced_prefix))[2]
                 scores = [
                     {**free, "forced_accuracy": other["accuracy"]} for free, other in zip(scores, forced, strict=True)
                 ]
@@ -132,16 +133,16 @@ class Evaluating(TaskAdapters):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Evaluation:
         """Answers and grades one batch of one task."""
-        return self._evaluation_step(batch, batch_idx)
+        return self._evaluation_step(batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> Evaluation:
         """Answers and grades one batch of one task."""
-        return self._evaluation_step(batch, batch_idx)
+        return self._evaluation_step(batch)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Evaluation:
         """Answers and grades one batch, each row several times if ``attempts`` says so."""
         if self.attempts is None:
-            return self.evaluate(batch, batch_idx)
+            return self.evaluate(batch)
         return self.evaluate_attempts(batch, self.attempts)
 
     def on_validation_epoch_end(self) -> None:
@@ -154,8 +155,8 @@ class Evaluating(TaskAdapters):
         """Logs ``test/<task>/accuracy`` and the other scores of every task."""
         self._log_scores("test")
 
-    def _evaluation_step(self, batch: Batch, batch_idx: int) -> Evaluation:
-        evaluation = self.evaluate(batch, batch_idx)
+    def _evaluation_step(self, batch: Batch) -> Evaluation:
+        evaluation = self.evaluate(batch)
         valid = torch.tensor(evaluation.valid, dtype=torch.float64)
         for task in dict.fromkeys(example.task for example in evaluation.examples):
             counts = valid * torch.tensor([example.task == task for example in evaluation.examples])

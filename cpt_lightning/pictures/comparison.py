@@ -99,7 +99,8 @@ def _front(axes: Axes, panel: Panel) -> None:
 def task_curves(arms: Mapping[str, AccuracyMatrix]) -> Figure:
     """A panel per task, and one for the mean of the probes: accuracy over the stages, a line per arm.
 
-    A vertical line marks where the task is learned; arms whose streams have other tasks are drawn where they have it.
+    A vertical line marks where the task is learned; arms whose streams have other tasks are drawn where they have it. A
+    line begins where its task was measured first, that of the mean of the probes where all of them were.
     """
     from matplotlib.figure import Figure
 
@@ -125,9 +126,9 @@ def _curves(axes: Axes, arms: Mapping[str, AccuracyMatrix], task: str | None) ->
         shown = matrix.probes if task is None else [task] if task in matrix.tasks else []
         if not shown:
             continue
-        columns = columns_of(matrix)
-        values = [100 * statistics.mean(scores[name]["accuracy"] for name in shown) for _, scores, _ in columns]
-        first = 0 if matrix.zero_shot is not None else 1
+        columns = [scores for _, scores, _ in columns_of(matrix) if set(shown) <= set(scores)]
+        values = [100 * statistics.mean(scores[name]["accuracy"] for name in shown) for scores in columns]
+        first = 1 + len(matrix.rows) - len(values)
         axes.plot(range(first, first + len(values)), values, label=arm, markersize=4, **style_of(number))
         if task is not None:
             axes.axvline(1 + matrix.learned_at[matrix.tasks.index(task)], color="grey", linewidth=0.6, linestyle=":")

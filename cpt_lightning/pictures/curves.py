@@ -35,7 +35,8 @@ def stream_curves(matrix: AccuracyMatrix, steps: Sequence[int] | None = None) ->
     """Learning and forgetting along the stream: a band per task and probe, from 0 to 100 %, over one axis of steps.
 
     Blue ground marks the stages that teach the task; before them its line is grey. What it has fallen below its best
-    since then is filled in vermilion (a probe's best counts from the base on), and written at the end in points.
+    since then is filled in vermilion (a probe's best counts from the base on), and written at the end in points. A line
+    begins where its task or probe was measured first.
 
     Args:
         matrix: The record so far.
@@ -80,7 +81,9 @@ def stream_curves(matrix: AccuracyMatrix, steps: Sequence[int] | None = None) ->
 
 def _draw_band(axes: Axes, matrix: AccuracyMatrix, name: str, top: float, ends: Sequence[int]) -> None:
     """One task's curve, from 100 % at ``top`` down to 0."""
-    columns, starts = columns_of(matrix), [0, *ends]
+    columns, starts = [column for column in columns_of(matrix) if name in column[1]], [0, *ends]
+    if not columns:
+        return
     xs = starts[len(starts) - len(columns) :]
     accuracy = [scores[name]["accuracy"] for _, scores, _ in columns]
     ys = [_height(top, value) for value in accuracy]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from cpt_lightning.records.matrix import NOT_MEASURED
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -32,8 +34,9 @@ Column = tuple[str, "Scores", Sequence[str]]
 def heatmap(matrix: AccuracyMatrix) -> Figure:
     """Who scored what, when: a row per task and, below a gap, per probe; a column per stage, after that of the base.
 
-    Accuracies in per cent stand in the cells; a frame marks where a task has just been learned. The colours are told
-    apart without seeing red or green, and as greys.
+    Accuracies in per cent stand in the cells, a dash where none was measured, for the task or probe came to the stream
+    later; a frame marks where a task has just been learned. The colours are told apart without seeing red or green, and
+    as greys.
 
     Args:
         matrix: The record so far.
@@ -78,6 +81,9 @@ def _draw_cells(
     colours, squares, values, frames = colormaps["cividis"], [], [], []
     for x, (_, scores, learned) in zip(xs, columns, strict=True):
         for y, name in zip(ys, names, strict=True):
+            if name not in scores:
+                axes.text(x, y, NOT_MEASURED, ha="center", va="center", color="0.5", fontsize=9)
+                continue
             value, just_learned = scores[name]["accuracy"], name in learned
             ink, weight = "black" if value > LIGHT else "white", "bold" if just_learned else "normal"
             axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", color=ink, fontsize=9, weight=weight)

@@ -26,7 +26,7 @@ def probe_curves(arms: Mapping[str, Sequence[AccuracyMatrix]]) -> Figure:
     """Mean accuracy over the probes, from the base on after every stage: a line per arm, and a band over its seeds.
 
     The band goes from the lowest seed to the highest. Dashed, where that was measured: the same with answers that are
-    made to begin in the base's style.
+    made to begin in the base's style. Of the probes are meant those that the base was asked.
 
     Args:
         arms: For each arm the matrices of its seeds, all of one stream.
@@ -57,10 +57,11 @@ def probe_curves(arms: Mapping[str, Sequence[AccuracyMatrix]]) -> Figure:
 
 def _means(matrix: AccuracyMatrix, part: Part) -> list[float]:
     """The mean over the probes of the base and after each stage, in per cent; empty where it was not measured."""
-    scores = [] if matrix.zero_shot is None else [matrix.zero_shot, *matrix.rows]
-    if any(part not in row[probe] for row in scores for probe in matrix.probes):
+    base = matrix.zero_shot or {}
+    probes, scores = [probe for probe in matrix.probes if probe in base], [base, *matrix.rows]
+    if not probes or any(part not in row[probe] for row in scores for probe in probes):
         return []
-    return [100 * statistics.mean(row[probe][part] for probe in matrix.probes) for row in scores]
+    return [100 * statistics.mean(row[probe][part] for probe in probes) for row in scores]
 
 
 def _columns(arms: Mapping[str, Sequence[AccuracyMatrix]]) -> list[str]:

@@ -54,7 +54,10 @@ FURTHER: tuple[Further, ...] = get_args(Further)
 
 
 Scores = dict[str, Cell]
-"""Measurements by the name of the task or probe."""
+"""Measurements by the name of the task or probe; without those that were added to the stream later."""
+
+NOT_MEASURED = "-"
+"""What a table shows in such a place."""
 
 
 @dataclass
@@ -93,16 +96,22 @@ class AccuracyMatrix:
         """The stage at which each task is learned first."""
         return [next(i for i, stage in enumerate(self.stages) if task in stage) for task in self.tasks]
 
+    @property
+    def added(self) -> list[str]:
+        """Tasks and probes that the base was not asked, for the stream was extended by them later."""
+        return [] if self.zero_shot is None else [name for name in self.names if name not in self.zero_shot]
+
     def accuracy(self, names: Sequence[str]) -> list[list[float]]:
-        """``[T, K]`` accuracies of K columns after each of the T stages so far."""
-        return [[row[name]["accuracy"] for name in names] for row in self.rows]
+        """``[T, K]`` accuracies of K columns after each of the T stages so far; ``nan`` where none was measured."""
+        return [_accuracy(row, names) for row in self.rows]
 
     def metrics(self) -> dict[str, float]:
         """What was learned and forgotten so far; what is not defined yet (nothing earlier, no base) is left out.
 
         The definitions are those of :mod:`cpt_lightning.functional.accuracy_matrix`. ``forgetting/<task>`` is
         an earlier task's term of the forgetting measure. ``probe/<name>`` is the change of a probe since the base,
-        ``probe_minimum/<name>`` its lowest change on the way, ``probes_mean_change`` the mean of the former.
+        ``probe_minimum/<name>`` its lowest change on the way, ``probes_mean_change`` the mean of the former. Tasks and
+        probes that the base was not asked (:attr:`added`) are no part of what is measured against it.
         """
         if not self.rows:
             return {}
@@ -111,20 +120,21 @@ class AccuracyMatrix:
         changes = metrics.forgetting_by_task(accuracy, learned_at)
         found |= {f"forgetting/{self.tasks[task]}": change for task, change in changes.items()}
         if self.zero_shot is not None:
-            base = [self.zero_shot[name]["accuracy"] for name in self.tasks]
+            base = _accuracy(self.zero_shot, self.tasks)
             found["forward_transfer"] = metrics.forward_transfer(accuracy, base, learned_at)
             found |= self._probe_metrics(self.zero_shot)
         return {name: value for name, value in found.items() if not math.isnan(value)}
 
     def _probe_metrics(self, zero_shot: Scores) -> dict[str, float]:
-        probes, base = self.accuracy(self.probes), [zero_shot[name]["accuracy"] for name in self.probes]
-        if not self.probes:
+        names = [name for name in self.probes if name in zero_shot]
+        if not names:
             return {}
+        probes, base = self.accuracy(names), _accuracy(zero_shot, names)
         changes = metrics.probe_changes(probes, base)
-        minima = zip(self.probes, metrics.probe_minima(probes), base, strict=True)
+        minima = zip(names, metrics.probe_minima(probes), base, strict=True)
         return {
             "probes_mean_change": statistics.mean(changes),
-            **{f"probe/{name}": change for name, change in zip(self.probes, changes, strict=True)},
+            **{f"probe/{name}": change for name, change in zip(names, changes, strict=True)},
             **{f"probe_minimum/{name}": lowest - before for name, lowest, before in minima},
         }
 
@@ -191,7 +201,7 @@ class AccuracyMatrix:
         for name, _, _ in columns:
             table.add_column(name.replace("+", "\n+"), justify="right", no_wrap=True)
         for name in self.names:
-            cells = [_cell(scores[name], confidence, bold=name in learned) for _, scores, learned in columns]
+            cells = [_cell(scores.get(name), confidence, bold=name in learned) for _, scores, learned in columns]
             label = name if name in self.tasks else f"[dim]probe[/] {name}"
             table.add_row(label, *cells, end_section=name == self.tasks[-1])
         return table
@@ -213,7 +223,13 @@ class AccuracyMatrix:
             console.print(f"  {name:24}{100 * value:6.1f}", highlight=False)
 
 
-def _cell(cell: Cell, confidence: float | None, bold: bool) -> str:
+def _accuracy(scores: Scores, names: Sequence[str]) -> list[float]:
+    return [scores[name]["accuracy"] if name in scores else math.nan for name in names]
+
+
+def _cell(cell: Cell | None, confidence: float | None, bold: bool) -> str:
+    if cell is None:
+        return NOT_MEASURED
     text = f"{100 * cell['accuracy']:.1f}"
     if confidence is not None:
         low, high = wilson_interval(cell["accuracy"], cell["num_samples"], confidence)

@@ -27,6 +27,7 @@ def cautions(arms: Sequence[Arm]) -> list[str]:
     return [
         *_unfinished(runs),
         *_changed(runs),
+        *_extended(scored),
         *_streams(scored),
         *_asked(scored),
         *_measured(runs),
@@ -59,6 +60,15 @@ def _changed(runs: Sequence[tuple[str, RunFolder]]) -> Iterator[str]:
             )
 
 
+def _extended(scored: Sequence[tuple[str, AccuracyMatrix]]) -> Iterator[str]:
+    for run, matrix in scored:
+        if matrix.added:
+            yield (
+                f"{run} was extended by {', '.join(matrix.added)} on the way: the base was not asked about that, and "
+                "FWT and changes since the base are about the rest."
+            )
+
+
 def _streams(scored: Sequence[tuple[str, AccuracyMatrix]]) -> Iterator[str]:
     stages = [(run, json.dumps(matrix.stages)) for run, matrix in scored]
     yield from _apart("learn other tasks, or in another order", _groups(stages))
@@ -73,7 +83,8 @@ def _asked(scored: Sequence[tuple[str, AccuracyMatrix]]) -> Iterator[str]:
     for name in dict.fromkeys(name for _, matrix in scored for name in matrix.names):
         having = [(run, matrix) for run, matrix in scored if name in matrix.names]
         marked = [(run, matrix.fingerprints[name]) for run, matrix in having if name in matrix.fingerprints]
-        counted = [(run, matrix.rows[-1][name]["num_samples"]) for run, matrix in having if matrix.rows]
+        last = [(run, matrix.rows[-1]) for run, matrix in having if matrix.rows]
+        counted = [(run, scores[name]["num_samples"]) for run, scores in last if name in scores]
         prints.setdefault(_groups(marked), []).append(name)
         counts.setdefault(_groups(counted), []).append(name)
     for groups, names in prints.items():

@@ -47,7 +47,7 @@ class Changes:
         name: Of the task or probe.
         since: What the end is compared with, when rows were lost: ``learned`` or ``base``.
         num_rows: Rows that were answered at both times.
-        num_gained: Wrong by the base and right at the end.
+        num_gained: Wrong by the base and right at the end; ``None`` where the base was not asked.
         num_lost: Right when the task had just been learned (of a probe: by the base), and wrong at the end.
         gained: Some of them.
         lost: Some of them.
@@ -56,7 +56,7 @@ class Changes:
     name: str
     since: str
     num_rows: int = 0
-    num_gained: int = 0
+    num_gained: int | None = None
     num_lost: int = 0
     gained: list[Change] = field(default_factory=list)
     lost: list[Change] = field(default_factory=list)
@@ -79,7 +79,8 @@ def changes_of(run: RunFolder) -> list[Changes]:
         end, before = scores.get((name, last), {}), scores.get((name, since), {})
         gained = [(row, at) for at, row in enumerate(end) if end[row] - base.get(row, 1.0) >= STEP]
         lost = [(row, at) for at, row in enumerate(end) if before.get(row, 0.0) - end[row] >= STEP]
-        changes = Changes(name, "learned" if since else "base", len(end), len(gained), len(lost))
+        num_gained = len(gained) if base else None
+        changes = Changes(name, "learned" if since else "base", len(end), num_gained, len(lost))
         picked += [(changes.gained, (name, 0), *row) for row in gained[:NUM_SHOWN]]
         picked += [(changes.lost, (name, since), *row) for row in lost[:NUM_SHOWN]]
         found.append(changes)

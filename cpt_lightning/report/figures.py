@@ -20,8 +20,8 @@ SCORES = {
     "forgetting / T": "the same sum divided by all T tasks, in points",
     "worst dip": "the largest fall of a learned task below its best on the way, in points",
     "BWT": "final minus just-learned accuracy, mean over earlier tasks (Lopez-Paz and Ranzato 2017), in points",
-    "FWT": "accuracy on a task right before it is learned minus the base's, mean over the tasks after the first "
-    "(Lopez-Paz and Ranzato 2017, with the base for their random model), in points",
+    "FWT": "accuracy on a task right before it is learned minus the base's, mean over the tasks after the first, of "
+    "those that the base was asked (Lopez-Paz and Ranzato 2017, with the base for their random model), in points",
     "probes": "accuracy on the probes after the last task minus the base's, mean over probes, in points",
     "probes, lowest": "the same after the task where it is lowest",
     "probes, forced": "as `probes`, where answers are made to begin in the base's style",
@@ -74,19 +74,25 @@ def scores_of(matrix: AccuracyMatrix | None) -> Figures:
 
 
 def probe_changes(matrix: AccuracyMatrix, part: Literal["accuracy", "forced_accuracy"] = "accuracy") -> list[float]:
-    """The mean over probes of a score minus the base's, after each stage; empty where it was not measured."""
-    if matrix.zero_shot is None or not matrix.probes or part not in matrix.zero_shot[matrix.probes[0]]:
+    """The mean over probes of a score minus the base's, after each stage; empty where it was not measured.
+
+    Probes that the base was not asked, for they came to the stream later, have no part in it.
+    """
+    base = matrix.zero_shot or {}
+    probes = [probe for probe in matrix.probes if probe in base]
+    if not probes or part not in base[probes[0]]:
         return []
-    means = [statistics.mean(row[probe][part] for probe in matrix.probes) for row in (matrix.zero_shot, *matrix.rows)]
+    means = [statistics.mean(row[probe][part] for probe in probes) for row in (base, *matrix.rows)]
     return [mean - means[0] for mean in means[1:]]
 
 
 def changes_by_probe(matrix: AccuracyMatrix) -> dict[str, float]:
-    """What each probe scored after the last task minus the base's, in points; nothing without a base."""
+    """What each probe scored after the last task minus the base's, in points; nothing where that was not asked."""
     if matrix.zero_shot is None or not matrix.rows:
         return {}
     last, base = matrix.rows[-1], matrix.zero_shot
-    return {probe: 100 * (last[probe]["accuracy"] - base[probe]["accuracy"]) for probe in matrix.probes}
+    probes = [probe for probe in matrix.probes if probe in base]
+    return {probe: 100 * (last[probe]["accuracy"] - base[probe]["accuracy"]) for probe in probes}
 
 
 def distances_of(run: RunFolder, stage: int) -> dict[str, float]:

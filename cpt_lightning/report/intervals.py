@@ -37,7 +37,7 @@ class RowScores:
     Args:
         rows: By task or probe, names of the test rows, sorted.
         scores: By task or probe and part, ``[R, n]`` scores of the n rows before training (if that was measured) and
-            after each stage.
+            after each stage; ``nan`` where the matrix has none.
     """
 
     rows: Mapping[str, Sequence[str]]
@@ -63,8 +63,9 @@ def row_scores(run: RunFolder) -> RowScores | None:
     rows = {name: sorted(read.get((name, stages[-1]), {})) for name in matrix.names}
     scores: dict[tuple[str, Part], np.ndarray] = {}
     for name in matrix.names:
+        cells = [measured[name] for measured in _measured(matrix) if name in measured]
         for part in PARTS:
-            if any(part not in cells[name] for cells in _measured(matrix)):
+            if not cells or any(part not in cell for cell in cells):
                 continue
             found = [[read.get((name, stage), {}).get(row, {}).get(part) for row in rows[name]] for stage in stages]
             scores[name, part] = np.array(found, dtype=float)  # nan for None
@@ -78,6 +79,8 @@ def _measured(matrix: AccuracyMatrix) -> list[Scores]:
 
 def _check(run: RunFolder, name: str, part: Part, scores: np.ndarray, matrix: AccuracyMatrix) -> None:
     for found, cells in zip(scores, _measured(matrix), strict=True):
+        if name not in cells:
+            continue
         number, expected = cells[name]["num_samples"], cells[name][part]
         if len(found) != number or not abs(found.mean() - expected) < 1e-3:  # a nan is not
             raise Disagreement(
@@ -114,8 +117,9 @@ def _drawn(matrix: AccuracyMatrix, means: Mapping[tuple[str, Part], list[list[fl
         measured: list[Scores] = [{} for _ in _measured(matrix)]
         for (name, part), values in means.items():
             for cells, value in zip(measured, values[draw], strict=True):
-                cell: Any = cells.setdefault(name, Cell(accuracy=0.0, num_samples=1))
-                cell[part] = value
+                if not np.isnan(value):
+                    cell: Any = cells.setdefault(name, Cell(accuracy=0.0, num_samples=1))
+                    cell[part] = value
         zero_shot = measured.pop(0) if matrix.zero_shot else None
         yield replace(matrix, zero_shot=zero_shot, rows=measured)
 

@@ -44,13 +44,13 @@ def mean_matrix(matrices: Sequence[AccuracyMatrix]) -> AccuracyMatrix:
     return replace(first, zero_shot=_mean(zero_shots) if zero_shots else None, rows=list(map(_mean, rows)))
 
 
-def table_of(matrices: Sequence[AccuracyMatrix]) -> tuple[list[str], dict[str, list[Entry]]]:
-    """Names of the stages, and for each task and probe an entry per stage."""
+def table_of(matrices: Sequence[AccuracyMatrix]) -> tuple[list[str], dict[str, list[Entry | None]]]:
+    """Names of the stages, and for each task and probe an entry per stage; ``None`` where it was not measured."""
     columns = columns_of(mean_matrix(matrices))
     measured = [[scores for _, scores, _ in columns_of(matrix)] for matrix in matrices]
     table = {
-        name: [_entry([seed[place][name] for seed in measured], name in learned)
-               for place, (_, _, learned) in enumerate(columns)]
+        name: [_entry([seed[place][name] for seed in measured], name in learned) if name in scores else None
+               for place, (_, scores, learned) in enumerate(columns)]
         for name in matrices[0].names
     }  # fmt: skip
     return [name for name, _, _ in columns], table
@@ -66,7 +66,7 @@ def matrices_csv(arms: Sequence[Arm]) -> str:
             if run.matrix is None:
                 continue
             for stage, (after, scores, _) in enumerate(columns_of(run.matrix), start=run.matrix.zero_shot is None):
-                for name in run.matrix.names:
+                for name in filter(scores.__contains__, run.matrix.names):
                     cell, kind = scores[name], "task" if name in run.matrix.tasks else "probe"
                     interval = wilson_interval(cell["accuracy"], cell["num_samples"])
                     numbers = [f"{value:.6f}" for value in (cell["accuracy"], *interval)]
@@ -75,8 +75,8 @@ def matrices_csv(arms: Sequence[Arm]) -> str:
     return text.getvalue()
 
 
-def _shape(matrix: AccuracyMatrix) -> tuple[list[list[str]], list[str], int, bool]:
-    return matrix.stages, matrix.names, len(matrix.rows), matrix.zero_shot is None
+def _shape(matrix: AccuracyMatrix) -> tuple[list[list[str]], list[str], list[set[str]]]:
+    return matrix.stages, matrix.names, [set(scores) for scores in (matrix.zero_shot or {}, *matrix.rows)]
 
 
 def _mean(scores: Sequence[Scores]) -> Scores:

@@ -88,8 +88,8 @@ class Section:
         return said.rstrip() + "."
 
     @property
-    def table(self) -> tuple[list[str], dict[str, list[Entry]]]:
-        """Names of the stages, and an entry of each task and probe for each."""
+    def table(self) -> tuple[list[str], dict[str, list[Entry | None]]]:
+        """Names of the stages, and an entry of each task and probe for each; ``None`` where it was not measured."""
         return table_of(self.matrices)
 
     @cached_property

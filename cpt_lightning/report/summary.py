@@ -35,23 +35,23 @@ def print_summary(folder: Path, seconds: float) -> None:
 def summary_table(matrix: AccuracyMatrix) -> Table:
     """What each task and probe was at the base, right after it was learned, and at the end, in per cent.
 
-    ``lost`` is the best of a task since it was learned, of a probe ever, minus the end, in points.
+    ``lost`` is the best of a task since it was learned, of a probe ever, minus the end, in points. What came to the
+    stream later has no score of the base.
     """
     table = Table("learned and lost, in %")
     for title in ("base", "learned", "end", "lost"):
         table.add_column(title, justify="right")
-    rows = [*([matrix.zero_shot] if matrix.zero_shot is not None else []), *matrix.rows]
-    num_bases = len(rows) - len(matrix.rows)
+    base = matrix.zero_shot or {}
     for name in matrix.names:
-        accuracy = [row[name]["accuracy"] for row in rows]
         is_task = name in matrix.tasks
-        first = num_bases + matrix.learned_at[matrix.tasks.index(name)] if is_task else 0
+        learned = matrix.learned_at[matrix.tasks.index(name)] if is_task else 0
+        since = [row[name]["accuracy"] for row in matrix.rows[learned:] if name in row]
+        before = [base[name]["accuracy"]] if name in base else []
+        best = max(since if is_task else [*before, *since])
+        figures = [before, since[:1] if is_task else [], since[-1:], [best - since[-1]]]
         table.add_row(
             name if is_task else f"[dim]probe[/] {name}",
-            f"{100 * accuracy[0]:.1f}" if num_bases else "",
-            f"{100 * accuracy[first]:.1f}" if is_task else "",
-            f"{100 * accuracy[-1]:.1f}",
-            f"{100 * (max(accuracy[first:]) - accuracy[-1]):.1f}",
+            *("".join(f"{100 * value:.1f}" for value in figure) for figure in figures),
             end_section=name == matrix.tasks[-1],
         )
     return table

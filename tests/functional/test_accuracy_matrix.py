@@ -74,6 +74,20 @@ def test_forward_transfer_compares_the_row_before_learning_with_the_base():
     assert forward_transfer(RECOVERY, ZERO_SHOT) == pytest.approx(0.075)
 
 
+def test_forward_transfer_leaves_out_tasks_that_the_base_was_not_asked():
+    """Of the two terms (.30 - .35) and (.30 - .10) the first alone, and then none."""
+    assert forward_transfer(RECOVERY, [0.40, 0.35, None]) == pytest.approx(-0.05)
+    assert math.isnan(forward_transfer(RECOVERY, [0.40, math.nan, None]))
+
+
+def test_a_task_that_came_later_needs_scores_from_the_stage_before_it_on():
+    """Task 2 was not asked before stage 1, and FM takes the best that is known: all is as if it had been."""
+    later = [[0.80, 0.30, None], *RECOVERY[1:]]
+    metrics = (average_accuracy, learning, mean_average_accuracy, forgetting_measure, backward_transfer, worst_dip)
+    assert [metric(later) for metric in metrics] == [metric(RECOVERY) for metric in metrics]
+    assert forward_transfer(later, [0.40, 0.35, None]) == pytest.approx(-0.05)
+
+
 def test_worst_dip_sees_what_recovered_later():
     """Task 0 was .30 below its best after stage 1, though .10 at the end."""
     assert worst_dip(RECOVERY) == pytest.approx(0.30)

@@ -82,7 +82,7 @@ def test_an_evaluation_between_two_steps_has_a_time_of_its_own(small_folder, pro
     """Each evaluation sleeps 1.5 s, which is no part of the step after it."""
     module = SFT(backbone=Backbone(small_folder), optimizer=sgd)
     evaluate = module.evaluate
-    monkeypatch.setattr(module, "evaluate", lambda batch, key: (time.sleep(1.5), evaluate(batch, key))[1])
+    monkeypatch.setattr(module, "evaluate", lambda batch: (time.sleep(1.5), evaluate(batch))[1])
     batch = with_examples(mixed_prompts, processor)
     metrics = fit(module, [batch] * 2, limit_val_batches=1, val_check_interval=1).callback_metrics
     assert metrics["time/evaluation_s"] > 1.5 > metrics["time/step_s"]

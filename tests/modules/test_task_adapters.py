@@ -147,7 +147,7 @@ def test_a_task_is_evaluated_with_its_own_adapter_and_all_else_with_the_newest(t
     for name, stage in {"a": 0, "b": 1, "c": 2, "probe": 2}.items():
         for weight, value in zip(adapter_weights(alone.model), record.weights[stage], strict=True):
             weight.data.copy_(value)
-        texts = alone.evaluate(stream.batches[name], 0).texts
+        texts = alone.evaluate(stream.batches[name]).texts
         assert record.answers[-1][name] == texts
         said.add(tuple(texts))
         with module.adapters_of(name):
@@ -165,7 +165,7 @@ def alone_after(module, weights, batch):
     """What a model answers with these adapters."""
     for weight, value in zip(adapter_weights(module.model), weights, strict=True):
         weight.data.copy_(value)
-    return module.evaluate(batch, 0).texts
+    return module.evaluate(batch).texts
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")

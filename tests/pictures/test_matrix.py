@@ -100,6 +100,21 @@ def test_no_text_is_cut_off_or_lies_over_another(draw, matrix):
     assert all(later - earlier > 12 for earlier, later in pairwise(starts))
 
 
+def test_what_came_later_has_a_dash_and_a_line_from_there_on():
+    """c is asked for the first time after b: 0.4, and 0.9 when it is learned; 10, 40 and 70 are ends of stages."""
+    extended = matrix_of(ACCURACY | {"a": (0.2, 0.9, 0.5, 0.5), "b": (0.3, 0.3, 0.8, 0.8), "p": (1.0, 0.6, 0.7, 0.7),
+                                     "c": (0.0, 0.0, 0.4, 0.9)}, [["a"], ["b"], ["c"]])  # fmt: skip
+    for scores in (extended.zero_shot, extended.rows[0]):
+        del scores["c"]
+    (axes,) = heatmap(extended).axes
+    shown = {(round(text.get_position()[0]), round(text.get_position()[1])): text.get_text() for text in axes.texts}
+    assert [shown[place, 2] for place in range(4)] == ["-", "-", "40", "90"]
+    assert len(axes.collections[0].get_paths()) == 14, "no colour where nothing was measured"
+    (axes,) = stream_curves(extended, [10, 40, 70]).axes
+    lines = [line for line in axes.lines if to_hex(line.get_color()) == KEPT and line.get_linestyle() == "-"]
+    assert [list(line.get_xdata()) for line in lines] == [[0, 10, 40, 70], [10, 40, 70], [40, 70], [0, 10, 40, 70]]
+
+
 def test_a_mixed_stage_is_named_by_the_number_of_its_tasks():
     (axes,) = heatmap(MIXED).axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["base", "4 tasks mixed"]

@@ -25,7 +25,7 @@ class WeightDistance(Recorder, KeptWeights):
     - ``weight_distance/fisher_distance``: ``1/2 sum_i F_i (theta_i - base_i)^2`` over the trained parameters, F the
       diagonal of the Fisher information at the base, from its own answers to rows of the probes: KL(base || model) on
       prior knowledge in nats per answer, to second order and as far as a diagonal tells. With LoRA the parameters are
-      the adapters', and A counts nothing, for at the base B is 0.
+      the adapters', and A counts nothing, for at the base B is 0. Probes that came to the stream later have no part.
 
     RL's Razor (arXiv 2509.04259) finds both to foretell forgetting worse than the divergence that :class:`Drift`
     measures; ``cpt report`` sets them beside each other. Writes ``weight_distance.json`` beside ``config.yaml``. The

@@ -64,11 +64,11 @@ class EWC(QuadraticPenalty):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A task is learned: remembers its weights, and how much each matters; before the checkpoint is saved."""
+        # After the last one too: the stream may be extended.
         stage = trainer.current_epoch
-        if stage + 1 < trainer.datamodule.num_stages:
-            batch = trainer.strategy.batch_to_device(trainer.datamodule.rows_of_stage(stage, self.num_rows))
-            with trainer.precision_plugin.forward_context():
-                self.remember(self.fisher(pl_module, batch, stage), copy_of(pl_module))
+        batch = trainer.strategy.batch_to_device(trainer.datamodule.rows_of_stage(stage, self.num_rows))
+        with trainer.precision_plugin.forward_context():
+            self.remember(self.fisher(pl_module, batch, stage), copy_of(pl_module))
 
     def fisher(self, module: LightningModule, batch: Batch, stage: int) -> Weights:
         """The diagonal Fisher information of the rows of a stage, or the empirical one."""
