@@ -17,6 +17,7 @@ from importlib.util import find_spec
 import naive
 import ours
 from measure import compare, in_fresh_process, in_turn, show_ratio
+from operations import add_peak_option, peak_tflops, print_operations
 from record import write_record
 from workload import Workload, rollout_parser
 
@@ -36,6 +37,7 @@ def main() -> None:
     options = rollout_parser(__doc__, __file__)
     options.add_argument("--micro_prompts", type=int, help="prompts whose groups go through backward at once, not all")
     options.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    add_peak_option(options)
     options = options.parse_args()
     if options.micro_prompts and options.prompts % options.micro_prompts:
         raise SystemExit(f"--micro_prompts {options.micro_prompts} does not divide --prompts {options.prompts}")
@@ -48,7 +50,8 @@ def main() -> None:
         runs = {arm: partial(in_fresh_process, ARMS[arm], workload, threads=options.threads) for arm in options.arms}
         results.append({"workload": vars(workload), **compare(in_turn(runs, options.repeats))})
         print_table(workload.title, results[-1])
-    write_record(options.out, {"results": results})
+        print_operations(results[-1], peak_tflops(options))
+    write_record(options.out, {"peak_tflops": peak_tflops(options), "results": results})
 
 
 def print_table(title: str, results: dict) -> None:

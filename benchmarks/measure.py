@@ -53,7 +53,8 @@ def compare(rounds: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, An
     """The rounds, each arm's medians over them, and how many times the first arm's figures the others' are."""
     (first, ours), *others = rounds.items()
     ratios = {
-        f"{arm}/{first}": {figure: paired_ratio(ours, results, figure) for figure in ours[0]} for arm, results in others
+        f"{arm}/{first}": {figure: paired_ratio(ours, results, figure) for figure in ours[0] if figure in results[0]}
+        for arm, results in others
     }
     return {"medians": {arm: medians(results) for arm, results in rounds.items()}, "ratios": ratios, "rounds": rounds}
 

@@ -10,12 +10,37 @@ from torch.utils.data import DataLoader
 from workload import CLIP_HIGH, CLIP_LOW, MAX_GRAD_NORM, Setup, Workload, make_optimizer
 
 from cpt_lightning.data.collate import Collate
-from cpt_lightning.modules import RFT, SFT
+from cpt_lightning.modules import RFT, SFT, PostTraining
 from cpt_lightning.rollouts import Sampling
 from cpt_lightning.types import Example
 
+ONE_FLOP_PER_SECOND = 1.0
+"""Of a device with this peak the share that a step makes use of is its operations per second."""
 
-class MeteredRFT(RFT):
+
+class Metered(PostTraining):
+    """A module with a meter, which keeps how many operations a step has."""
+
+    meter: StepMeter
+    step_flops: dict[str, float]
+
+    def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
+        """The optimizer has made its step."""
+        self.meter.end("update")
+        measured = self.account.end(self.device)
+        seconds = measured["time/step_s"]
+        self.step_flops = {
+            f"{kind}_flops": float(measured[share] * seconds * ONE_FLOP_PER_SECOND)
+            for kind, share in {"executed": "perf/mfu", "equivalent": "perf/mfu_equivalent"}.items()
+        }
+
+    @property
+    def results(self) -> dict[str, float]:
+        """What was measured."""
+        return {**self.meter.results(), **self.step_flops}
+
+
+class MeteredRFT(Metered, RFT):
     """GRPO with a meter."""
 
     def __init__(self, workload: Workload) -> None:
@@ -28,6 +53,7 @@ class MeteredRFT(RFT):
             clip_high=CLIP_HIGH,
             max_grad_norm=MAX_GRAD_NORM,
             optimizer=make_optimizer,
+            peak_flops=ONE_FLOP_PER_SECOND,
         )
         self.workload = workload
 
@@ -38,12 +64,8 @@ class MeteredRFT(RFT):
         self.meter.end("rollout")
         return rollout
 
-    def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
-        """The optimizer has made its step."""
-        self.meter.end("update")
 
-
-class MeteredSFT(SFT):
+class MeteredSFT(Metered, SFT):
     """SFT with a meter, which also keeps the loss of the first step."""
 
     def __init__(self, setup: Setup) -> None:
@@ -52,6 +74,7 @@ class MeteredSFT(SFT):
             reduction="token_mean",
             max_grad_norm=MAX_GRAD_NORM,
             optimizer=make_optimizer,
+            peak_flops=ONE_FLOP_PER_SECOND,
         )
 
     def training_step(self, batch, batch_idx):
@@ -61,26 +84,22 @@ class MeteredSFT(SFT):
             self.first_loss = loss.item()
         return loss
 
-    def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
-        """The optimizer has made its step."""
-        self.meter.end("update")
-
 
 def grpo(workload: Workload) -> dict[str, float]:
     """Measures GRPO steps."""
     module = MeteredRFT(workload)
     fit(module, workload, workload.examples(module.processor))
-    return module.meter.results()
+    return module.results
 
 
 def sft(setup: Setup, rows: Sequence[Example]) -> dict[str, float]:
     """Measures SFT steps on a batch of all rows."""
     module = MeteredSFT(setup)
     fit(module, setup, rows)
-    return {**module.meter.results(), "first_loss": module.first_loss}
+    return {**module.results, "first_loss": module.first_loss}
 
 
-def fit(module: MeteredRFT | MeteredSFT, setup: Setup, rows: Sequence[Example]) -> None:
+def fit(module: Metered, setup: Setup, rows: Sequence[Example]) -> None:
     """Trains on the same batch at every step."""
     module.configure_model()
     loader = DataLoader([*rows] * setup.num_steps, batch_size=len(rows), collate_fn=Collate(module.processor))

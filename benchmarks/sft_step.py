@@ -17,6 +17,7 @@ from pathlib import Path
 
 import ours
 from measure import compare, in_fresh_process, in_turn, show_ratio
+from operations import add_peak_option, peak_tflops, print_operations
 from record import write_record
 from sft_rows import lengths_of, ragged_rows
 from workload import Setup, step_parser
@@ -40,6 +41,7 @@ def main() -> None:
     """Measures, prints the table, writes the record."""
     options = step_parser(__doc__, __file__, prompts=8)
     options.add_argument("--data", type=Path, default=DATA, help="folder of JSON files of chats")
+    add_peak_option(options)
     options = options.parse_args()
     setup = Setup.of(options)
     processor = setup.backbone.load_processor()
@@ -49,7 +51,8 @@ def main() -> None:
     runs = {arm: partial(in_fresh_process, step, setup, rows, threads=options.threads) for arm, step in arms.items()}
     results = {"setup": vars(setup), "row_tokens": lengths, **compare(in_turn(runs, options.repeats))}
     print_table(results)
-    write_record(options.out, results)
+    print_operations(results, peak_tflops(options))
+    write_record(options.out, {"peak_tflops": peak_tflops(options), **results})
 
 
 def print_table(results: dict) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+ON_A_GPU = (ROOT / "benchmarks" / "GPU.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
@@ -19,9 +20,9 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    """Every command in a ``bash`` block, and each in running text, without comments."""
+    """Every command in a ``bash`` block, and each in running text, without comments; those for a GPU too."""
     lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    inline = re.findall(r"`((?:make|cpt) [^`]+)`", README)
+    inline = re.findall(r"`((?:make|cpt|python benchmarks/\w+\.py) [^`]+)`", README + ON_A_GPU)
     found = [shlex.join(shlex.split(line, comments=True)) for line in [*lines, *inline]]
     return sorted({command for command in found if command and "|" not in command and "..." not in command})
 

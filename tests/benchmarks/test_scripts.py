@@ -38,13 +38,19 @@ def run(monkeypatch, tmp_path):
 
 
 def test_grpo_step_compares_ours_with_the_naive_way(run, capsys):
-    record = run(grpo_step, *SMALL, *SHORT, "--arms", "ours", "naive", "--micro_prompts", "1")
+    record = run(grpo_step, *SMALL, *SHORT, "--arms", "ours", "naive", "--micro_prompts", "1",
+                 "--peak_tflops", "2")  # fmt: skip
 
     (result,) = record["results"]
-    assert set(result["medians"]["ours"]) == {"rollout_s", "update_s", "step_s", "cpu_s", "peak_bytes"}
+    figures = {"rollout_s", "update_s", "step_s", "cpu_s", "peak_bytes"}
+    assert set(result["medians"]["naive"]) == figures
+    assert set(result["medians"]["ours"]) == figures | {"executed_flops", "equivalent_flops"}
     ours, naive = (result["rounds"][arm][0]["step_s"] for arm in ("ours", "naive"))
     assert result["ratios"]["naive/ours"]["step_s"]["median"] == pytest.approx(naive / ours)
-    assert "naive/ours: step" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "naive/ours: step" in printed
+    rate = result["medians"]["ours"]["equivalent_flops"] / result["medians"]["naive"]["step_s"] / 1e12
+    assert f"naive {rate:,.3f} TFLOP/s ({rate / 2:.1%} of the peak)" in printed
     assert record["commit"] is not None and record["versions"]["torch"] == torch.__version__
 
 
