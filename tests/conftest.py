@@ -37,11 +37,11 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def first_event_files(monkeypatch) -> None:
+@pytest.hookimpl(tryfirst=True)  # before fixtures of a module too, which make runs
+def pytest_runtest_setup() -> None:
     """A process numbers TensorBoard's files, and what reads them takes a tenth for one before the second."""
     if writer := sys.modules.get("tensorboard.summary.writer.event_file_writer"):
-        monkeypatch.setattr(writer, "_global_uid", writer.AtomicCounter(0))
+        writer._global_uid = writer.AtomicCounter(0)
 
 
 @pytest.fixture
