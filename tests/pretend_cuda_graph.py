@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import torch
@@ -44,6 +44,8 @@ class CUDAGraph:
 
     recording: CUDAGraph | None = None
     num_replays = 0
+    underway: ClassVar[list[Any]] = []
+    """Pools that the allocator takes memory from; one whose recording failed stays among them until it is told."""
 
     def __init__(self) -> None:
         self.calls: list[Callable[[], Any]] = []
@@ -54,11 +56,14 @@ class CUDAGraph:
             raise RuntimeError("CUDA graphs must be captured on a non-default stream")
         assert CUDAGraph.recording is None, "one graph at a time"
         CUDAGraph.recording = self
+        CUDAGraph.underway.append(pool)
+        self.used_pool = pool
 
     def capture_end(self) -> None:
         CUDAGraph.recording = None
         if self.is_broken:
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+        CUDAGraph.underway.remove(self.used_pool)
 
     def pool(self) -> tuple[int, int]:
         return (0, 1)
@@ -118,9 +123,12 @@ def pretended_graphs() -> Iterator[None]:
         "torch.cuda.Stream": Stream,
         "torch.cuda.stream": Stream.use,
         "torch.cuda.current_stream": lambda device=None: Stream.current,
+        "torch.cuda.default_generators": (torch.Generator(),),
+        "torch._C._cuda_endAllocateToPool": lambda device, pool: CUDAGraph.underway.remove(pool),
     }
     CUDAGraph.num_replays = 0
+    CUDAGraph.underway.clear()
     with ExitStack() as stack:
         for name, value in replaced.items():
-            stack.enter_context(patch(name, value))
+            stack.enter_context(patch(name, value, create=name.startswith("torch._C")))
         yield

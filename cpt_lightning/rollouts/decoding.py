@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import warnings
+from contextlib import suppress
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -20,8 +22,8 @@ FEWEST_TOKENS = 16
 """Completions that may not become so long are not worth a recording, which takes as long as about three steps."""
 FIRST_WINDOW = 64
 """Places of a completion that the first recording reads; later ones read twice as many as are full."""
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""How far a replayed step may be from the same step run by itself, relative to its largest value."""
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+"""How far a replayed step may be from the same step run by itself, relative to its size; mostly they are equal."""
 
 
 def decoding_steps(model: QwenVL, cache: GroupCache) -> DecodingSteps:
@@ -57,12 +59,16 @@ class DecodingSteps:
 
 
 class RecordedSteps(DecodingSteps):
-    """The same from a recording, which is compared with the step itself each time that one is made.
+    """The same from a recording, whose first replay is compared with the step itself.
 
-    Where recording fails, or what it gives differs, a warning says so and the model decodes without from then on.
+    Where recording fails a warning says so, and the model decodes without from then on.
+
+    Raises:
+        RuntimeError: A replay is not the step itself. What it wrote may be anywhere among the keys.
     """
 
     graph: torch.cuda.CUDAGraph | None = None
+    is_checked = False
     tokens: Tensor
     positions: Tensor
     hidden: Tensor
@@ -71,13 +77,8 @@ class RecordedSteps(DecodingSteps):
         """As without a recording."""
         if not uses_cuda_graphs(self.model):  # given up
             return super().__call__(tokens, positions)
-        if self.graph is None or self.cache.is_full:
-            hidden = self._record(tokens, positions)
-        else:
-            self.tokens.copy_(tokens)
-            self.positions.copy_(positions)
-            self.graph.replay()
-            hidden = self.hidden
+        is_new = self.graph is None or self.cache.is_full
+        hidden = self._record(tokens, positions) if is_new else self._replay(tokens, positions)
         self.cache.advance()
         return hidden
 
@@ -88,7 +89,7 @@ class RecordedSteps(DecodingSteps):
 
     def _record(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """This step, run as it is; the next ones are replayed."""
-        self.graph = None
+        self.graph, self.is_checked = None, False
         self.cache.fix_window(max(FIRST_WINDOW, 2 * self.cache.length))
         self.tokens, self.positions = tokens.clone(), positions.clone()
         here, stream = torch.cuda.current_stream(tokens.device), _stream(tokens.device)
@@ -98,41 +99,63 @@ class RecordedSteps(DecodingSteps):
             try:
                 self.graph = self._recorded()
             except RuntimeError as error:
-                self._give_up(f"a step of decoding could not be recorded: {error}")
+                self._give_up(error)
         here.wait_stream(stream)
-        if self.graph is not None:
-            self.graph.replay()
-            if (difference := _difference(self.hidden, hidden)) <= TOLERANCE[hidden.dtype]:
-                return self.hidden
-            self._give_up(f"a replayed step of decoding differs from the step itself by {difference:.1e} of its size")
-            hidden = self._run(tokens, positions)  # for the replay's keys are in the cache
         return hidden
 
     def _recorded(self) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
+        graph, pool = torch.cuda.CUDAGraph(), _pool(self.tokens.device).pool()
         # torch.cuda.graph would give all cached memory back to the driver at each recording. What other threads do
         # meanwhile, as one that pins batches, is no part of it.
-        graph.capture_begin(pool=_pool(self.tokens.device).pool(), capture_error_mode="thread_local")
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             self.hidden = self._run(self.tokens, self.positions)
-        finally:
-            graph.capture_end()
+        except BaseException:
+            with suppress(RuntimeError):  # it only says that something was wrong before
+                graph.capture_end()
+            _forget_recording(self.tokens.device, pool)
+            raise
+        graph.capture_end()
         return graph
 
-    def _give_up(self, reason: str) -> None:
-        self.graph = None
+    def _replay(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        self.tokens.copy_(tokens)
+        self.positions.copy_(positions)
+        cast("torch.cuda.CUDAGraph", self.graph).replay()
+        if self.is_checked:
+            return self.hidden
+        hidden = self._run(tokens, positions)  # the first step of which not all is as it was recorded
+        if not (difference := _difference(self.hidden, hidden)) <= TOLERANCE[hidden.dtype]:
+            raise RuntimeError(
+                f"a replayed step of decoding (CUDA graphs) differs from the step itself by {difference:.1e} of its "
+                "size; set backbone.cuda_graphs=false, which is slower, and please report it"
+            )
+        self.is_checked = True
+        return hidden
+
+    def _give_up(self, error: RuntimeError) -> None:
         self.cache.fix_window(None)
         use_cuda_graphs(self.model, False)
         warnings.warn(
-            f"{reason.rstrip('.')}. This run samples on without CUDA graphs, which is slower and gives the same; "
-            "backbone.cuda_graphs=false does so from the start",
+            f"a step of decoding could not be recorded: {str(error).rstrip('.')}. This run samples on without CUDA "
+            "graphs, which is slower and draws the same; backbone.cuda_graphs=false does so from the start",
             stacklevel=2,
         )
 
 
 def _difference(values: Tensor, expected: Tensor) -> float:
-    """The largest, relative to the largest value that is expected; NaN if there is one in them."""
-    return float((values - expected).abs().amax() / expected.abs().amax())
+    """The largest of a token, relative to the length of what is expected of it; NaN if there is one in them."""
+    difference, size = ((each.float()).norm(dim=-1) for each in (values - expected, expected))
+    return float((difference / size).amax())
+
+
+def _forget_recording(device: torch.device, pool: tuple[int, int]) -> None:
+    """After one that failed: torch (2.8 to 2.13) ends it before allocator and generator know that it has ended."""
+    with suppress(RuntimeError, AttributeError):
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+    with suppress(RuntimeError, AttributeError):
+        generator = torch.cuda.default_generators[device.index]
+        generator.graphsafe_set_state(generator.clone_state())
 
 
 @functools.cache

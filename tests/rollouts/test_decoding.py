@@ -56,7 +56,7 @@ def test_replayed_steps_draw_what_steps_as_they_are_draw(draw, name, rows):
     plain = draw(70, rows, cuda_graphs=False, **BACKBONES[name])
     assert draw.replays == 0
     assert same(draw(70, rows, **BACKBONES[name]), plain, tolerance)
-    assert draw.replays == 69
+    assert draw.replays == 67
 
 
 def test_completions_that_leave_the_batch_are_recorded_without(draw, monkeypatch: pytest.MonkeyPatch):
@@ -85,34 +85,29 @@ def test_a_step_that_cannot_be_recorded_is_run_as_it_is_with_a_warning(draw, mon
 
     monkeypatch.setattr(decoding, "embed", waits)
     plain = draw(70, cuda_graphs=False)
-    with pytest.warns(UserWarning, match="could not be recorded: CUDA error: operation failed") as warned:
+    with pytest.warns(UserWarning, match="operation not permitted when stream is capturing") as warned:
         assert same(draw(70), plain)
+    assert CUDAGraph.underway == [], "memory would come from the recording's pool"
     assert len([each for each in warned if "CUDA graphs" in str(each.message)]) == 1
     assert draw.replays == 0
 
 
-def test_a_replay_that_differs_from_the_step_is_not_used(draw, monkeypatch: pytest.MonkeyPatch):
-    """Here the recording misses that the last token is an input."""
-    real = decoding.RecordedSteps._recorded
+def test_a_replay_that_differs_from_the_step_stops_the_run(draw, monkeypatch: pytest.MonkeyPatch):
+    """Here the place of new keys is a number of the host, and stays what it was when it was recorded."""
 
-    def stale(self) -> CUDAGraph:
-        tokens, self.tokens = self.tokens, self.tokens * 0
-        try:
-            return real(self)
-        finally:
-            self.tokens = tokens
+    def baked(room: Tensor, dim: int, place: Tensor, new: Tensor) -> Tensor:
+        return room.narrow(dim, place.on_cpu.item(), 1).copy_(new)
 
-    monkeypatch.setattr(decoding.RecordedSteps, "_recorded", stale)
-    plain = draw(70, cuda_graphs=False)
-    with pytest.warns(UserWarning, match="a replayed step of decoding differs from the step itself by"):
-        assert same(draw(70), plain)
-    assert draw.replays == 1
+    monkeypatch.setattr(Tensor, "index_copy_", baked)
+    with pytest.raises(RuntimeError, match="differs from the step itself by .* set backbone.cuda_graphs=false"):
+        draw(70)
+    assert draw(70, cuda_graphs=False).lengths.max() == 70
 
 
 @pytest.mark.parametrize("length", [decoding.FEWEST_TOKENS - 1, decoding.FEWEST_TOKENS])
 def test_few_tokens_are_not_worth_a_recording(draw, length):
     draw(length)
-    assert draw.replays == (0 if length < decoding.FEWEST_TOKENS else length - 1)
+    assert draw.replays == (0 if length < decoding.FEWEST_TOKENS else length - 2)
 
 
 def test_a_step_calls_no_hook_of_a_layer(small_model: QwenVL, processor: PromptProcessor, mixed_prompts: Prompts):
@@ -178,4 +173,4 @@ def test_no_warning_where_all_is_well(draw):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         draw(20)
-    assert draw.replays == 19
+    assert draw.replays == 18
