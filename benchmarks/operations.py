@@ -33,11 +33,11 @@ def print_operations(results: dict, peak: float | None) -> None:
     naive = ", ".join(
         f"{arm} {_rate(ours['equivalent_flops'], figures['step_s'], peak)}" for arm, figures in medians.items()
     )
-    print(f"  operations of a naive step: {ours['equivalent_flops'] / 1e12:,.3f} TFLOP; {naive}")
+    print(f"  operations of a naive step: {ours['equivalent_flops'] / 1e12:.3g} TFLOP; {naive}")
     executed = ours["executed_flops"]
-    print(f"  executed by ours: {executed / 1e12:,.3f} TFLOP; {_rate(executed, ours['step_s'], peak)}", flush=True)
+    print(f"  executed by ours: {executed / 1e12:.3g} TFLOP; {_rate(executed, ours['step_s'], peak)}", flush=True)
 
 
 def _rate(flops: float, seconds: float, peak: float | None) -> str:
     rate = flops / seconds / 1e12
-    return f"{rate:,.3f} TFLOP/s" + (f" ({rate / peak:.1%} of the peak)" if peak else "")
+    return f"{rate:.3g} TFLOP/s" + (f" ({rate / peak:.1%} of the peak)" if peak else "")

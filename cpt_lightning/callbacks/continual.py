@@ -198,10 +198,17 @@ class ContinualLearning(Callback):
             return
         check_stream(trainer, record)
         self._check_answers(record.get("answers", {}))
+        new = _new(trainer, record)
         if len(record["rows"]) == trainer.datamodule.num_stages:
-            rank_zero_info("all stages of the stream were learned before this checkpoint; nothing is left to learn")
-        elif new := _new(trainer, record):
-            rank_zero_info(f"the stream was extended since the checkpoint, by {new}")
+            rank_zero_info(
+                "all stages of the stream were learned before this checkpoint; nothing is left to learn"
+                + (f"; not asked: {new} (`cpt test --ckpt_path` asks everything)" if new else "")
+            )
+        elif new:
+            rank_zero_info(
+                f"the stream was extended since the checkpoint, by {new}. Forgetting and worst dip count what was lost "
+                "since then, of what is new"
+            )
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Goes on with the record of a checkpoint."""
@@ -257,8 +264,9 @@ def check_stream(trainer: Trainer, record: Mapping[str, Any]) -> None:
     if stream.stages[: len(stages)] != stages:
         raise ValueError(
             f"the checkpoint belongs to another stream: its stages are {stages}, now they are {stream.stages}. New "
-            "stages may stand behind those that it had. For another stream, begin a new run from the model: `cpt "
-            "export` it, and name the folder as backbone.path"
+            "stages may stand behind those that it had: --data.tasks.NAME adds a task, where the tasks of a later -c "
+            "take the place of all. For another stream, begin a new run from the model: `cpt export` it, and name the "
+            "folder as backbone.path"
         )
     if gone := [name for name in (*record["tasks"], *record["probes"]) if name not in stream.everything]:
         raise ValueError(
@@ -268,7 +276,7 @@ def check_stream(trainer: Trainer, record: Mapping[str, Any]) -> None:
     for name, before in record.get("fingerprints", {}).items():
         if before != (now := stream.fingerprint(name, stream.evaluate_on)):
             raise ValueError(
-                f"task '{name}' is evaluated otherwise than in the checkpoint (fingerprint {before}, now {now}), and "
+                f"'{name}' is evaluated otherwise than in the checkpoint (fingerprint {before}, now {now}), and "
                 "the matrix would mix two measurements: restore its prompt, reward, rows and data.evaluate_on, or "
                 "begin a new run"
             )
@@ -279,4 +287,4 @@ def _new(trainer: Trainer, record: Mapping[str, Any]) -> str:
     stream, known = trainer.datamodule, {*record["tasks"], *record["probes"]}
     stages = stream.stage_names[len(record["stages"]) :]
     kinds = {"stage": stages, "probe": [name for name in stream.probe_names if name not in known]}
-    return " and ".join(f"{kind} {name}" for kind, names in kinds.items() for name in names)
+    return " and ".join(f"{kind}{'s' * (len(names) > 1)} {', '.join(names)}" for kind, names in kinds.items() if names)

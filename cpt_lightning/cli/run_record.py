@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,7 +22,10 @@ from cpt_lightning.records.environment import Device, Start, cpu_name, record_st
 from cpt_lightning.records.run import OLDER_CONFIG
 from cpt_lightning.report.settings import leaves
 
-LEARNED_BY = ("model.", "data.", "filter.", "continual.", "seed_everything", "trainer.precision", "trainer.accumulate")
+LEARNED_BY = (
+    "model.", "data.", "filter.", "continual.", "seed_everything", "trainer.precision", "trainer.accumulate",
+    "trainer.callbacks",
+)  # fmt: skip
 """Options that what is learned depends on, or their beginnings."""
 KEPT = ("model.init_args.optimizer", "model.init_args.lr_scheduler")
 """Those that are a checkpoint's where a task does not begin with a fresh optimizer."""
@@ -131,17 +135,25 @@ def _check_kept(changed: Iterable[str]) -> None:
 
 
 def _differences(before: Mapping[str, str], now: Mapping[str, str], changed: Iterable[str]) -> list[str]:
-    """What became of options, by name; a task or probe that was added is one of them.
+    """What became of options, by name; a task or probe that was added, or is gone, is one of them.
 
     >>> _differences({"data.tasks.a.num": "1"}, {"data.tasks.a.num": "2", "data.tasks.b.num": "1"},
     ...              ["data.tasks.a.num", "data.tasks.b.num"])
     ['data.tasks.a.num 1 -> 2', 'data.tasks.b is new']
+    >>> _differences({"trainer.callbacks[0].class_path": "cpt_lightning.callbacks.EWC"}, {"trainer.callbacks": "null"},
+    ...              ["trainer.callbacks", "trainer.callbacks[0].class_path"])
+    ['trainer.callbacks EWC -> none']
     """
-    known = {_owner(name) for name in before}
+    known, left = ({_owner(name) for name in options} for options in (before, now))
+    callbacks = [_callbacks(options) for options in (before, now)]
     said = (
-        f"{name} {before.get(name)} -> {now.get(name)}" if _owner(name) in known else f"{_owner(name)} is new"
+        f"trainer.callbacks {callbacks[0]} -> {callbacks[1]}"
+        if name.startswith("trainer.callbacks") and callbacks[0] != callbacks[1]
+        else f"{_owner(name)} is new" if _owner(name) not in known
+        else f"{_owner(name)} is gone" if _owner(name) not in left
+        else f"{name} {before.get(name)} -> {now.get(name)}"
         for name in changed
-    )
+    )  # fmt: skip
     return list(dict.fromkeys(said))
 
 
@@ -149,6 +161,12 @@ def _owner(option: str) -> str:
     """``data.tasks.<task>`` or ``data.probes.<probe>``, if it is an option of one; else what the option begins with."""
     parts = option.split(".")
     return ".".join(parts[:3]) if parts[:2] in (["data", "tasks"], ["data", "probes"]) else parts[0]
+
+
+def _callbacks(options: Mapping[str, str]) -> str:
+    """Names of the classes of callbacks."""
+    paths = (value for name, value in options.items() if re.fullmatch(r"trainer\.callbacks\[\d+\]\.class_path", name))
+    return ", ".join(path.rpartition(".")[2] for path in paths) or "none"
 
 
 def _device(trainer: Trainer) -> Device:

@@ -2,7 +2,8 @@
 
 Two counts are kept apart. *Executed* is what this code runs: a prompt and its image once per group, activations again
 under gradient checkpointing, no gradient of frozen weights. *Equivalent* is what the textbook step needs for the same
-result: every completion a sequence of its own, nothing computed twice. Norms, activations and softmax are left out.
+result: every completion a sequence of its own, nothing computed twice. Norms, activations, softmax and the products of
+low-rank adapters with what they are given are left out (1 % at 7B).
 
 Counts stay on the device where the lengths lie, in float64: a training step does not wait for them.
 """
@@ -10,6 +11,7 @@ Counts stay on the device where the lengths lie, in float64: a training step doe
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -47,8 +49,12 @@ class FlopCounter:
     def __init__(self, model: QwenVL) -> None:
         self.text = model.config.text_config
         self.vision = model.config.vision_config
-        self.text_passes = _Passes.of(model.model.language_model)
-        self.vision_passes = _Passes.of(model.model.visual)
+        visual = model.model.visual
+        tower = [part for name, part in visual.named_children() if name != "merger"]
+        # Pixels want no gradient, but what stands behind something that is trained hands its gradient on.
+        self.tower_passes = _Passes.of(tower)
+        self.merger_passes = _Passes.of([visual.merger], hands_on=self.tower_passes.backward > 0)
+        self.text_passes = _Passes.of([model.model.language_model], hands_on=self.merger_passes.backward > 0)
         # See functional/logprobs.py: with a trained output matrix the logits are computed twice.
         self.logits_products = 4 if model.get_output_embeddings().weight.requires_grad else 2
 
@@ -64,16 +70,17 @@ class FlopCounter:
 
     def scored(self, prompts: Prompts, completions: Completions, backward: bool = True) -> Flops:
         """Of scoring completions and going back; ``prompts.state`` and ``image_features`` spare their forward pass."""
-        text, vision = (self.text_passes, self.vision_passes) if backward else (NO_BACKWARD, NO_BACKWARD)
+        parts = (self.text_passes, self.tower_passes, self.merger_passes)
+        text, *vision = parts if backward else [_Passes()] * 3
         runs_prompts = prompts.state is None
         runs_images = runs_prompts and prompts.image_features is None
         lengths, tokens, images = self._sizes(prompts, completions)
         executed = self._prompt(lengths).sum() * (runs_prompts + text.backward)
-        executed += images.forward * runs_images + images.backward(vision)
+        executed += images.forward * runs_images + images.backward(*vision)
         executed += self._branch(lengths, tokens).sum() * (1 + text.backward)
         executed += self._logits(tokens).sum() * (self.logits_products if backward else 1)
         alone = (self._branch(0, lengths + tokens) + self._logits(tokens)).sum()
-        of_images = images.forward + images.backward(vision.without_checkpointing)
+        of_images = images.forward + images.backward(*(part.without_checkpointing for part in vision))
         equivalent = alone * (1 + text.without_checkpointing.backward) + of_images * tokens.shape[1]
         return Flops(executed, equivalent)
 
@@ -151,12 +158,9 @@ class _Images:
     def forward(self) -> Tensor | float:
         return self.embedding + self.blocks + self.merger
 
-    def backward(self, passes: _Passes) -> Tensor | float:
-        """Pixels want no gradient, and of the tower only the blocks are checkpointed."""
-        if not passes.backward:
-            return 0.0
-        share = passes.weight_gradient
-        return self.embedding * share + self.blocks * passes.backward + self.merger * (1 + share)
+    def backward(self, tower: _Passes, merger: _Passes) -> Tensor | float:
+        """What it costs to go back; pixels want no gradient."""
+        return self.embedding * tower.weight_gradient + self.blocks * tower.backward + self.merger * merger.backward
 
 
 @dataclass(frozen=True)
@@ -168,8 +172,8 @@ class _Passes:
         backward: All of backward: gradients of inputs and of weights, and the forward again if it is checkpointed.
     """
 
-    weight_gradient: float
-    backward: float
+    weight_gradient: float = 0.0
+    backward: float = 0.0
 
     @property
     def without_checkpointing(self) -> _Passes:
@@ -177,25 +181,22 @@ class _Passes:
         return _Passes(self.weight_gradient, 1 + self.weight_gradient if self.backward else 0.0)
 
     @classmethod
-    def of(cls, part: nn.Module) -> _Passes:
-        parameters = list(part.named_parameters())
+    def of(cls, parts: Sequence[nn.Module], hands_on: bool = False) -> _Passes:
+        """Of parts that are run one after the other; ``hands_on`` says whether what they are given wants a gradient."""
+        parameters = [each for part in parts for each in part.named_parameters()]
         trained = sum(weight.numel() for _, weight in parameters if weight.requires_grad)
-        if not trained:
-            # A frozen tower of the image has nothing behind it that would want a gradient.
-            return cls(0.0, 0.0)
+        if not trained and not hands_on:
+            return cls()
         total = sum(_num_weights(weight) for name, weight in parameters if "lora_" not in name)
         share = min(1.0, trained / total)
-        is_checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in part.modules())
-        return cls(share, 1 + share + is_checkpointed)
+        modules = (module for part in parts for module in part.modules())
+        return cls(share, 1 + share + any(getattr(module, "gradient_checkpointing", False) for module in modules))
 
 
 def _num_weights(weight: Tensor) -> int:
     """How many weights a tensor stands for: of those in four bits a byte holds two."""
     quant_state = getattr(weight, "quant_state", None)
     return weight.numel() if quant_state is None else math.prod(quant_state.shape)
-
-
-NO_BACKWARD = _Passes(0.0, 0.0)
 
 
 def _squares(length: Tensor, side: int) -> Tensor:

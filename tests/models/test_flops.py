@@ -64,11 +64,23 @@ def test_gradient_checkpointing_runs_forward_again(
     assert FlopCounter(small_model).scored(mixed_prompts, completions).executed == pytest.approx(run, rel=0.05)
 
 
-def test_a_frozen_vision_tower_has_no_backward(small_model: QwenVL, mixed_prompts: Prompts, completions: Completions):
-    freeze(small_model, ["vision_tower", "projector"])
-    uncounted = logits_into_buffers(small_model, completions)
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        ["vision_tower", "projector"], ["vision_tower"], ["projector"],
+        ["language_model"], ["language_model", "projector"], ["language_model", "vision_tower"],
+    ],
+    ids="+".join,
+)  # fmt: skip
+def test_what_is_frozen_has_no_backward_unless_something_before_it_is_trained(
+    small_model: QwenVL, mixed_prompts: Prompts, completions: Completions, frozen: list
+):
+    """Within 7 %: the less else there is, the more the masked halves of attention weigh that torch counts too."""
+    freeze(small_model, frozen)
+    is_trained = small_model.get_output_embeddings().weight.requires_grad
+    uncounted = logits_into_buffers(small_model, completions) if is_trained else 0.0
     run = counted(lambda: completion_logprobs(small_model, mixed_prompts, completions).sum().backward(), uncounted)
-    assert FlopCounter(small_model).scored(mixed_prompts, completions).executed == pytest.approx(run, rel=0.05)
+    assert FlopCounter(small_model).scored(mixed_prompts, completions).executed == pytest.approx(run, rel=0.07)
 
 
 def test_equivalent_is_what_separate_sequences_cost(
