@@ -153,6 +153,7 @@ def _differences(before: Mapping[str, str], now: Mapping[str, str], changed: Ite
         else f"{_owner(name)} is gone" if _owner(name) not in left
         else f"{name} {before.get(name)} -> {now.get(name)}"
         for name in changed
+        if not any(other.startswith((f"{name}.", f"{name}[")) for other in (*before, *now))  # it was, or is now, empty
     )  # fmt: skip
     return list(dict.fromkeys(said))
 
