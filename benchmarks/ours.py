@@ -14,9 +14,6 @@ from cpt_lightning.modules import RFT, SFT, PostTraining
 from cpt_lightning.rollouts import Sampling
 from cpt_lightning.types import Example
 
-ONE_FLOP_PER_SECOND = 1.0
-"""Of a device with this peak the share that a step makes use of is its operations per second."""
-
 
 class Metered(PostTraining):
     """A module with a meter, which keeps how many operations a step has."""
@@ -27,12 +24,12 @@ class Metered(PostTraining):
     def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
         """The optimizer has made its step."""
         self.meter.end("update")
-        measured = self.account.end(self.device)
-        seconds = measured["time/step_s"]
+        flops = self.account.flops
         self.step_flops = {
-            f"{kind}_flops": float(measured[share] * seconds * ONE_FLOP_PER_SECOND)
-            for kind, share in {"executed": "perf/mfu", "equivalent": "perf/mfu_equivalent"}.items()
+            "executed_flops": float(flops.executed),
+            "equivalent_flops": float(flops.equivalent),
         }
+        self.account.end(self.device)
 
     @property
     def results(self) -> dict[str, float]:
@@ -53,7 +50,6 @@ class MeteredRFT(Metered, RFT):
             clip_high=CLIP_HIGH,
             max_grad_norm=MAX_GRAD_NORM,
             optimizer=make_optimizer,
-            peak_flops=ONE_FLOP_PER_SECOND,
         )
         self.workload = workload
 
@@ -74,7 +70,6 @@ class MeteredSFT(Metered, SFT):
             reduction="token_mean",
             max_grad_norm=MAX_GRAD_NORM,
             optimizer=make_optimizer,
-            peak_flops=ONE_FLOP_PER_SECOND,
         )
 
     def training_step(self, batch, batch_idx):

@@ -346,6 +346,20 @@ def streams(tmp_path) -> dict[str, str]:
     return {name: f"--data={tmp_path / name}.yaml" for name in ("short", "longer")}
 
 
+def test_what_is_not_asked_and_which_method_is_gone_is_said(tmp_path, streams, caplog):
+    """A probe alone is not asked where no stage is left; a penalty may be left out for what comes later."""
+    options = [*MODELS["sft"], *OPTIONS, f"--run_dir={tmp_path / 'run'}"]
+    ewc = ["-c", str(Path(__file__).parents[1] / "configs" / "methods" / "ewc.yaml")]
+    probe = "{source: {class_path: cpt_lightning.tasks.ToyWorld, init_args: {family: colour}}, num_test: 2}"
+    main(["fit", streams["short"], *options, *ewc])
+    caplog.set_level("INFO")
+    main(["fit", streams["short"], *options, *ewc, "--ckpt_path=last", f"--data.probes.colour={probe}"])
+    assert "nothing is left to learn; not asked: probe colour (`cpt test --ckpt_path` asks everything)" in caplog.text
+    assert "trainer.callbacks" not in caplog.text
+    main(["fit", streams["longer"], *options, "--ckpt_path=last"])
+    assert "trainer.callbacks EWC -> none" in caplog.text
+
+
 @pytest.mark.parametrize("arm", ARMS)
 def test_cpt_fit_learns_a_task_that_comes_later_as_in_one_go(tmp_path, streams, arm, capsys, caplog):
     """On the embedded base: weights, cells, answers, verdicts and measurements of the new task, bit for bit."""

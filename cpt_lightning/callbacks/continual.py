@@ -58,7 +58,7 @@ class ContinualLearning(Callback):
         self.rows: list[Scores] = []
         self.fingerprints: dict[str, str] = {}
         self.answers: dict[str, Any] = {}
-        self._resumed: dict | None = None
+        self._is_resumed = False
         self._resumed_step = 0
         self._last_validation: Scores | None = None
         self._validated: tuple[str, Scores] | None = None  # a checkpoint, before `fit`
@@ -97,7 +97,7 @@ class ContinualLearning(Callback):
         if trainer.fast_dev_run:
             return
         matrix = self.matrix(trainer)
-        if self._resumed is not None and len(self.rows) < trainer.current_epoch:
+        if self._is_resumed and len(self.rows) < trainer.current_epoch:
             raise ValueError(
                 f"the checkpoint was written between the last batch of stage {trainer.current_epoch} and its "
                 "evaluation, whose row is missing; resume from last.ckpt or from a task's checkpoint"
@@ -214,7 +214,7 @@ class ContinualLearning(Callback):
         """Goes on with the record of a checkpoint."""
         self.zero_shot = state_dict["zero_shot"]
         self.rows = list(state_dict["rows"])
-        self._resumed = state_dict
+        self._is_resumed = True
 
     def _check_answers(self, before: Mapping[str, Any]) -> None:
         """Refuses to go on where answers are drawn otherwise."""
@@ -243,7 +243,8 @@ def unmeasured(trainer: Trainer, checkpoint: Mapping[str, Any]) -> list[str]:
     Raises:
         ValueError: The checkpoint belongs to another stream.
     """
-    record = checkpoint["callbacks"].get(ContinualLearning.__qualname__)
+    keys = (callback.state_key for callback in trainer.callbacks if isinstance(callback, ContinualLearning))
+    record = next((checkpoint["callbacks"][key] for key in keys if key in checkpoint["callbacks"]), None)
     if record is None:
         return []
     check_stream(trainer, record)

@@ -3,7 +3,7 @@
 Two counts are kept apart. *Executed* is what this code runs: a prompt and its image once per group, activations again
 under gradient checkpointing, no gradient of frozen weights. *Equivalent* is what the textbook step needs for the same
 result: every completion a sequence of its own, nothing computed twice. Norms, activations, softmax and the products of
-low-rank adapters with what they are given are left out (1 % at 7B).
+low-rank adapters with what they are given are left out (1 % at 7B and rank 16).
 
 Counts stay on the device where the lengths lie, in float64: a training step does not wait for them.
 """

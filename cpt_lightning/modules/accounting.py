@@ -59,12 +59,14 @@ class StepAccount:
 
     def _clear(self) -> None:
         self._tokens: Tensor | int = 0
-        self._rollouts, self._flops = 0, Flops()
+        self._rollouts = 0
+        self.flops = Flops()
+        """Operations of the step so far."""
         self._phases: dict[str, float] = {}
 
     def add_flops(self, flops: Flops) -> None:
         """Adds operations of the step."""
-        self._flops += flops
+        self.flops += flops
 
     def add_tokens(self, prompts: Prompts, completions: Completions) -> None:
         """Adds the tokens that the step learns from, without padding, a prompt once per group."""
@@ -119,8 +121,8 @@ class StepAccount:
         if seconds > 0:
             measured["perf/tokens_per_s"] = self._tokens / seconds
             if peak := self.peak_flops or peak_flops_of(device):
-                measured["perf/mfu"] = self._flops.executed / seconds / peak
-                measured["perf/mfu_equivalent"] = self._flops.equivalent / seconds / peak
+                measured["perf/mfu"] = self.flops.executed / seconds / peak
+                measured["perf/mfu_equivalent"] = self.flops.equivalent / seconds / peak
         if device.type == "cuda":
             measured["perf/peak_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
         self._start = now

@@ -19,7 +19,7 @@ from cpt_lightning.models.qwen_vl import QwenVL, embed, hidden_states, use_cuda_
 from cpt_lightning.rollouts.cache import GroupCache
 
 FEWEST_TOKENS = 16
-"""Completions that may not become so long are not worth a recording, which takes as long as about three steps."""
+"""Completions that may not become so long are not worth a recording, for which the host launches a step three times."""
 FIRST_WINDOW = 64
 """Places of a completion that the first recording reads; later ones read twice as many as are full."""
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
@@ -110,12 +110,12 @@ class RecordedSteps(DecodingSteps):
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             self.hidden = self._run(self.tokens, self.positions)
+            graph.capture_end()
         except BaseException:
             with suppress(RuntimeError):  # it only says that something was wrong before
                 graph.capture_end()
             _forget_recording(self.tokens.device, pool)
             raise
-        graph.capture_end()
         return graph
 
     def _replay(self, tokens: Tensor, positions: Tensor) -> Tensor:
