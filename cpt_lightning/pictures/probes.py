@@ -57,8 +57,7 @@ def probe_curves(arms: Mapping[str, Sequence[AccuracyMatrix]]) -> Figure:
 
 def _means(matrix: AccuracyMatrix, part: Part) -> list[float]:
     """The mean over the probes of the base and after each stage, in per cent; empty where it was not measured."""
-    base = matrix.zero_shot or {}
-    probes, scores = [probe for probe in matrix.probes if probe in base], [base, *matrix.rows]
+    probes, scores = matrix.probes_since_base, [matrix.zero_shot or {}, *matrix.rows]
     if not probes or any(part not in row[probe] for row in scores for probe in probes):
         return []
     return [100 * statistics.mean(row[probe][part] for probe in probes) for row in scores]

@@ -101,6 +101,11 @@ class AccuracyMatrix:
         """Tasks and probes that the base was not asked, for the stream was extended by them later."""
         return [] if self.zero_shot is None else [name for name in self.names if name not in self.zero_shot]
 
+    @property
+    def probes_since_base(self) -> list[str]:
+        """Probes that the base was asked: of these there are changes since then."""
+        return [name for name in self.probes if name in (self.zero_shot or {})]
+
     def accuracy(self, names: Sequence[str]) -> list[list[float]]:
         """``[T, K]`` accuracies of K columns after each of the T stages so far; ``nan`` where none was measured."""
         return [_accuracy(row, names) for row in self.rows]
@@ -126,7 +131,7 @@ class AccuracyMatrix:
         return {name: value for name, value in found.items() if not math.isnan(value)}
 
     def _probe_metrics(self, zero_shot: Scores) -> dict[str, float]:
-        names = [name for name in self.probes if name in zero_shot]
+        names = self.probes_since_base
         if not names:
             return {}
         probes, base = self.accuracy(names), _accuracy(zero_shot, names)

@@ -78,8 +78,7 @@ def probe_changes(matrix: AccuracyMatrix, part: Literal["accuracy", "forced_accu
 
     Probes that the base was not asked, for they came to the stream later, have no part in it.
     """
-    base = matrix.zero_shot or {}
-    probes = [probe for probe in matrix.probes if probe in base]
+    base, probes = matrix.zero_shot or {}, matrix.probes_since_base
     if not probes or part not in base[probes[0]]:
         return []
     means = [statistics.mean(row[probe][part] for probe in probes) for row in (base, *matrix.rows)]
@@ -91,8 +90,7 @@ def changes_by_probe(matrix: AccuracyMatrix) -> dict[str, float]:
     if matrix.zero_shot is None or not matrix.rows:
         return {}
     last, base = matrix.rows[-1], matrix.zero_shot
-    probes = [probe for probe in matrix.probes if probe in base]
-    return {probe: 100 * (last[probe]["accuracy"] - base[probe]["accuracy"]) for probe in probes}
+    return {probe: 100 * (last[probe]["accuracy"] - base[probe]["accuracy"]) for probe in matrix.probes_since_base}
 
 
 def distances_of(run: RunFolder, stage: int) -> dict[str, float]:
