@@ -1,4 +1,4 @@
-"""The README is right: its commands exist and parse, its code runs, its tree is the tree."""
+"""The README and its pages are right: commands exist and parse, code runs, links lead on, the tree is the tree."""
 
 import importlib.util
 import re
@@ -10,25 +10,27 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-ON_A_GPU = (ROOT / "benchmarks" / "GPU.md").read_text(encoding="utf-8")
+README = ROOT / "README.md"
+PAGES = {path: path.read_text(encoding="utf-8") for path in (README, *sorted((ROOT / "docs").glob("*.md")))}
+ON_A_GPU = ROOT / "benchmarks" / "GPU.md"
+LINKED = {**PAGES, ON_A_GPU: ON_A_GPU.read_text(encoding="utf-8")}
 
 
-def blocks(language: str) -> list[str]:
+def blocks(language: str, text: str = "\n".join(PAGES.values())) -> list[str]:
     """The fenced code blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def commands() -> list[str]:
     """Every command in a ``bash`` block, and each in running text, without comments; those for a GPU too."""
     lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    inline = re.findall(r"`((?:make|cpt|python benchmarks/\w+\.py) [^`]+)`", README + ON_A_GPU)
+    inline = re.findall(r"`((?:make|cpt|python benchmarks/\w+\.py) [^`]+)`", "\n".join(LINKED.values()))
     found = [shlex.join(shlex.split(line, comments=True)) for line in [*lines, *inline]]
     return sorted({command for command in found if command and "|" not in command and "..." not in command})
 
 
 def test_every_form_of_command_is_checked_below():
-    """A new kind of command in the README needs a test here first."""
+    """A new kind of command needs a test here first."""
     known = ("make ", "cpt ", "python benchmarks/", "pip install -e '.[", "srun cpt ", "torchrun ")
     unknown = [command for command in commands() if not command.startswith(known)]
     assert unknown == []
@@ -42,7 +44,7 @@ def test_make_targets_exist(command):
 
 
 def test_the_two_commands_come_first_and_ci_runs_the_test_command():
-    assert re.findall(r"^make \w+", blocks("bash")[0], flags=re.MULTILINE) == ["make demo", "make test"]
+    assert re.findall(r"^make \w+", blocks("bash", PAGES[README])[0], flags=re.MULTILINE) == ["make demo", "make test"]
     assert re.search(r"^make test", (ROOT / ".ci" / "run").read_text(), flags=re.MULTILINE)
 
 
@@ -81,14 +83,15 @@ def test_cli_commands_parse(command, monkeypatch, capsys):
 
 def test_extras_that_are_installed_exist():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = re.findall(r"pip install [^\n`]*\[(.*?)\]", README + (ROOT / "Makefile").read_text())
+    extras = re.findall(r"pip install [^\n`]*\[(.*?)\]", "\n".join(PAGES.values()) + (ROOT / "Makefile").read_text())
     assert extras
     assert {extra for each in extras for extra in each.split(",")} <= set(project["optional-dependencies"])
 
 
 @pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.split("\n", 1)[0].lstrip("# ")[:40])
-def test_python_examples_run(code):
-    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+def test_python_examples_run(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "example", "exec"), {"__name__": "readme"})
 
 
 def test_yaml_examples_are_overlays_that_parse(tmp_path, monkeypatch, capsys):
@@ -109,7 +112,7 @@ def test_yaml_examples_are_overlays_that_parse(tmp_path, monkeypatch, capsys):
 
 
 def test_the_tree_names_what_exists_and_every_folder_of_the_package():
-    (tree,) = [block for block in blocks("text") if block.startswith("cpt_lightning/\n")]
+    (tree,) = [block for block in blocks("text", PAGES[README]) if block.startswith("cpt_lightning/\n")]
     folders, named, missing = [ROOT / "cpt_lightning"], set(), []
     for line in tree.splitlines()[1:]:
         indent, entries = re.match(r"( *)(.*?)(?:  +.*)?$", line).groups()
@@ -125,11 +128,28 @@ def test_the_tree_names_what_exists_and_every_folder_of_the_package():
     assert packages <= named, "folders that the tree leaves out"
 
 
-def test_links_to_files_lead_somewhere():
-    targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", README)
-    assert [target for target in targets if not (ROOT / target).exists()] == []
+def anchors(page: Path) -> set[str]:
+    """What links may lead to within a page: its headings, as GitHub writes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings_that_exist(page):
+    missing = []
+    for target in re.findall(r"\]\((?!https?://)([^)]+)\)", LINKED[page]):
+        name, _, heading = target.partition("#")
+        path = page.parent / name if name else page
+        if not path.exists() or (heading and heading not in anchors(path)):
+            missing.append(target)
+    assert missing == []
+
+
+def test_every_page_is_linked_from_the_readme():
+    linked = {(ROOT / name).resolve() for name in re.findall(r"\]\((docs/[^)#]+\.md)", PAGES[README])}
+    assert set(PAGES) - {README} == linked
 
 
 def test_modules_named_in_the_text_exist():
-    names = set(re.findall(r"`(cpt_lightning(?:\.[a-z_]+)+)`", README))
+    names = {name for text in PAGES.values() for name in re.findall(r"`(cpt_lightning(?:\.[a-z_]+)+)`", text)}
     assert [name for name in sorted(names) if importlib.util.find_spec(name) is None] == []
