@@ -294,7 +294,8 @@ class Rollout:
         completions: N = B * G completions.
         texts: N decoded completions.
         rewards: ``[B, G]`` total reward, float32.
-        reward_parts: Named parts of the reward (``"accuracy"``, ``"format"``), each ``[B, G]``.
+        reward_parts: Named parts of the reward (``"accuracy"``, ``"format"``), each ``[B, G]``; ``nan`` where a row's
+            task has no such part.
         learned: ``[B, G]`` bool, completions that updates learn from; ``None`` if all are.
         greedy_rewards: ``[B]`` total reward of each prompt's most probable completion, where that was asked for.
         scores: N named scores, as the completions' own rewards gave them.

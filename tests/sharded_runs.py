@@ -27,7 +27,7 @@ from cpt_lightning.strategy import FSDP2
 from cpt_lightning.tasks import Task, ToyWorld
 from cpt_lightning.types import Batch
 from tests.fake_engine import FakeVLLM, engines_from_a_server
-from tests.training import sgd, with_examples
+from tests.training import length_reward, sgd, with_examples
 
 ENGINE = partial(VLLM if find_spec("vllm") else FakeVLLM, tolerance=1e-3, enforce_eager=True, max_model_len=512)
 """vLLM itself where it is installed."""
@@ -128,6 +128,8 @@ def run(name: str, folder: Path, strategy: str, devices: int, shards: bool = Fal
     if name.startswith("multitask"):  # in the first step one rank has rows of SFT alone
         for row, example in enumerate(batch.prompts.examples):
             example.task = "odd" if row % 2 else "even"
+    if name == "rft_full":  # a task with a part that others have not; either rank is without it in one of two steps
+        batch.prompts.examples[2].reward = lambda text, gold: {**length_reward(text, gold), "own": len(text) % 3}
     fit = partial(_fit, module, batch)
     if name.startswith("resumed"):
         checkpoint = str(folder / f"{name}_{strategy}{'_shards' if shards else ''}.ckpt")

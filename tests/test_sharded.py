@@ -76,12 +76,14 @@ def test_two_ranks_that_share_an_engine_learn_what_one_process_does(runs, strate
         torch.testing.assert_close(two[key], weight, atol=1e-5, rtol=1e-5)
 
 
-OF_ROLLOUTS = ["reward", "reward_variance", "entropy", "zero_signal_groups", "clip_fraction", "ratio"]
+OF_REWARDS = ["reward", "reward/accuracy"]
+OF_ROLLOUTS = [*OF_REWARDS, "reward_variance", "entropy", "zero_signal_groups", "clip_fraction", "ratio"]
 OF_MISMATCH = ["mismatch/mean", "mismatch/max", "mismatch/kl_k1", "mismatch/kl_k3"]
 LOGGED = {
     "sft_full": ["completion_length"],
-    "rft_full": [*OF_ROLLOUTS, "kl_k3"],
+    "rft_full": [*OF_ROLLOUTS, "kl_k3", "reward/own"],
     "rft_lora": [*OF_ROLLOUTS, "kl_k3"],
+    "on_policy_full": [*OF_REWARDS, "kept_fraction", "left_out/incorrect"],
     "multitask_full": OF_ROLLOUTS,
     "engine_full": [*OF_ROLLOUTS, "kl_k3", *OF_MISMATCH],
 }

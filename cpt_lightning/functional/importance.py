@@ -39,6 +39,11 @@ class Mismatch:
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "num_tokens"}
 
     @staticmethod
+    def of_nothing(zero: Tensor) -> "Mismatch":
+        """That of no tokens, each number the given scalar."""
+        return Mismatch(**{field.name: zero for field in fields(Mismatch)})
+
+    @staticmethod
     def between(
         logps: Float[Tensor, "N T"], sampler_logps: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"]
     ) -> "Mismatch":

@@ -38,6 +38,11 @@ class PolicyStats:
         return self.clip_fraction_low + self.clip_fraction_high
 
     @staticmethod
+    def of_nothing(zero: Tensor) -> "PolicyStats":
+        """Those of no tokens, each the given scalar."""
+        return PolicyStats(**{field.name: zero for field in fields(PolicyStats)})
+
+    @staticmethod
     def mean(parts: "Sequence[PolicyStats]") -> "PolicyStats":
         """The statistics of a mini-batch from those of its micro-batches.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -190,10 +191,9 @@ class GroupRollouts(ManualUpdates):
         return Rollout(prompts, completions, list(texts), rewards, parts, learned, greedy_rewards, list(scores))
 
     def _reward_parts(self, scores: Sequence[dict[str, float]]) -> dict[str, Tensor]:
-        """Each ``[B, G]``, the total among them."""
-        # The counts are for precision and recall of an evaluation; tasks without them would draw their means to 0 here.
+        """Each ``[B, G]``, the total among them; without counts, which an evaluation makes precision and recall of."""
         names = sorted({name for each in scores for name in each}.difference(YES_NO_COUNTS))
-        values = [[each.get(name, 0.0) for each in scores] for name in names]
+        values = [[each.get(name, math.nan) for each in scores] for name in names]
         parts = torch.tensor(values, dtype=torch.float32, device=self.device)  # whatever the Trainer's precision
         return dict(zip(names, parts.view(len(names), -1, self._per_prompt), strict=True))
 
@@ -212,7 +212,8 @@ class GroupRollouts(ManualUpdates):
         """The first informative groups, as many as are wanted; if there is none, one from which nothing is learned."""
         rows = self._informative(scores)
         num_prompts = len(rollout.prompts)
-        self.log("train/informative_fraction", len(rows) / num_prompts, batch_size=num_prompts)
+        share = torch.tensor(len(rows) / num_prompts, device=self.device)
+        self.log_means({"train/informative_fraction": share}, count=num_prompts * rollout.counts)
         return rollout.select(rows[: self.informative_prompts] or [0])
 
     # -- what is shown -------------------------------------------------------------------------------------------
@@ -238,9 +239,8 @@ class GroupRollouts(ManualUpdates):
             # The sampled tokens' mean surprise costs nothing, and without top-k and top-p estimates the entropy.
             surprise = -masked_mean(completions.logps, completions.mask)
             self.log_means({"train/entropy": surprise}, count=completions.mask.sum() * rollout.counts)
-        if rollout.counts:
-            # Not exchanged: tasks have different parts, and ranks may hold different tasks.
-            self.log_dict({f"train/reward/{name}": part.mean() for name, part in rollout.reward_parts.items()})
+        parts = rollout.reward_parts if rollout.counts else {}
+        self.log_means_of_some({f"train/reward/{name}": part for name, part in parts.items()})
 
 
 def check_positive(**counts: int | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +13,7 @@ from cpt_lightning.functional import Reduction, token_weights, weighted_sum
 from cpt_lightning.modules.group_rollouts import GroupRollouts
 from cpt_lightning.modules.updates import Loss, UpdateStats
 from cpt_lightning.rollouts import Hint, Selection
-from cpt_lightning.rollouts.selection import Fate
+from cpt_lightning.rollouts.selection import FATES, Fate
 from cpt_lightning.types import Batch, Completions, Prompts, Rollout
 
 
@@ -128,10 +127,11 @@ class OnPolicySFT(GroupRollouts):
 
     def _log_kept(self, verdicts: Sequence[Fate], kept: Tensor) -> None:
         shown = {"train/kept_fraction": kept.float().mean(), "train/learned_rows": kept.any(dim=1).float().mean()}
+        fates = torch.tensor([FATES.index(verdict) for verdict in verdicts], device=self.device)
+        for number, fate in enumerate(FATES):
+            if fate != "kept":
+                shown[f"train/left_out/{fate}"] = (fates == number).float().mean()
         self.log_means(shown, count=len(kept))
-        # Not exchanged: ranks have different reasons.
-        reasons = Counter(verdict for verdict in verdicts if verdict != "kept")
-        self.log_dict({f"train/left_out/{name}": count / len(verdicts) for name, count in reasons.items()})
 
 
 def chosen(rollout: Rollout, kept: Tensor, rows: Sequence[int]) -> Chosen:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from cpt_lightning.models.qwen_vl import QwenVL
 from cpt_lightning.models.sharding import is_sharded, unsteady
@@ -55,3 +55,23 @@ class AcrossRanks(L.LightningModule):
         *sums, total = self.sum_over_ranks(mine).float().unbind()
         for name, value in zip(means, sums, strict=True):
             self.log(name, value / total.clamp(min=1), prog_bar=name in prog_bar, batch_size=1)
+
+    def log_means_of_some(self, values: Mapping[str, Tensor]) -> None:
+        """Logs means over all ranks of what a rank, or a row, need not have: tasks differ. Every rank must call it.
+
+        Args:
+            values: By name, ``nan`` where a row has none.
+        """
+        sums = {name: torch.stack([each.nansum(), (~each.isnan()).sum()]) for name, each in values.items()}
+        if self.trainer.world_size > 1:
+            sums = self._added_by_name(sums)
+        for name, (total, count) in sums.items():
+            self.log(name, total / count.clamp(min=1), batch_size=1)
+
+    def _added_by_name(self, mine: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        ranks: list[dict[str, list[float]]] = [{}] * self.trainer.world_size
+        values = torch.stack([*mine.values(), torch.zeros(2, device=self.device)]).tolist()  # one wait; maybe no names
+        distributed.all_gather_object(ranks, dict(zip(mine, values, strict=False)))
+        names = sorted({name for rank in ranks for name in rank})
+        added = torch.tensor([[rank.get(name, [0.0, 0.0]) for name in names] for rank in ranks]).sum(dim=0)
+        return dict(zip(names, added.to(self.device), strict=True))

@@ -125,4 +125,4 @@ class ManualUpdates(PostTraining):
 
     def _of_no_tokens(self) -> UpdateStats:
         zero = torch.zeros((), device=self.device)
-        return UpdateStats(zero, PolicyStats(*[zero] * 5), kl=zero, mismatch=Mismatch(*[zero] * 5))
+        return UpdateStats(zero, PolicyStats.of_nothing(zero), kl=zero, mismatch=Mismatch.of_nothing(zero))

@@ -65,6 +65,7 @@ def test_one_step_is_that_of_sft_on_what_was_kept(
     assert metrics["train/loss"] == pytest.approx(loss.item(), abs=1e-5)
     assert metrics["train/kept_fraction"] == pytest.approx(kept.float().mean().item())
     assert metrics["train/left_out/incorrect"] == pytest.approx(1 - kept.float().mean().item())
+    assert metrics["train/left_out/duplicate"] == 0
     assert metrics["train/learned_rows"] == pytest.approx(kept.any(dim=1).float().mean().item())
 
 

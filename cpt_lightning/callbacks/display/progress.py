@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities import rank_zero_info
@@ -152,14 +153,15 @@ class SkippedRows(Callback):
         stream = trainer.datamodule
         may_skip = any(task.bad_images == "skip" for task in stream.everything.values())
         if may_skip or stream.max_prompt_tokens is not None:
-            self.log("train/skipped_rows", float(batch.num_skipped), batch_size=1)
+            self.log("train/skipped_rows", float(batch.num_skipped), batch_size=1, sync_dist=True, reduce_fx="sum")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says what was left out."""
-        if self._num_skipped:
+        mine = torch.tensor(self._num_skipped, device=pl_module.device)
+        if num_skipped := int(trainer.strategy.reduce(mine, reduce_op="sum")):
             stream = trainer.datamodule
             rank_zero_info(
-                f"{stream.stage_names[trainer.current_epoch]}: {self._num_skipped} rows were left out on this rank: "
+                f"{stream.stage_names[trainer.current_epoch]}: {num_skipped} rows were left out: "
                 f"their prompts are longer than data.max_prompt_tokens={stream.max_prompt_tokens}, or their images "
                 "were refused (bad_images: skip); cpt inspect names them"
             )
