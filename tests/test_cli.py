@@ -339,3 +339,11 @@ def test_run_directory_of_checkpoints(tmp_path):
     for number in (2, 3):
         (tmp_path / f"run_{number}" / "filter").mkdir(parents=True)
     assert run_directory(str(run), None, named=True) == tmp_path / "run_4"
+
+
+def test_verdicts_that_are_missing_are_named_before_the_base_is_evaluated(config, tmp_path, capsys):
+    said = refusal(
+        ["fit", "-c", config, "--filter.mode", "solvable", "--filter_from", str(tmp_path / "other")], capsys, code=1
+    )
+    assert "other/filter/word2.jsonl is missing" in said
+    assert not (tmp_path / "run").exists()

@@ -218,6 +218,9 @@ class CPTCLI(LightningCLI):
         self.datamodule.setup("fit")
         if self.trainer.fast_dev_run or not self.trainer.limit_val_batches:
             return
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, RolloutFilter):
+                callback.check_taken_over(self.trainer)
         checkpoint = self.config_init["fit"].ckpt_path
         names = self.datamodule.asked
         if checkpoint is not None:

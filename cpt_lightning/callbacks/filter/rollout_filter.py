@@ -99,12 +99,20 @@ class RolloutFilter(Callback):
         if stage != "fit" or not self.is_on or trainer.fast_dev_run:
             return
         self._stages = {}
-        if self.filter_from is not None:  # all of them: rather now than after the first tasks
-            for index in range(trainer.datamodule.num_stages):
-                self._taken_over(trainer, index)
+        self.check_taken_over(trainer)
         stream = trainer.datamodule
         self._afterwards.callback(setattr, stream, "choose_rows", stream.choose_rows)
         stream.choose_rows = lambda index: self._kept_rows(trainer, index)
+
+    def check_taken_over(self, trainer: Trainer) -> None:
+        """Reads all verdicts of ``filter_from``: rather now than after an evaluation, or the first tasks.
+
+        Raises:
+            ValueError: Some are missing, or about other rows or by another measure.
+        """
+        if self.is_on and self.filter_from is not None:
+            for stage in range(trainer.datamodule.num_stages):
+                self._taken_over(trainer, stage)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leaves the stream as it was, for the next Trainer that it is given to."""
