@@ -1,4 +1,4 @@
-"""The command line: ``cpt fit|validate|test|predict|inspect|plan|study|report|export``."""
+"""The command line: ``cpt fit|validate|test|predict|inspect|plan|rehearse|study|report|export``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ VERBS = {
     "predict": "write down what the model answers, with verdicts",
     "inspect": "show what the model will be asked: rows, lengths, answers, examples; needs no weights and no GPU",
     "plan": "say what memory a run needs, and whether a GPU has it; needs no weights and no GPU",
+    "rehearse": "run the largest steps of a run, and say what they take of memory and time",
     "study": "run a list of arms with several seeds, and compare what they learned, lost and cost",
     "report": "compare runs on one page: what they learned, lost and cost, with intervals and examples",
     "export": "make a folder for transformers or PEFT from a run's checkpoint",
@@ -30,6 +31,7 @@ for example:
   cpt fit -c configs/demo/grpo.yaml --ckpt_path runs/demo_grpo/last.ckpt   go on where a run ended
   cpt inspect -c configs/demo/grpo.yaml                                    look at the data first
   cpt plan -c configs/demo/grpo.yaml --plan.gpu 80GB                       will it fit?
+  cpt rehearse -c configs/demo/grpo.yaml --rehearse.prompt_tokens 75       and how long will it take?
   cpt study configs/studies/toy.yaml --jobs 2                              all arms, compared
   cpt report runs/demo_sft runs/demo_grpo -o compared.html                 runs, on a page
   cpt export runs/demo_grpo --task word2                                   the model after that task, for transformers
@@ -82,6 +84,10 @@ def _run(verb: str, *args: str) -> None:
         from cpt_lightning.cli.plan.command import PlanCLI
 
         PlanCLI(list(args)).plan()
+    elif verb == "rehearse":
+        from cpt_lightning.cli.rehearse.command import RehearseCLI
+
+        RehearseCLI(list(args)).rehearse()
     elif verb == "study":
         from cpt_lightning.cli.study.command import study_command
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -198,9 +200,19 @@ class CPTCLI(LightningCLI):
         return super().instantiate_trainer(callbacks=own, **kwargs)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Runs a verb; what the stream refuses of the user's rows, files and options is said in a line."""
-        try:
+        """Runs a verb."""
+        with self.saying_complaints():
             super()._run_subcommand(subcommand)
+
+    @contextmanager
+    def saying_complaints(self) -> Iterator[None]:
+        """What is refused of the user's rows, files and options, when a run is on its way, is said in a line.
+
+        Raises:
+            SystemExit: With 1, after the line.
+        """
+        try:
+            yield
         except ValueError as error:
             said = complaint(error)
             if said is None or is_debugged():

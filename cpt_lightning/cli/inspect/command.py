@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
-from lightning import Trainer
-from lightning.pytorch.cli import LightningArgumentParser
-
-from cpt_lightning.cli.inspect.stream import Unopened, inspect_stream
+from cpt_lightning.cli.beforehand import BeforehandCLI
+from cpt_lightning.cli.inspect.stream import inspect_stream
 from cpt_lightning.cli.inspect.tables import console, overview, problem_panel, warning_lines
-from cpt_lightning.cli.lightning_cli import CPTCLI
 from cpt_lightning.cli.run_directory import INSPECTION
 from cpt_lightning.models.processor import PromptProcessor
-from cpt_lightning.tasks import SPLITS, Split, Task
+from cpt_lightning.tasks import SPLITS, Split
 
 DESCRIPTION = """\
 Shows what the model will be asked, before a GPU is paid for it. No weights are loaded, only the tokenizer and the image
@@ -69,57 +63,6 @@ class Inspection:
         return SPLITS if self.split is None else (self.split,)
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """jsonargparse's, with the lines of the description as they are."""
-
-
-class BeforehandCLI(CPTCLI):
-    """Makes what the arguments of ``cpt fit`` describe, without weights and without a Trainer.
-
-    Args:
-        args: What follows the verb on the command line.
-    """
-
-    verb: ClassVar[str]
-    options: ClassVar[type]
-    description: ClassVar[str]
-
-    def __init__(self, args: list[str]):
-        super().__init__(
-            args,
-            run=False,  # no verb of the Trainer; the options stand at the top, as in the files
-            prog=f"cpt {self.verb}",
-            usage=f"cpt {self.verb} -c CONFIG.yaml [--{self.verb}.OPTION VALUE ...] [--OPTION VALUE ...]",
-            description=self.description,
-            formatter_class=HelpFormatter,
-        )
-
-    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """This verb's own options come first in the help."""
-        parser.add_class_arguments(self.options, self.verb)
-        super().add_default_arguments_to_parser(parser)
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The options of ``cpt fit``, so that its configs parse; a stream alone is measured with the embedded base."""
-        super().add_arguments_to_parser(parser)
-        parser.add_method_arguments(Trainer, "fit", skip=self.subcommands()["fit"])
-        parser.set_defaults({"model": {"class_path": "cpt_lightning.modules.SFT"}})
-
-    def _set_seed(self) -> None:
-        """Nothing: sources have seeds of their own, and nothing is drawn besides."""
-
-    def before_instantiate_classes(self) -> None:
-        """A task whose files are missing is reported, and the others inspected."""
-        for group in ("tasks", "probes"):
-            for task in (self.config.data[group] or {}).values():
-                if (error := _failure(task)) is not None:
-                    unopened = f"{Unopened.__module__}.{Unopened.__qualname__}"
-                    task.source = Namespace(class_path=unopened, init_args=Namespace(error=error))
-
-    def instantiate_trainer(self, **kwargs: Any) -> None:
-        """None is needed."""
-
-
 class InspectCLI(BeforehandCLI):
     """Makes the stream that the arguments describe, and inspects it."""
 
@@ -159,14 +102,3 @@ class InspectCLI(BeforehandCLI):
                 "--model.backbone.path tiny counts with the embedded base's instead"
             )
             raise
-
-
-def _failure(task: Namespace) -> str | None:
-    """Why a task cannot be made, in its own words; ``None`` if it can."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--task", type=Task)
-    try:
-        parser.instantiate(Namespace(task=task))
-    except (ValueError, OSError) as error:
-        return str(error)
-    return None

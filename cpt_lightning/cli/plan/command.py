@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from cpt_lightning.cli.inspect.command import BeforehandCLI
+from cpt_lightning.cli.beforehand import BeforehandCLI, Sizes
 from cpt_lightning.cli.inspect.tables import console
 from cpt_lightning.cli.plan.devices import USABLE, Devices, gpu_bytes
 from cpt_lightning.cli.plan.memory import make_plan
-from cpt_lightning.cli.plan.phases import Workload
 from cpt_lightning.cli.plan.tables import advice, arithmetic, phase_table, verdict
 
 DESCRIPTION = """\
@@ -27,14 +26,11 @@ for example:
 
 
 @dataclass
-class PlanOptions:
+class PlanOptions(Sizes):
     """What to plan for.
 
     Args:
         gpu: GPU that must suffice: a size such as ``80GB``, or a name such as ``H100``.
-        prompt_tokens: Of the longest prompt; ``data.max_prompt_tokens`` by default. ``cpt inspect`` measures it.
-        target_tokens: Of the longest SFT target. ``cpt inspect`` measures it.
-        images: Images of every prompt, as large as ``backbone.max_pixels`` and the prompt allow.
         cpu: Plan for the CPU, whose optimizers update one weight after the other.
 
     Raises:
@@ -42,16 +38,10 @@ class PlanOptions:
     """
 
     gpu: str | None = None
-    prompt_tokens: int | None = None
-    target_tokens: int = 256
-    images: int = 1
     cpu: bool = False
 
     def __post_init__(self) -> None:
-        for name, lowest in {"prompt_tokens": 1, "target_tokens": 1, "images": 0}.items():
-            value = getattr(self, name)
-            if value is not None and value < lowest:
-                raise ValueError(f"plan.{name}={value}; give at least {lowest}")
+        super().__post_init__()
         if self.gpu is not None:
             gpu_bytes(self.gpu)
 
@@ -68,7 +58,7 @@ class PlanCLI(BeforehandCLI):
             SystemExit: With 1 if the GPU has not enough memory, with 2 if there can be no plan.
         """
         try:
-            workload, devices = self._workload(), self._devices()
+            workload, devices = self.workload(self.config_init.plan), self._devices()
             plan = make_plan(self.model, workload, devices)
         except (ValueError, OSError) as error:
             self.parser.error(str(error))
@@ -81,23 +71,6 @@ class PlanCLI(BeforehandCLI):
         if plan.peak.total > room:
             out.print(*advice(self.model, plan), sep="\n", markup=False)
             raise SystemExit(1)
-
-    def _workload(self) -> Workload:
-        options, data = self.config_init.plan, self.datamodule
-        prompt_tokens = options.prompt_tokens or data.max_prompt_tokens
-        if prompt_tokens is None:
-            raise ValueError(
-                "data.max_prompt_tokens is null: nothing says how long a prompt may be; give --plan.prompt_tokens, "
-                "which cpt inspect measures"
-            )
-        return Workload(
-            prompt_tokens=prompt_tokens,
-            target_tokens=options.target_tokens,
-            num_images=options.images,
-            prompts_per_step=data.prompts_per_step,
-            eval_prompts_per_step=data.eval_prompts_per_step,
-            accumulate_grad_batches=self.config.trainer.accumulate_grad_batches,
-        )
 
     def _devices(self) -> Devices:
         trainer = self.config.trainer

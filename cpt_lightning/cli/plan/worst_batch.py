@@ -25,7 +25,9 @@ def longest_prompts(
     side = vision.patch_size * vision.spatial_merge_size
     room = num_tokens // max(1, num_images) - AROUND_IMAGE - 1
     if num_images and room < 1:
-        raise ValueError(f"plan.prompt_tokens={num_tokens} has no room for plan.images={num_images}")
+        raise ValueError(
+            f"prompt_tokens={num_tokens} has no room for images={num_images}; raise the one or lower the other"
+        )
     rows, columns = _near_square(room if max_pixels is None else min(room, max_pixels // side**2))
     image = [model.config.vision_start_token_id, *[model.config.image_token_id] * (rows * columns)]
     images = [*image, model.config.vision_end_token_id] * num_images

@@ -1,0 +1,1 @@
+"""A run's largest steps, run before it: ``cpt rehearse``."""

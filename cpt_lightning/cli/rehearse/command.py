@@ -1,0 +1,154 @@
+"""``cpt rehearse``: the largest steps of a run and an evaluation batch, where and as ``cpt fit`` would run them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+from cpt_lightning.cli.beforehand import BeforehandCLI, Sizes
+from cpt_lightning.cli.inspect.tables import console
+from cpt_lightning.cli.plan.phases import Workload
+from cpt_lightning.cli.plan.tables import ADVICE, ADVICE_BY_PHASE, SFT_ADVICE
+from cpt_lightning.cli.rehearse.batches import LargestBatches
+from cpt_lightning.cli.rehearse.duration import duration_of
+from cpt_lightning.cli.rehearse.memory import DeviceMemory
+from cpt_lightning.cli.rehearse.tables import duration_lines, part_table, room_line, what_is_rehearsed
+from cpt_lightning.cli.rehearse.watch import UPDATE, Watch
+from cpt_lightning.data import TRAINER_OPTIONS
+from cpt_lightning.modules import MultiTask, OnPolicySFT, PostTraining
+from cpt_lightning.modules.group_rollouts import GroupRollouts
+
+DESCRIPTION = """\
+Runs the largest steps that a run may have, on its devices and with its strategy: prompts of the longest length with
+images as large as they may be, completions that use up all their tokens, every group with something to learn, and an
+evaluation batch of the same. Says what each part takes of time and memory, and how long the run will take at most.
+What is learned is thrown away, and nothing is written. Ends with 1 if memory does not suffice.
+
+So a run does not end after a day at its first batch of large images. Callbacks (EWC, Drift, ...) and the rollout filter
+are not rehearsed, and the data need not be there yet. `cpt plan` says what memory is needed without a GPU.
+
+for example:
+  cpt rehearse -c configs/demo/grpo.yaml --rehearse.prompt_tokens 75
+  cpt rehearse -c configs/qwen2_5_vl_7b/grpo.yaml -c configs/strategy/fsdp2.yaml
+  srun cpt rehearse -c configs/qwen2_5_vl_7b/grpo.yaml -c configs/strategy/fsdp2.yaml --trainer.num_nodes 2
+"""
+
+AS_IN_THE_RUN = (
+    "accelerator", "strategy", "devices", "num_nodes", "precision", "plugins", "sync_batchnorm", "deterministic",
+    "benchmark", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "detect_anomaly",
+)  # fmt: skip
+"""Options of the Trainer that a rehearsal takes over."""
+
+
+@dataclass
+class Rehearsal(Sizes):
+    """What to rehearse.
+
+    Args:
+        steps: Optimizer steps of each kind; the first one also sets libraries up, the last one is timed.
+
+    Raises:
+        ValueError: A number below its least.
+    """
+
+    steps: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps < 2:
+            raise ValueError(f"steps={self.steps}; give at least 2, for the optimizer has its state after the first")
+
+
+class RehearseCLI(BeforehandCLI):
+    """Makes what ``cpt fit`` would, and runs the largest batches in the place of the stream's."""
+
+    verb, options, description = "rehearse", Rehearsal, DESCRIPTION
+    trainer: Trainer
+    model: PostTraining
+
+    def instantiate_trainer(self, **kwargs) -> Trainer:
+        """The Trainer of the run, which leaves nothing behind."""
+        given = self.config_init.trainer
+        return Trainer(
+            **{name: getattr(given, name) for name in AS_IN_THE_RUN if getattr(given, name) is not None},
+            **TRAINER_OPTIONS, max_epochs=1, logger=False, enable_checkpointing=False, enable_model_summary=False,
+            enable_progress_bar=False,
+        )  # fmt: skip
+
+    def rehearse(self) -> None:
+        """Runs and prints.
+
+        Raises:
+            SystemExit: With 1 if memory does not suffice, with 2 if nothing says how large rows may be.
+        """
+        options: Rehearsal = self.config_init.rehearse
+        try:
+            workload = self.workload(options)
+        except ValueError as error:
+            self.parser.error(str(error))
+        out, trainer, module = console(), self.trainer, self.model
+        if trainer.is_global_zero:
+            out.print(what_is_rehearsed(module, workload, options.steps, trainer), soft_wrap=True)
+        make_endless(module)
+        with _saying() as say:
+            watch = Watch(say)
+            trainer.callbacks.append(watch)
+            try:
+                with self.saying_complaints():
+                    trainer.fit(module, datamodule=self._batches(workload, options.steps))
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+                raise SystemExit(_no_room(module, watch.now, error)) from None
+        parts, memory = watch.parts(trainer), DeviceMemory(trainer.strategy.root_device, trainer.num_devices)
+        if trainer.is_global_zero:
+            duration = duration_of(self.datamodule, module.processor, parts)
+            out.print(part_table(parts, memory))
+            out.print(room_line(parts, memory), *duration_lines(duration), sep="\n", soft_wrap=True)
+
+    def _batches(self, workload: Workload, steps: int) -> LargestBatches:
+        names = self.datamodule.task_names
+        learned = names[:1]
+        if isinstance(self.model, MultiTask):  # a task of each objective
+            objectives = {self.model.objectives.get(name, self.model.objective): name for name in reversed(names)}
+            learned = list(objectives.values())
+        return LargestBatches(names, learned, workload, steps * workload.accumulate_grad_batches)
+
+
+def make_endless(module: PostTraining) -> None:
+    """Lets no completion of a module end before its last token, and learns them all the same."""
+    module.processor.stop_token_ids = []
+    if isinstance(module, GroupRollouts):
+        module.learn_truncated = True
+    if isinstance(module, OnPolicySFT):
+        module.selection = replace(
+            module.selection, correct_only=False, threshold=1.0, finished_only=False, distinct=False
+        )
+        module.hint = None  # whose prompts would be those of the rows
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _no_room(module: PostTraining, part: str, error: RuntimeError) -> str:
+    mend = ADVICE_BY_PHASE.get(part, ADVICE["weights"])  # while loading
+    if part == UPDATE and not isinstance(module, GroupRollouts):
+        mend = SFT_ADVICE
+    return f"out of memory in the {part}: {str(error).splitlines()[0]}\nwhat makes it smaller: {mend}"
+
+
+@contextmanager
+def _saying() -> Iterator[Callable[[str], None]]:
+    """Shows a person at a terminal what is being run."""
+    out = console()
+    if not out.is_terminal or rank_zero_only.rank:
+        yield lambda phase: None
+        return
+    with out.status("loading") as status:
+        yield status.update
