@@ -42,7 +42,11 @@ OWNERS = {
     "peft": ["models/adapters.py", "models/adapted_layers.py", "models/adapter_folders.py"],
     "bitsandbytes": ["models/quantization.py"],
     "torch.distributed": [
-        "strategy.py", "sharded_checkpoints.py", "models/sharding.py", "modules/ranks.py", "rollouts/vllm/group.py",
+        "strategy.py",
+        "sharded_checkpoints.py",
+        "models/sharding.py",
+        "modules/ranks.py",
+        "rollouts/vllm/group.py",
     ],
     "torchvision": [],
     "vllm": ["rollouts/vllm"],
