@@ -77,7 +77,7 @@ def model_inputs(model: QwenVL, prompts: Prompts, ids: Tensor) -> dict[str, Tens
         "attention_mask": torch.ones_like(ids),
         "mm_token_type_ids": (ids == model.config.image_token_id).int(),
         "pixel_values": prompts.pixel_values,
-        "image_grid_thw": prompts.image_grid_thw,
+        "image_grid_thw": None if prompts.image_grid_thw is None else prompts.image_grid_thw.to(ids.device),
     }
 
 

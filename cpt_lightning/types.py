@@ -88,7 +88,7 @@ class Prompts:
         attention_mask: ``[B, P]`` 1 for tokens, 0 for padding.
         images_per_prompt: B counts, 0 for a text-only prompt.
         pixel_values: ``[num_patches, patch_dim]`` of all images in order, or ``None`` if the batch has no image.
-        image_grid_thw: ``[num_images, 3]`` patches per image along time, height and width, or ``None``.
+        image_grid_thw: ``[num_images, 3]`` patches per image along time, height and width, on the CPU; or ``None``.
         image_features: ``[num_image_tokens, H]`` what the vision tower made of the pixels, where that is kept.
         state: What the language model made of the prompts, where that is kept; then nothing of them is computed again.
         examples: The B rows behind the prompts.
@@ -119,8 +119,8 @@ class Prompts:
         return self.attention_mask.sum(dim=1)
 
     def to(self, device: torch.device | str, **kwargs) -> Self:
-        """A copy with its tensors on ``device``."""
-        return _tensors_to(self, device, **kwargs)
+        """A copy with its tensors on ``device``, but for ``image_grid_thw``: sizes are for the host to know."""
+        return replace(_tensors_to(self, device, **kwargs), image_grid_thw=self.image_grid_thw)
 
     def pin_memory(self) -> Self:
         """A copy that a GPU can fetch while the CPU goes on; torch's loaders ask for it."""

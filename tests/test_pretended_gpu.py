@@ -10,9 +10,11 @@ import torch
 
 from cpt_lightning.cli import main
 from cpt_lightning.models import Backbone, Lora
+from cpt_lightning.models.qwen_vl import encode_images
 from cpt_lightning.modules import RFT, SFT, MultiTask, OnPolicySFT
 from cpt_lightning.records import RunFolder
-from cpt_lightning.rollouts import Sampling, sample_groups
+from cpt_lightning.rollouts import Sampling, completion_logprobs, sample_groups
+from tests.naive import random_completions
 from tests.pretend_gpu import pretended_gpu
 from tests.training import fit, largest_difference, sgd, weights, with_examples
 
@@ -94,6 +96,25 @@ def test_while_decoding_the_host_waits_once_a_token(small_model, processor, mixe
             assert completions.ids.shape[1] == length
             waited.append(sum(waits.values()))
     assert waited[1] - waited[0] == 5
+
+
+def test_the_host_never_waits_for_the_vision_tower_and_seldom_for_a_pass(small_model, mixed_prompts):
+    """However many images there are; features are those of the tower alone, which asks sizes as it goes."""
+    targets = random_completions(4, 5, 256, torch.Generator().manual_seed(0))
+    expected = small_model.model.get_image_features(mixed_prompts.pixel_values, mixed_prompts.image_grid_thw)
+    waited = []
+    for rows in ([0, 1, 2, 3], [0, 1]):
+        with pretended_gpu() as waits:
+            model, prompts = small_model.to("cuda"), mixed_prompts.select(rows).to("cuda")
+            model.tie_weights()
+            features = encode_images(model, prompts)
+            assert not waits.total(), waits
+            completion_logprobs(model, prompts, targets.select(rows).to("cuda")).sum().backward()
+            waited.append(waits.total())
+            features = features.detach().cpu()
+        part = torch.cat(expected.pooler_output)[: len(features)]
+        torch.testing.assert_close(features, part, atol=1e-5, rtol=1e-5)
+    assert waited[0] == waited[1] <= 8
 
 
 STREAM = """

@@ -17,7 +17,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from cpt_lightning.models.attention import Pattern
 from cpt_lightning.models.decoder import decode, use_patterns
-from cpt_lightning.models.vision import use_fast_vision
+from cpt_lightning.models.vision import use_fast_vision, vision_layout
 from cpt_lightning.types import Prompts
 
 QwenVL: TypeAlias = Qwen2_5_VLForConditionalGeneration
@@ -69,10 +69,12 @@ def encode_images(model: QwenVL, prompts: Prompts) -> Tensor | None:
     Returns:
         ``[num_image_tokens, H]`` features of all images in order, or ``None`` if no prompt has an image.
     """
-    if prompts.image_features is not None or prompts.pixel_values is None:
+    pixels, grid = prompts.pixel_values, prompts.image_grid_thw
+    if prompts.image_features is not None or pixels is None or grid is None:
         return prompts.image_features
     use_fast_vision(model)
-    output = model.model.get_image_features(prompts.pixel_values, prompts.image_grid_thw, return_dict=True)
+    layout = vision_layout(model, grid, pixels.device)
+    output = model.model.get_image_features(pixels, grid, return_dict=True, **layout)
     return torch.cat(tuple(output.pooler_output))
 
 
@@ -109,7 +111,7 @@ def prompt_positions(model: QwenVL, prompts: Prompts) -> Tensor:
     positions, _ = model.model.get_rope_index(
         ids,
         mm_token_type_ids=(ids == model.config.image_token_id).int(),
-        image_grid_thw=None if grid is None else grid.cpu(),
+        image_grid_thw=grid,
         attention_mask=prompts.attention_mask.cpu(),
     )
     return positions.to(prompts.device)
