@@ -50,10 +50,9 @@ def run_ranks(target: Callable[..., Any], *arguments: Any, ranks: int = 2, time_
         place |= {"WORLD_SIZE": str(ranks), "NODE_RANK": "0"}
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / str(rank) for rank in range(ranks)]
-        places = [{**os.environ, **place, "LOCAL_RANK": str(rank)} if place else {**os.environ} for rank in range(ranks)]
         processes = [
-            forked().Process(target=_be_rank, args=(str(log), environment, target, arguments))
-            for log, environment in zip(logs, places, strict=True)
+            forked().Process(target=_be_rank, args=(log, {**os.environ, **place}, rank, target, arguments))
+            for rank, log in enumerate(logs)
         ]
         try:
             for process in processes:
@@ -70,13 +69,15 @@ def run_ranks(target: Callable[..., Any], *arguments: Any, ranks: int = 2, time_
             raise RuntimeError(f"exit codes {codes}\n" + "\n".join(log.read_text()[-3000:] for log in logs))
 
 
-def _be_rank(log: str, environment: dict[str, str], target: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _be_rank(log: Path, environment: dict, rank: int, target: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     # Here, where there is one thread: after a fork torch (2.13) makes its thread pool anew, and threads that load
     # weights could meet it half made ("Invalid thread pool!").
     torch.set_num_threads(1)
     os.environ.clear()
     os.environ.update(environment)
-    with open(log, "a") as file:
+    if "WORLD_SIZE" in environment:
+        os.environ["LOCAL_RANK"] = str(rank)
+    with log.open("a") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     # What a rank starts is forked by the same server; Python (3.11) would start another one.
