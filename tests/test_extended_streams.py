@@ -25,7 +25,7 @@ from cpt_lightning.report.matrices import matrices_of, table_of
 from cpt_lightning.report.summary import summary_table
 from cpt_lightning.tasks import Prompt, Task
 from tests.fakes import KillAt, Killed, LinearModule, NumberSource, make_trainer, number_stream
-from tests.ranks import run_ranks
+from tests.ranks import ROOT, run_ranks
 from tests.test_resume import MODELS, OPTIONS, STREAM, scalars
 
 
@@ -347,7 +347,8 @@ def streams(tmp_path) -> dict[str, str]:
 def test_what_is_not_asked_and_which_method_is_gone_is_said(tmp_path, streams, caplog):
     """A probe alone is not asked where no stage is left; a penalty may be left out for what comes later."""
     options = [*MODELS["sft"], *OPTIONS, f"--run_dir={tmp_path / 'run'}"]
-    ewc = ["-c", str(Path(__file__).parents[1] / "configs" / "methods" / "ewc.yaml")]
+    ewc = ["-c", str(ROOT / "configs" / "methods" / "ewc.yaml")]
+    ewc += ["--trainer.callbacks.num_rows=2", "--trainer.callbacks.max_new_tokens=8"]
     probe = "{source: {class_path: cpt_lightning.tasks.ToyWorld, init_args: {family: colour}}, num_test: 2}"
     main(["fit", streams["short"], *options, *ewc])
     caplog.set_level("INFO")
