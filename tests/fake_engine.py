@@ -11,7 +11,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import multiprocessing
 
 from cpt_lightning.models.processor import PromptProcessor
 from cpt_lightning.models.qwen_vl import weightless
@@ -20,6 +19,7 @@ from cpt_lightning.rollouts.vllm import process, sampler
 from cpt_lightning.rollouts.vllm.requests import Answer, Request
 from cpt_lightning.rollouts.vllm.weights import Part, checksum, looked_at, open_buffer, unpack
 from cpt_lightning.types import Completions, Prompts
+from tests.ranks import forked
 
 
 class FakeEngine:
@@ -102,8 +102,7 @@ def engines_from_a_server() -> Any:
 
     What they share with this process is as little: its memory, its open files and its streams are not theirs.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context = forked()
     return mock.patch.object(process, "multiprocessing", SimpleNamespace(get_context=lambda method: context))
 
 

@@ -22,9 +22,8 @@ from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 from torch import Tensor
 from torch.autograd import Variable
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
 
-from tests.pretend_cuda_graph import CUDAGraph, forbid, pretended_graphs
+from tests.pretend_cuda_graph import CUDAGraph, forbid, leaves, mapped, pretended_graphs
 
 GPU = torch.device("cuda", 0)
 CPU = torch.device("cpu")
@@ -73,15 +72,15 @@ class OnGPU(Tensor):
             wait(name)
         if name == "cumsum" and args[0].is_floating_point() and torch.are_deterministic_algorithms_enabled():
             raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation")
-        on_cpu = tree_map(on_host, args), tree_map(on_host, kwargs)
+        on_cpu = mapped(on_host, args), mapped(on_host, kwargs)
         graph = CUDAGraph.recording
         out = func(*on_cpu[0], **on_cpu[1]) if graph is None else graph.record(func, *on_cpu)
         if name == "_local_scalar_dense":
             return out
         named = zip(func._schema.arguments, args, strict=False)
         written = [value for argument, value in named if argument.alias_info and argument.alias_info.is_write]
-        same = {id(each.on_cpu): each for each in tree_leaves((written, kwargs.get("out"))) if isinstance(each, OnGPU)}
-        return tree_map(lambda each: same.get(id(each), on_gpu(each)), out)
+        same = {id(each.on_cpu): each for each in leaves((written, kwargs.get("out"))) if isinstance(each, OnGPU)}
+        return mapped(lambda each: same.get(id(each), on_gpu(each)), out)
 
 
 def wait(what: str) -> None:
@@ -105,7 +104,7 @@ def check_devices(name: str, args: Any, kwargs: Any) -> None:
     if name in ("copy_", "_to_copy"):
         return
     looked_at = (args[0], *args[2:]) if name in INDEXING else args
-    tensors = [each for each in tree_leaves((looked_at, kwargs)) if isinstance(each, Tensor)]
+    tensors = [each for each in leaves((looked_at, kwargs)) if isinstance(each, Tensor)]
     if strange := [list(each.shape) for each in tensors if not isinstance(each, OnGPU) and each.dim() > 0]:
         raise RuntimeError(f"{name}: expected all tensors to be on cuda:0, but of shape {strange} they are on the CPU")
 
@@ -143,12 +142,12 @@ class Devices(TorchFunctionMode):
             return args[0].on_cpu.tolist()
         if func in (torch.tensor, torch.as_tensor, Tensor.new_tensor):
             first = int(func is Tensor.new_tensor)
-            for each in tree_leaves(args[first:]):
+            for each in leaves(args[first:]):
                 if isinstance(each, OnGPU):
                     wait("values of a list")
             if kwargs.get("device") is not None or isinstance(args[0], OnGPU):
                 forbid("values of a list")
-            args = (*args[:first], *tree_map(on_host, args[first:]))
+            args = (*args[:first], *mapped(on_host, args[first:]))
         return _on_device(func, args, kwargs)
 
 

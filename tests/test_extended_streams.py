@@ -3,9 +3,6 @@
 import csv
 import io
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +25,8 @@ from cpt_lightning.report.matrices import matrices_of, table_of
 from cpt_lightning.report.summary import summary_table
 from cpt_lightning.tasks import Prompt, Task
 from tests.fakes import KillAt, Killed, LinearModule, NumberSource, make_trainer, number_stream
-from tests.test_resume import MODELS, OPTIONS, ROOT, STREAM, scalars
+from tests.ranks import ROOT, run_ranks
+from tests.test_resume import MODELS, OPTIONS, STREAM, scalars
 
 
 def stream_of(tasks: str, probes: str = "p", num_test: int = 6, **options):
@@ -349,7 +347,8 @@ def streams(tmp_path) -> dict[str, str]:
 def test_what_is_not_asked_and_which_method_is_gone_is_said(tmp_path, streams, caplog):
     """A probe alone is not asked where no stage is left; a penalty may be left out for what comes later."""
     options = [*MODELS["sft"], *OPTIONS, f"--run_dir={tmp_path / 'run'}"]
-    ewc = ["-c", str(Path(__file__).parents[1] / "configs" / "methods" / "ewc.yaml")]
+    ewc = ["-c", str(ROOT / "configs" / "methods" / "ewc.yaml")]
+    ewc += ["--trainer.callbacks.num_rows=2", "--trainer.callbacks.max_new_tokens=8"]
     probe = "{source: {class_path: cpt_lightning.tasks.ToyWorld, init_args: {family: colour}}, num_test: 2}"
     main(["fit", streams["short"], *options, *ewc])
     caplog.set_level("INFO")
@@ -440,11 +439,8 @@ def test_two_ranks_learn_a_task_that_comes_later_as_one_does_in_one_go(tmp_path,
     whole, run = tmp_path / "whole", tmp_path / "run"
     main(["fit", streams["longer"], *options, f"--run_dir={whole}"])
     for stream in ("short", "longer"):
-        command = [sys.executable, "-m", "cpt_lightning", "fit", streams[stream], *options, f"--run_dir={run}"]
-        command += ["--ckpt_path=last", f"--trainer.strategy={strategy}", "--trainer.devices=2"]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr[-3000:]
+        command = ["fit", streams[stream], *options, f"--run_dir={run}", "--ckpt_path=last"]
+        run_ranks(main, [*command, f"--trainer.strategy={strategy}", "--trainer.devices=2"])
     ends = [torch.load(folder / "last.ckpt", weights_only=True)["state_dict"] for folder in (run, whole)]
     for name, weight in ends[1].items():
         torch.testing.assert_close(ends[0][name], weight, atol=1e-5, rtol=1e-4)

@@ -153,7 +153,7 @@ MEASURED = """
     {class_path: cpt_lightning.callbacks.GradientRisk, init_args: {num_rows: 1, max_new_tokens: 3}},
     {class_path: cpt_lightning.callbacks.WeightChange},
     {class_path: cpt_lightning.callbacks.WeightDistance, init_args: {num_rows: 1, max_new_tokens: 3}},
-    {class_path: cpt_lightning.callbacks.EWC, init_args: {strength: 1.0}}
+    {class_path: cpt_lightning.callbacks.EWC, init_args: {strength: 1.0, num_rows: 2, max_new_tokens: 3}}
 """
 RUNS = {"full": ("full", "shared", MEASURED), "per_task": ("lora", "per_task", ""), "renewed": ("lora", "renewed", "")}
 

@@ -201,14 +201,20 @@ MODELS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("objective", MODELS)
+@pytest.fixture(scope="module", params=MODELS)
+def command_and_whole(request, tmp_path_factory) -> tuple[list[str], Path]:
+    """The command of an objective, and the folder of its run without interruption."""
+    folder = tmp_path_factory.mktemp("objective")
+    (folder / "stream.yaml").write_text(STREAM)
+    command = ["fit", f"--data={folder / 'stream.yaml'}", *MODELS[request.param], *OPTIONS]
+    main([*command, f"--run_dir={folder / 'whole'}"])
+    return command, folder / "whole"
+
+
 @pytest.mark.parametrize("stage, batch", [(1, 0), (1, 2)], ids=["after a task", "within a task"])
-def test_cpt_fit_resumes_bit_for_bit(tmp_path, objective, stage, batch):
+def test_cpt_fit_resumes_bit_for_bit(tmp_path, command_and_whole, stage, batch):
     """Uninterrupted, and killed and resumed: the same weights, matrix and samples, on the embedded base."""
-    (tmp_path / "stream.yaml").write_text(STREAM)
-    command = ["fit", f"--data={tmp_path / 'stream.yaml'}", *MODELS[objective], *OPTIONS]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    main([*command, f"--run_dir={whole}"])
+    (command, whole), killed = command_and_whole, tmp_path / "killed"
     kill = ["--trainer.callbacks+=tests.fakes.KillAt", f"--trainer.callbacks.stage={stage}"]
     with pytest.raises(Killed):
         main([*command, f"--run_dir={killed}", *kill, f"--trainer.callbacks.batch={batch}"])

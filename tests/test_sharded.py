@@ -1,20 +1,18 @@
 """Two ranks that share the weights, or hold them twice, learn what one process does."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from cpt_lightning.checkpoint_io import read_checkpoint
+from tests import sharded_runs
+from tests.ranks import run_ranks
 from tests.sharded_runs import FLOAT32, OFFLOADED, runs_by
 
 pytestmark = pytest.mark.timeout(1200)  # the first test waits for three launches
-ROOT = Path(__file__).parents[1]
 DEVICES = {"auto": 1, "ddp": 2, "fsdp2": 2}
 
 
@@ -34,17 +32,9 @@ def runs(prepared) -> Path:
     """The folder of all runs by all strategies; made once."""
     if "runs" not in CACHE:
         for strategy, devices in DEVICES.items():
-            launch(prepared, strategy, devices)
+            run_ranks(sharded_runs.main, prepared, strategy, devices, ranks=devices, time_limit_s=600)
         CACHE["runs"] = prepared
     return CACHE["runs"]
-
-
-def launch(folder: Path, strategy: str, devices: int, *names: str) -> None:
-    """The runs of those names, or all, in processes of their own."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.sharded_runs", str(folder), strategy, str(devices), *names]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def seen(runs: Path, name: str, strategy: str, rank: int = 0) -> dict:

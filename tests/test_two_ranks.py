@@ -13,15 +13,7 @@ from cpt_lightning.cli import main
 from cpt_lightning.records import RunFolder
 from cpt_lightning.report import figures_of
 from tests.fakes import LinearModule, make_trainer, number_stream
-
-ROOT = Path(__file__).parents[1]
-SCRIPT = """
-import sys
-from pathlib import Path
-from tests.test_two_ranks import learn
-
-learn(Path(sys.argv[1]), strategy="ddp", devices=2)
-"""
+from tests.ranks import ROOT, run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -29,28 +21,17 @@ def runs(tmp_path_factory) -> dict[int, Path]:
     """The same run on one rank and on two, by number of ranks."""
     folders = {devices: tmp_path_factory.mktemp(f"ranks{devices}") for devices in (1, 2)}
     learn(folders[1])
-    launch(folders[2])
+    run_ranks(learn, folders[2], None, "ddp", 2)
     return folders
 
 
-def learn(folder: Path, checkpoint: Path | None = None, **ranks) -> None:
+def learn(folder: Path, checkpoint: Path | None = None, strategy: str = "auto", devices: int = 1) -> None:
     """A run, or the rest of one."""
     module, stream = LinearModule(), number_stream()
-    trainer = make_trainer(folder, stream, **ranks)
+    trainer = make_trainer(folder, stream, strategy=strategy, devices=devices)
     if checkpoint is None:
         trainer.validate(module, stream, verbose=False)
     trainer.fit(module, stream, ckpt_path=checkpoint)
-
-
-def launch(folder: Path) -> None:
-    """Two ranks, in processes of their own."""
-    # Lightning starts the second rank by running the same script again.
-    script = folder.parent / "script.py"
-    script.write_text(SCRIPT)
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), str(folder)]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
-    assert result.returncode == 0, result.stderr[-3000:]
 
 
 def weights(folder: Path, name: str = "last.ckpt") -> dict:
@@ -151,12 +132,12 @@ def test_ranks_with_and_without_images_and_rollouts_wait_for_each_other_and_stay
     first stage's gradients, what they did to the weights and how far these are from the base are those of one process.
     """
     (tmp_path / "config.yaml").write_text(CONFIG)
-    command = [sys.executable, "-m", "cpt_lightning", "fit", "-c", str(tmp_path / "config.yaml")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command += ["--run_dir", str(tmp_path / "run"), "--trainer.strategy", strategy, *MEASURED]
-    command += ["--trainer.callbacks.exact=true"] if strategy == "ddp" else []  # fsdp2 refuses it
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = ["fit", "-c", str(tmp_path / "config.yaml"), "--run_dir", str(tmp_path / "run")]
+    command += ["--trainer.strategy", strategy, *MEASURED]
+    if strategy == "ddp":
+        by_lightning([*command, "--trainer.callbacks.exact=true"])
+    else:  # refuses it
+        run_ranks(main, command)
     rows = json.loads((tmp_path / "run" / "accuracy_matrix.json").read_text())["rows"]
     assert [row["after"] for row in rows] == [None, "facts", "bars2+facts"]
     assert {cell["num_samples"] for row in rows for cell in row["scores"].values()} == {3}
@@ -172,6 +153,14 @@ def test_ranks_with_and_without_images_and_rollouts_wait_for_each_other_and_stay
     compare_risk(*(measurements(run, "gradient_risk") for run in (filtered, tmp_path / "run")))
     compare_change(*(measurements(run, "weight_change")[0] for run in (filtered, tmp_path / "run")))
     compare_distance(*(measurements(run, "weight_distance")[0] for run in (filtered, tmp_path / "run")))
+
+
+def by_lightning(command: list[str]) -> None:
+    """The command as a person types it: Lightning starts the second rank."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "cpt_lightning", *command]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def compare_drift(one: list[dict], two: list[dict]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from functools import partial
 
@@ -20,6 +19,7 @@ from cpt_lightning.rollouts.vllm.requests import Answer, completions_of
 from cpt_lightning.rollouts.vllm.weights import Part, buckets, checksum, differing, edges, fingerprint, unpack
 from tests import fake_engine
 from tests.naive import random_completions
+from tests.ranks import forked
 
 GREEDY = Sampling(6, temperature=0)
 
@@ -316,7 +316,7 @@ kept: list[EngineProcess] = []
 
 def test_a_process_of_multiprocessing_ends_with_its_engine():
     """It waits for its children, whom SIGTERM does not end."""
-    context = multiprocessing.get_context("spawn")
+    context = forked()
     pids = context.Queue()
     process = context.Process(target=begin_and_leave, args=(pids,))
     process.start()

@@ -16,8 +16,9 @@ from cpt_lightning.modules import RFT
 from cpt_lightning.rollouts import VLLM, Sampling, completion_logprobs, sample_groups
 from cpt_lightning.rollouts.vllm.process import EngineProcess
 from cpt_lightning.types import Completions
+from tests.ranks import ROOT
 from tests.rollouts.test_vllm import is_gone, move
-from tests.test_sharded import DEVICES, ROOT, launch, seen
+from tests.test_sharded import DEVICES, seen
 from tests.training import fit, with_examples
 from tests.vllm import shared_engine
 
@@ -220,6 +221,14 @@ def test_ten_steps_learn_as_with_our_engine(sampler, processor, mixed_prompts):
         assert all(each < 1e-3 for each in mismatches)
     assert all(end - start > 0.2 for start, end in means.values()), means
     assert abs(means["ours"][1] - means["vllm"][1]) < 0.25, means
+
+
+def launch(folder: Path, strategy: str, devices: int, *names: str) -> None:
+    """The runs of those names in processes of their own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.sharded_runs", str(folder), strategy, str(devices), *names]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_two_ranks_with_an_engine_each_or_one_learn_what_one_process_does(tiny, processor, mixed_prompts, tmp_path):

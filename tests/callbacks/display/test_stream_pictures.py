@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,8 +16,8 @@ from cpt_lightning.callbacks.display import stream_pictures
 from cpt_lightning.cli.run_record import RunRecord
 from cpt_lightning.records.environment import read_starts
 from tests.fakes import KillAt, Killed, LinearModule, make_trainer, number_stream
+from tests.ranks import run_ranks
 
-ROOT = Path(__file__).parents[3]
 TAGS = ["stream/accuracy_matrix", "stream/curves"]
 
 
@@ -136,15 +133,6 @@ def test_it_says_so_where_the_record_comes_too_late(tmp_path):
         trainer.fit(LinearModule(), stream)
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-from tests.callbacks.display.test_stream_pictures import all_that_write, run
-
-run(Path(sys.argv[1]), callbacks=all_that_write(), strategy="ddp", devices=2)
-"""
-
-
 def all_that_write() -> list:
     """What else puts pictures and texts into TensorBoard, as ``cpt fit`` sets it up."""
     parser = LightningArgumentParser()
@@ -153,16 +141,15 @@ def all_that_write() -> list:
     return [CompletionPanel(), RunRecord(parser, parser.get_defaults(), ["fit", "-c", "a b.yaml"])]
 
 
+def run_and_write(folder: Path, strategy: str = "auto", devices: int = 1) -> None:
+    run(folder, callbacks=all_that_write(), strategy=strategy, devices=devices)
+
+
 def test_two_ranks_write_what_one_does_and_the_second_one_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # as the command line does
-    script, two, one = tmp_path / "script.py", tmp_path / "two", tmp_path / "one"
-    script.write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script), str(two)], env=environment, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    run(one, callbacks=all_that_write())
+    two, one = tmp_path / "two", tmp_path / "one"
+    run_ranks(run_and_write, two, "ddp", 2)
+    run_and_write(one)
     assert images_of(two) == images_of(one) and len(images_of(one)) == 6
     for folder in (one, two):
         writers = [path.name.split(".")[-2:] for path in folder.glob("*tfevents*")]  # process, and which of its files
