@@ -1,6 +1,7 @@
 """The command line, called as a person calls it."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from cpt_lightning import __version__
 from cpt_lightning.cli import main
 from cpt_lightning.cli.errors import complaint
 from cpt_lightning.cli.lightning_cli import CPTCLI
-from cpt_lightning.cli.run_directory import run_directory
+from cpt_lightning.cli.run_directory import LOCK, Claim, run_directory
 from cpt_lightning.records.environment import read_starts
 from cpt_lightning.records.logged import Logged
 from cpt_lightning.tasks.splits import check_fractions
@@ -248,7 +249,7 @@ def test_a_mistake_is_named_in_a_line_with_its_mend(config, capsys, options, mes
 
 def test_what_a_library_raises_keeps_its_traceback(config):
     with pytest.raises(RuntimeError, match="val/digit2/accuracy was not logged"):
-        main(["fit", "-c", config, "--trainer.logger=false", "--trainer.limit_val_batches=0.4"])
+        main(["validate", "-c", config, "--trainer.logger=false", "--trainer.limit_val_batches=0.4"])
     with pytest.raises(ValueError, match="Invalid learning rate: -1"):
         main(["fit", "-c", config, "--trainer.logger=false", "--model.optimizer.lr=-1"])
 
@@ -347,3 +348,104 @@ def test_verdicts_that_are_missing_are_named_before_the_base_is_evaluated(config
     )
     assert "other/filter/word2.jsonl is missing" in said
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--model=RFT", "--trainer.accumulate_grad_batches=2"], "trainer.accumulate_grad_batches=2 is for SFT"),
+        (["--trainer.precision=16-true"], "trainer.precision=16-true: float16 weights and moments overflow"),
+        (["--trainer.limit_val_batches=1"], "trainer.limit_val_batches=1: the validation after a task"),
+        (["--trainer.overfit_batches=1"], "trainer.overfit_batches=1: the validation after a task"),
+        (["--trainer.check_val_every_n_epoch=2"], "trainer.check_val_every_n_epoch=2: the validation after a task"),
+        (["--trainer.callbacks+=cpt_lightning.callbacks.EWC", "--model.backbone.tuning=lora",
+          "--model.backbone.lora.along_stream=renewed"], "EWC: with backbone.lora.along_stream=renewed"),
+        (["--export.when=end", "--export.merge=true"], "export.merge: with full tuning there is no adapter to merge"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)  # fmt: skip
+def test_what_would_stop_a_fit_or_spoil_it_is_said_before_the_base_is_evaluated(
+    config, tmp_path, options, said, capsys
+):
+    """And before its weights are loaded; nothing is left behind."""
+    model = ["--model=RFT", "--model.sampling.max_new_tokens=4"] if "--model=RFT" in options else []
+    written = refusal(["fit", "-c", config, *model, *(each for each in options if each != "--model=RFT")], capsys, 1)
+    assert f"error: {said}" in written and "are trained" not in written
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_test_of_some_rows_is_refused(config, tmp_path, capsys):
+    said = refusal(["test", "-c", config, "--trainer.limit_test_batches=1"], capsys, code=1)
+    assert "trainer.limit_test_batches=1 would leave tasks out of test_scores.json" in said
+    assert not (tmp_path / "run" / "test_scores.json").exists()
+
+
+# -- the folder, again: who writes into it -----------------------------------------------------------------------------
+
+
+def test_a_run_is_in_its_folder_whatever_the_loggers_are(config, tmp_path, capsys):
+    """A logger that writes elsewhere, as W&B's does; what was left is found again, and shown."""
+    logger = ["--trainer.logger=lightning.pytorch.loggers.CSVLogger", f"--trainer.logger.save_dir={tmp_path / 'logs'}"]
+    main(["fit", "-c", config, *logger])
+    said = capsys.readouterr().out
+    assert "all that the run left" in said and "tensorboard" not in said, "there are no events"
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"config.yaml", "environment.json", "accuracy_matrix.json", "samples.jsonl", "last.ckpt",
+                     "1_word2.ckpt", "2_digit2.ckpt"}  # fmt: skip
+    assert [path.name for path in (tmp_path / "logs").rglob("metrics.csv")] == ["metrics.csv"]
+    main(["fit", "-c", config, *logger, "--ckpt_path=last", "--data.steps=2"])
+    assert not (tmp_path / "run_2").exists()
+    assert len(read_starts(tmp_path / "run" / "environment.json")) == 2
+
+
+@pytest.mark.parametrize("verb", ["test", "validate", "predict"])
+def test_only_a_fit_begins_where_there_is_no_checkpoint_yet(config, tmp_path, verb, capsys):
+    said = refusal([verb, "-c", config, "--ckpt_path=last"], capsys)
+    assert f"--ckpt_path last: there is no last.ckpt in run_dir={tmp_path / 'run'}" in said
+    assert not (tmp_path / "run").exists()
+
+
+HOLDING = """
+import sys
+from pathlib import Path
+from cpt_lightning.cli.run_directory import Claim
+
+claim = Claim()
+print(claim(Path(sys.argv[1])), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_folder_that_another_process_writes_is_left_to_it(config, tmp_path, capsys):
+    """A run that begins takes the next one, and one that would go on is refused; a killed process holds nothing."""
+    folder = tmp_path / "run"
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDING, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "True\n"
+        assert run_directory(str(folder), None, named=True) == folder, "an evaluation may write there"
+        said = refusal(["fit", "-c", config, "--ckpt_path=last"], capsys)
+        assert f"another process is writing the run in {folder}; wait for its end, or stop it" in said
+        main(["fit", "-c", config])
+        assert (tmp_path / "run_2" / "last.ckpt").exists() and not (tmp_path / "run_2" / LOCK).exists()
+        other.kill()
+    main(["fit", "-c", config])
+    assert (folder / "last.ckpt").exists()
+
+
+def test_a_folder_is_claimed_again_when_it_was_released_meanwhile(tmp_path, monkeypatch):
+    """The file that was opened was taken away before it was locked: another one, of the same name, is."""
+    first, second = Claim(), Claim()
+    assert first(tmp_path / "run")
+    opened, released = os.open, []
+
+    def opened_and_released(*args):
+        file = opened(*args)
+        if not released:
+            released.append(first.release())
+        return file
+
+    monkeypatch.setattr(os, "open", opened_and_released)
+    assert second(tmp_path / "run") and (tmp_path / "run" / LOCK).exists()
+    second.release()
+    assert not (tmp_path / "run").exists(), "nothing was written there"

@@ -7,16 +7,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from cpt_lightning.callbacks.checks import ChecksFit
 from cpt_lightning.checkpoint_io import next_step
 from cpt_lightning.records.matrix import AccuracyMatrix, Scores, logged_cell
 from cpt_lightning.records.run import MATRIX
 
 
-class ContinualLearning(Callback):
+class ContinualLearning(ChecksFit):
     """Records the accuracy matrix, logs and prints what was learned and forgotten, and lets every task start afresh.
 
     An epoch is a task: the validation at its end, over all tasks and probes, is a row of the matrix. The first row is
@@ -175,8 +176,8 @@ class ContinualLearning(Callback):
         stream = trainer.datamodule
         if stream is None:
             raise ValueError("ContinualLearning needs a stream of tasks: call trainer.fit(module, datamodule=stream)")
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._check_evaluation(trainer)
             self.fingerprints = {name: stream.fingerprint(name, stream.evaluate_on) for name in stream.asked}
             if (sampling := getattr(pl_module, "evaluation", None)) is not None:
                 self.answers = {**asdict(sampling), "forced_prefix": getattr(pl_module, "forced_prefix", None)}
@@ -226,12 +227,23 @@ class ContinualLearning(Callback):
                     "measurements: restore it, or begin a new run"
                 )
 
-    def _check_evaluation(self, trainer: Trainer) -> None:
-        if not trainer.fast_dev_run and (trainer.check_val_every_n_epoch != 1 or trainer.limit_val_batches == 0):
-            raise ValueError(
-                "the validation after a task is a row of the accuracy matrix: "
-                "trainer.check_val_every_n_epoch must be 1, and trainer.limit_val_batches not 0"
-            )
+    def check_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses to evaluate something else than everything after every task.
+
+        Raises:
+            ValueError: Names the option of the Trainer.
+        """
+        if trainer.fast_dev_run:
+            return
+        wanted = {"overfit_batches": 0, "check_val_every_n_epoch": 1, "limit_val_batches": 1.0}
+        for option, value in wanted.items():
+            is_one_batch = option == "limit_val_batches" and isinstance(getattr(trainer, option), int)
+            if (given := getattr(trainer, option)) != value or is_one_batch:
+                raise ValueError(
+                    f"trainer.{option}={given}: the validation after a task, over all rows of everything, is a row of "
+                    f"the accuracy matrix; leave it at {value}. To evaluate less, set num_"
+                    f"{trainer.datamodule.evaluate_on} of the tasks"
+                )
 
 
 def unmeasured(trainer: Trainer, checkpoint: Mapping[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from cpt_lightning.callbacks.cards import Kind, config_of, model_card
+from cpt_lightning.callbacks.checks import ChecksFit
 from cpt_lightning.callbacks.continual import ContinualLearning
 from cpt_lightning.models.adapted_layers import merge_earlier
 from cpt_lightning.models.adapter_folders import merge_and_unload
@@ -28,7 +29,7 @@ EXPORTS = "exports"
 """Folder of the exports in a run's."""
 
 
-class TaskExport(Checkpoint):
+class TaskExport(ChecksFit, Checkpoint):
     """Exports the model to ``exports/1_<task>``, ``exports/2_<task>``, ... in the run's directory.
 
     With LoRA a folder holds a PEFT adapter, or the whole model with it merged in (``.._merged``); with full tuning the
@@ -46,13 +47,13 @@ class TaskExport(Checkpoint):
         self.when = when
         self.merge = merge
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def check_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses to merge what has no adapters, and to export one adapter where several make up the model.
 
         Raises:
             ValueError: ``merge`` with full tuning, or adapters that are renewed without it.
         """
-        if stage != "fit" or self.when == "never":  # a merged export is evaluated by the very config that made it
+        if self.when == "never":
             return
         if self.merge and pl_module.backbone.tuning == "full":
             raise ValueError("export.merge: with full tuning there is no adapter to merge; leave it out")

@@ -28,6 +28,19 @@ class TestScores(Callback):
 
     __test__ = False  # for pytest, which takes the name for a test's
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuses to ask some rows only, or some tasks.
+
+        Raises:
+            ValueError: The Trainer limits test batches.
+        """
+        limit = trainer.limit_test_batches
+        if stage == "test" and not trainer.fast_dev_run and (limit != 1.0 or isinstance(limit, int)):
+            raise ValueError(
+                f"trainer.limit_test_batches={limit} would leave tasks out of {FILENAME}; leave it at 1.0. To evaluate "
+                "less, set num_test of the tasks"
+            )
+
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes the scores of all tasks and probes, and writes them down."""
         folder = trainer.log_dir  # a broadcast: all ranks must ask

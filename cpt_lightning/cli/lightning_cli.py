@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -28,12 +29,13 @@ from cpt_lightning.callbacks import (
     TaskProgressBar,
     TestScores,
 )
+from cpt_lightning.callbacks.checks import ChecksFit
 from cpt_lightning.callbacks.continual import unmeasured
 from cpt_lightning.checkpoint_io import check_resumable, next_step, read_checkpoint
 from cpt_lightning.cli import VERBS
-from cpt_lightning.cli.console import tidy
+from cpt_lightning.cli.console import rank, tidy
 from cpt_lightning.cli.errors import complaint, is_debugged, refusal
-from cpt_lightning.cli.run_directory import last_checkpoint, run_directory
+from cpt_lightning.cli.run_directory import Claim, check_claimed, last_checkpoint, run_directory
 from cpt_lightning.cli.run_record import RunRecord
 from cpt_lightning.data import TRAINER_OPTIONS, TaskStream
 from cpt_lightning.modules import PostTraining  # its strategy registers itself as fsdp2
@@ -48,6 +50,17 @@ TRAINER_DEFAULTS = {
 PARSER_OPTIONS = {"prog": "cpt", "description": "Continual post-training of multimodal language models."}
 
 
+class RunTrainer(Trainer):
+    """A Trainer whose files lie in the run's folder, whatever loggers it has and wherever these write."""
+
+    run_dir: str | None = None
+
+    @property
+    def log_dir(self) -> str | None:
+        """The run's folder, that of rank 0: all ranks must ask."""
+        return super().log_dir if self.run_dir is None else self.strategy.broadcast(self.run_dir)
+
+
 class CPTCLI(LightningCLI):
     """Parses the arguments, makes trainer, module and stream, and runs the verb.
 
@@ -60,21 +73,29 @@ class CPTCLI(LightningCLI):
     def __init__(self, args: list[str], run: bool = True, **parser_options: Any):
         self.args = args
         self.first_step = 0
+        self._claim = Claim()
         self._began = time.monotonic()
         os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # lightning 2.6 calls it by old names
         tidy()
+        try:
+            self._make_and_run(run, parser_options)
+        finally:
+            self._claim.release()
+
+    def _make_and_run(self, run: bool, parser_options: dict[str, Any]) -> None:
         super().__init__(
             model_class=PostTraining,
             subclass_mode_model=True,
             datamodule_class=TaskStream,
+            trainer_class=RunTrainer,
             trainer_defaults=dict(TRAINER_DEFAULTS),
             save_config_callback=RunRecord,
-            save_config_kwargs={"arguments": args, "overwrite": True},  # a resumed run goes on in its folder
+            save_config_kwargs={"arguments": self.args, "overwrite": True},  # a resumed run goes on in its folder
             seed_everything_default=0,
             parser_kwargs={**PARSER_OPTIONS, **parser_options},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            args=args,
+            args=self.args,
             run=run,
         )
 
@@ -144,11 +165,24 @@ class CPTCLI(LightningCLI):
             config.ckpt_path = last_checkpoint(config.run_dir)
         if config.ckpt_path:
             self._look_into(Path(config.ckpt_path))
-        named = any(arg.split("=")[0] == "--run_dir" for arg in self.args)
-        if config.ckpt_path or not wants_last:
-            config.run_dir = str(run_directory(config.run_dir, config.ckpt_path, named))
+        elif wants_last and self.subcommand != "fit":
+            self.parser.error(f"--ckpt_path last: there is no last.ckpt in run_dir={config.run_dir}")
+        try:
+            self._settle_folder(config, starts_there=wants_last and not config.ckpt_path)
+        except ValueError as error:
+            self.parser.error(str(error))
         if self.subcommand != "fit":
             self.save_config_callback = None  # config.yaml is the one that trained
+
+    def _settle_folder(self, config: Namespace, starts_there: bool) -> None:
+        """Chooses the run's folder, and keeps other processes out of it as long as this one learns."""
+        writes_run = self.subcommand == "fit" and not config.trainer.fast_dev_run
+        claim = self._claim if writes_run and rank() == 0 else None
+        if starts_there:
+            check_claimed(Path(config.run_dir), claim)
+            return
+        named = any(arg.split("=")[0] == "--run_dir" for arg in self.args)
+        config.run_dir = str(run_directory(config.run_dir, config.ckpt_path, named, claim))
 
     def _look_into(self, path: Path) -> None:
         """Refuses a checkpoint that could not be used, before anything large is loaded."""
@@ -197,7 +231,9 @@ class CPTCLI(LightningCLI):
         if options.enable_progress_bar is not False and not any(isinstance(callback, ProgressBar) for callback in own):
             own.insert(0, TaskProgressBar())  # its line ends before others print
         rank_zero_info(f"run directory: {config.run_dir}")
-        return super().instantiate_trainer(callbacks=own, **kwargs)
+        trainer = super().instantiate_trainer(callbacks=own, **kwargs)
+        trainer.run_dir = config.run_dir
+        return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs a verb."""
@@ -230,9 +266,10 @@ class CPTCLI(LightningCLI):
         self.datamodule.setup("fit")
         if self.trainer.fast_dev_run or not self.trainer.limit_val_batches:
             return
+        self.model.check_fit(self.trainer)
         for callback in self.trainer.callbacks:
-            if isinstance(callback, RolloutFilter):
-                callback.check_taken_over(self.trainer)
+            if isinstance(callback, ChecksFit):
+                callback.check_fit(self.trainer, self.model)
         checkpoint = self.config_init["fit"].ckpt_path
         names = self.datamodule.asked
         if checkpoint is not None:

@@ -77,7 +77,7 @@ class RunRecord(SaveConfigCallback):
         if not trainer.is_global_zero:
             return
         if self.goes_on:
-            self._renew(trainer.global_step)
+            self._renew(logged_step(trainer))
         config = (self.folder / self.config_filename).read_text(encoding="utf-8")
         step = logged_step(trainer)
         log_text(trainer, "config", f"```yaml\n{config}\n```", step)

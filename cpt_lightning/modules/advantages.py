@@ -48,7 +48,7 @@ def advantages_of(rollout: Rollout, kind: Advantage, sum_over_ranks: Callable[[T
             return greedy_baseline_advantages(rewards, rollout.greedy_rewards)
         case "one_zero":
             return one_zero_advantages(rollout.reward_parts["accuracy"] >= 1)
-    if kind == "reinforce_plus_plus_baseline":
-        rewards = group_normalized_advantages(rewards, "none")
+        case "reinforce_plus_plus_baseline":
+            rewards = group_normalized_advantages(rewards, "none")
     moments = token_moments(rewards, rollout.completions.lengths.view_as(rewards).float() * rollout.counts)
     return whitened_advantages(rewards, *mean_and_variance(sum_over_ranks(moments)))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Literal
 
+import lightning as L
 import torch
 from torch import Tensor
 
@@ -54,12 +55,16 @@ class MultiTask(RFT):
         self.weights = dict(weights or {})
         self.sft_reduction: Reduction = sft_reduction
 
-    def on_fit_start(self) -> None:
-        """Refuses objectives and weights of tasks that the stream does not have."""
-        super().on_fit_start()
-        if self.trainer.datamodule is None:
+    def check_fit(self, trainer: L.Trainer) -> None:
+        """Refuses objectives and weights of tasks that the stream does not have.
+
+        Raises:
+            ValueError: Names the option and the tasks.
+        """
+        super().check_fit(trainer)
+        if trainer.datamodule is None:
             return
-        known = set(self.trainer.datamodule.task_names)
+        known = set(trainer.datamodule.task_names)
         for option, names in (("objectives", self.objectives), ("weights", self.weights)):
             if unknown := sorted(set(names) - known):
                 raise ValueError(f"{option} names {unknown}, but the stream has the tasks {sorted(known)}")

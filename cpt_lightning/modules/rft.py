@@ -29,7 +29,14 @@ from cpt_lightning.models.sharding import gather
 from cpt_lightning.modules.advantages import Advantage, advantages_of
 from cpt_lightning.modules.group_rollouts import GroupRollouts, check_positive
 from cpt_lightning.modules.reference import HeldToReference
-from cpt_lightning.modules.rft_options import KL_ESTIMATES, USUAL_CLIPS, KLEstimator, PolicyLoss, check_options
+from cpt_lightning.modules.rft_options import (
+    KL_ESTIMATES,
+    USUAL_CLIPS,
+    KLEstimator,
+    PolicyLoss,
+    check_known,
+    check_options,
+)
 from cpt_lightning.modules.updates import Loss, UpdateStats
 from cpt_lightning.rollouts.sampling import sampling_mode
 from cpt_lightning.types import Batch, Completions, Prompts, Rollout
@@ -120,6 +127,12 @@ class RFT(GroupRollouts, HeldToReference):
         **kwargs,
     ):
         super().__init__(**kwargs)
+        check_known(
+            advantage=(advantage, Advantage),
+            policy_loss=(policy_loss, PolicyLoss),
+            reduction=(reduction, Reduction),
+            kl_estimator=(kl_estimator, KLEstimator),
+        )
         check_positive(
             updates_per_rollout=updates_per_rollout,
             passes_per_rollout=passes_per_rollout,

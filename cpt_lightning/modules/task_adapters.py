@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import lightning as L
 from torch import Tensor, nn
 
 from cpt_lightning.models.adapted_layers import begin_adapters_anew, merge_earlier, merge_into_base
@@ -51,10 +52,24 @@ class TaskAdapters(Resumable):
                 optimizer.state.clear()  # moments of another adapter, if the optimizer itself is kept
         self.stages_begun.append(list(self.trainer.datamodule.stages[stage]))
 
-    def on_fit_start(self) -> None:
-        """Refuses a Trainer that does not say which tasks its epochs learn."""
-        super().on_fit_start()
-        if self.along_stream != "shared" and self.trainer.datamodule is None:
+    def setup(self, stage: str) -> None:
+        """Has a fit checked, before weights are loaded."""
+        super().setup(stage)
+        if stage == "fit":
+            self.check_fit(self.trainer)
+
+    def check_fit(self, trainer: L.Trainer) -> None:
+        """Looks at the settings of a Trainer and its stream; ``cpt fit`` has it done before the base is evaluated.
+
+        Raises:
+            ValueError: Names what would stop the fit or spoil its results, and the mend.
+        """
+        if trainer.precision == "16-true":
+            raise ValueError(
+                "trainer.precision=16-true: float16 weights and moments overflow in a few steps; use bf16-true or "
+                "bf16-mixed"
+            )
+        if self.along_stream != "shared" and trainer.datamodule is None:
             raise ValueError(
                 f"backbone.lora.along_stream={self.along_stream} needs a stream of tasks: "
                 "call trainer.fit(module, datamodule=stream)"

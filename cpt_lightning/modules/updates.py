@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
+import lightning as L
 import torch
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
@@ -51,12 +52,21 @@ class ManualUpdates(PostTraining):
         self.automatic_optimization = False
         self._clipped: dict[str, Tensor | float] = {}
 
-    def on_fit_start(self) -> None:
-        """Refuses a precision whose loss scaling would reach the clipping of gradients."""
-        super().on_fit_start()
-        if self.trainer.precision == "16-mixed":
+    def check_fit(self, trainer: L.Trainer) -> None:
+        """Refuses a precision whose loss scaling would reach the clipping of gradients, and accumulation over batches.
+
+        Raises:
+            ValueError: Names the option and the mend.
+        """
+        super().check_fit(trainer)
+        if trainer.precision == "16-mixed":
             raise ValueError(
                 "trainer.precision=16-mixed scales the loss, which manual updates do not undo; use bf16-mixed"
+            )
+        if (batches := trainer.accumulate_grad_batches) != 1:
+            raise ValueError(
+                f"trainer.accumulate_grad_batches={batches} is for SFT: an update of a rollout takes all of its "
+                "prompts; micro_batch_prompts limits its memory, data.prompts_per_step makes it larger"
             )
 
     def update(self, losses: list[Loss], prompts: Prompts) -> list[UpdateStats]:

@@ -68,7 +68,8 @@ def spent(folder: Path, seconds: float) -> str:
 def what_next(folder: Path) -> list[str]:
     """Commands for what lies in the folder."""
     config, last = folder / "config.yaml", folder / "last.ckpt"
-    lines = [f"{folder}: all that the run left", "next:", f"  cpt report {folder}", f"  tensorboard --logdir {folder}"]
+    lines = [f"{folder}: all that the run left", "next:", f"  cpt report {folder}"]
+    lines += [f"  tensorboard --logdir {folder}"] if any(folder.glob("events.out.tfevents.*")) else []
     if config.exists() and last.exists():
         lines += [f"  cpt test -c {config} --ckpt_path {last}", f"  cpt export {folder}"]
     return lines

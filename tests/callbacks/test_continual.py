@@ -128,9 +128,11 @@ def test_a_task_learned_twice_has_two_rows(tmp_path):
 
 
 def test_settings_that_would_leave_holes_are_refused(tmp_path):
-    for setting in ({"check_val_every_n_epoch": 2}, {"limit_val_batches": 0}):
-        with pytest.raises(ValueError, match="check_val_every_n_epoch must be 1, and trainer.limit_val_batches not 0"):
-            run(tmp_path, validate=False, **setting)
+    for name, value in {"check_val_every_n_epoch": 2, "limit_val_batches": 0.5, "overfit_batches": 1}.items():
+        with pytest.raises(ValueError, match=rf"trainer\.{name}={value}: the validation after a task.*num_test"):
+            run(tmp_path, validate=False, **{name: value})
+    with pytest.raises(ValueError, match=r"trainer\.limit_val_batches=1: .*leave it at 1\.0"):
+        run(tmp_path, validate=False, limit_val_batches=1)
     with pytest.raises(RuntimeError, match="val/b/accuracy was not logged.*num_test"):
         run(tmp_path, limit_val_batches=2)
     with pytest.warns(UserWarning, match="not evaluated"), pytest.raises(RuntimeError, match="without validation"):

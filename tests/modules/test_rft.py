@@ -290,6 +290,10 @@ def test_reward_rises_where_a_token_is_rewarded(small_folder, processor, mixed_p
     ("options", "message"),
     [
         ({"group_size": 1}, "group_size=1"),
+        ({"advantage": "gpro"}, "advantage='gpro' is unknown; there are grpo, dr_grpo"),
+        ({"policy_loss": "pppo"}, "policy_loss='pppo' is unknown; there are ppo, gspo, cispo"),
+        ({"reduction": "mean"}, "reduction='mean' is unknown"),
+        ({"kl_estimator": "k4"}, "kl_estimator='k4' is unknown"),
         ({"sampling": Sampling(8, temperature=0)}, "temperature=0"),
         ({"kl_coef": -1}, "kl_coef=-1"),
         ({"clip_low": -0.1}, "clip_low=-0.1"),

@@ -72,7 +72,7 @@ class GradientRisk(Recorder, KeptWeights):
 
     # -- when --------------------------------------------------------------------------------------------------------
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def check_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses a run in which there is nothing to measure."""
         stream = trainer.datamodule
         if stream is None:

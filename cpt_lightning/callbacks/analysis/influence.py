@@ -105,10 +105,9 @@ class Influence(Measuring):
 
     # -- when --------------------------------------------------------------------------------------------------------
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuses what cannot be measured, before weights are loaded."""
-        if stage != "fit":
-            return
+    def check_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses what cannot be measured."""
+        super().check_fit(trainer, pl_module)
         if not pl_module.learns_by_logprobs:
             raise ValueError(
                 "Influence: the loss is held to a reference over the whole vocabulary, and its gradient G is not that "

@@ -66,7 +66,7 @@ class Measuring(Recorder):
         self._asked: dict[str, Asked] = {}
         self._base: BaseModel | None = None
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def check_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses a Trainer that has no stream to take prompts from."""
         if trainer.datamodule is None:
             name = type(self).__name__

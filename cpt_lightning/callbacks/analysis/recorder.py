@@ -9,15 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from cpt_lightning.callbacks.checks import ChecksFit
 from cpt_lightning.records.files import replace_text
 
 VERSION = 1
 
 
-class Recorder(Callback):
+class Recorder(ChecksFit):
     """Keeps ``measurements``, goes on with those of a checkpoint, and says at the end of a run what measuring took.
 
     ``filename`` names the file, beside ``config.yaml``.

@@ -54,12 +54,9 @@ class WeightDistance(Recorder, KeptWeights):
 
     # -- when --------------------------------------------------------------------------------------------------------
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuses weights that have no base, before they are loaded."""
+    def check_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses weights that have no base, and a stream without prior knowledge."""
         refuse_other_adapters(self, pl_module)
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuses a stream without prior knowledge."""
         if self.num_rows and not (trainer.datamodule and trainer.datamodule.probe_names):
             raise ValueError(
                 "WeightDistance: F is of what the base says to the probes, and there are none; add data.probes, or set "

@@ -9,10 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from cpt_lightning.callbacks.checkpoints import TaskCheckpoint
+from cpt_lightning.callbacks.checks import ChecksFit
 from cpt_lightning.callbacks.display.meter import row_meter
 from cpt_lightning.callbacks.filter.choice import Choice, Mode, kept_rows, shortage
 from cpt_lightning.callbacks.filter.judge import Judge
@@ -25,7 +26,7 @@ Kept = dict[str, list[int]]
 """Numbers of the rows that are kept, by task."""
 
 
-class RolloutFilter(Callback):
+class RolloutFilter(ChecksFit):
     """Before each task, lets the current model try every training row, and keeps rows by how often it was right.
 
     This is the filter of RIF-RFT (arXiv 2507.05386); it works with every objective. A completion passes if its accuracy
@@ -99,13 +100,13 @@ class RolloutFilter(Callback):
         if stage != "fit" or not self.is_on or trainer.fast_dev_run:
             return
         self._stages = {}
-        self.check_taken_over(trainer)
+        super().setup(trainer, pl_module, stage)
         stream = trainer.datamodule
         self._afterwards.callback(setattr, stream, "choose_rows", stream.choose_rows)
         stream.choose_rows = lambda index: self._kept_rows(trainer, index)
 
-    def check_taken_over(self, trainer: Trainer) -> None:
-        """Reads all verdicts of ``filter_from``: rather now than after an evaluation, or the first tasks.
+    def check_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Reads all verdicts of ``filter_from``: rather now than after the first tasks.
 
         Raises:
             ValueError: Some are missing, or about other rows or by another measure.

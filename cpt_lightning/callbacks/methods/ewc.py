@@ -58,8 +58,8 @@ class EWC(QuadraticPenalty):
         self.decay = decay
         self.anchors = anchors
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuses weights that no penalty can hold, before they are loaded."""
+    def check_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses weights that no penalty can hold."""
         refuse_other_adapters(self, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from lightning import Callback, LightningModule, Trainer
 
+from cpt_lightning.callbacks.checks import ChecksFit
 from cpt_lightning.models.sharding import whole
 from cpt_lightning.models.weights import Weights, laid_out
 
 
-class KeptWeights(Callback):
+class KeptWeights(ChecksFit):
     """Keeps named sets of tensors, one for every trained parameter, in memory and in the checkpoint.
 
     With LoRA these are as small as the adapters; with full tuning each set takes the memory of the trained weights, on

@@ -29,8 +29,8 @@ class L2(QuadraticPenalty):
         super().__init__(strength, shown_as="train/l2")
         self.anchor = anchor
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuses an anchor that another adapter had, before weights are loaded."""
+    def check_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses an anchor that another adapter had."""
         if self.anchor == "base":
             refuse_other_adapters(self, pl_module, but=", or anchor to task_start")
 

@@ -54,8 +54,8 @@ class ModelMerging(KeptWeights):
         self.scale = scale
         self.start = start
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuses what cannot be merged, before weights are loaded."""
+    def check_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses what cannot be merged."""
         refuse_other_adapters(self, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,0 +1,25 @@
+"""Callbacks that know what a fit would stop at."""
+
+from __future__ import annotations
+
+from lightning import Callback, LightningModule, Trainer
+
+
+class ChecksFit(Callback):
+    """A callback that refuses settings before a fit begins.
+
+    It is asked before weights are loaded; by ``cpt fit``, and in its own time, before the base is evaluated.
+    """
+
+    def check_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Looks at the settings of Trainer, stream and module, which has no model yet.
+
+        Raises:
+            ValueError: Names what would stop the fit or spoil its results, and the mend.
+        """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Has a fit checked."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self.check_fit(trainer, pl_module)
