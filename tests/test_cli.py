@@ -449,3 +449,11 @@ def test_a_folder_is_claimed_again_when_it_was_released_meanwhile(tmp_path, monk
     assert second(tmp_path / "run") and (tmp_path / "run" / LOCK).exists()
     second.release()
     assert not (tmp_path / "run").exists(), "nothing was written there"
+
+
+def test_an_option_that_is_wrong_is_said_in_a_few_lines(config, capsys):
+    """Not below the names of all options, nor with the types that were tried."""
+    said = refusal(["fit", "-c", config, "--model.group_size=4"], capsys)
+    assert "class_path 'cpt_lightning.modules.SFT':\nOption 'group_size' is not accepted" in said
+    assert len(said.splitlines()) < 6 and "NestedArg" not in said
+    assert "usage: cpt fit -c CONFIG.yaml" in said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import textwrap
 import traceback
 from pathlib import Path
 
@@ -30,6 +31,16 @@ def refusal(error: ValueError) -> str:
             break
         said.append(line.strip().removeprefix("- "))
     return "\n".join(line for line in said if line and line != _NO_ALTERNATIVE) or str(error)
+
+
+def shortened(message: str) -> str:
+    r"""What a parser says of an option, without the types that it tried and the value.
+
+    >>> shortened('Parser key "x":\n  No\n  Errors:\n    - size=1: 2 or more\n  Given value type: ...')
+    'Parser key "x": size=1: 2 or more'
+    """
+    key, _, rest = message.partition("\n")
+    return f"{key} {refusal(ValueError(textwrap.dedent(rest)))}" if "\n  Errors:\n" in message else message
 
 
 def is_debugged() -> bool:

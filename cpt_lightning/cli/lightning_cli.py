@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse import Namespace
 from lightning import Trainer
@@ -34,7 +34,7 @@ from cpt_lightning.callbacks.continual import unmeasured
 from cpt_lightning.checkpoint_io import check_resumable, next_step, read_checkpoint
 from cpt_lightning.cli import VERBS
 from cpt_lightning.cli.console import rank, tidy
-from cpt_lightning.cli.errors import complaint, is_debugged, refusal
+from cpt_lightning.cli.errors import complaint, is_debugged, refusal, shortened
 from cpt_lightning.cli.run_directory import Claim, check_claimed, last_checkpoint, run_directory
 from cpt_lightning.cli.run_record import RunRecord
 from cpt_lightning.data import TRAINER_OPTIONS, TaskStream
@@ -48,6 +48,15 @@ TRAINER_DEFAULTS = {
 }
 
 PARSER_OPTIONS = {"prog": "cpt", "description": "Continual post-training of multimodal language models."}
+
+
+class OptionParser(LightningArgumentParser):
+    """A parser that says what is wrong with an option, without listing all others."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Ends with 2, after a line or a few."""
+        super().error(shortened(message), ex)
+        raise SystemExit(2)
 
 
 class RunTrainer(Trainer):
@@ -92,6 +101,7 @@ class CPTCLI(LightningCLI):
             save_config_callback=RunRecord,
             save_config_kwargs={"arguments": self.args, "overwrite": True},  # a resumed run goes on in its folder
             seed_everything_default=0,
+            parser_class=OptionParser,
             parser_kwargs={**PARSER_OPTIONS, **parser_options},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -142,6 +152,7 @@ class CPTCLI(LightningCLI):
         # The parsers of the other verbs would be as large and are not asked anything.
         if subcommand == self.args[0]:
             parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+            parser.usage = f"cpt {subcommand} -c CONFIG.yaml [--ckpt_path CHECKPOINT] [--OPTION VALUE ...]"
             if subcommand in ("validate", "test"):
                 parser.set_defaults({"verbose": False})  # of Lightning's table, which a table of ours replaces
             return parser
