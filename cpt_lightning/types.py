@@ -127,8 +127,10 @@ class Prompts:
         return _of_tensors(self, Tensor.pin_memory)
 
     def select(self, rows: Sequence[int]) -> Prompts:
-        """The prompts of the given rows, with their images, without needless left padding."""
+        """The prompts of the given rows, with their images, without needless left padding; if it is all, nothing anew."""
         rows = list(rows)
+        if rows == list(range(len(self))):
+            return replace(self)
         index = torch.as_tensor(rows, dtype=torch.long, device=self.device)
         mask = self.attention_mask[index]
         padding = self.input_ids.shape[1] - int(mask.sum(dim=1).max()) if rows else 0

@@ -196,7 +196,7 @@ class RFT(GroupRollouts, HeldToReference):
         has_gradient = (prepared.advantages.any(dim=1) | self._has_kl_loss).tolist()
         rows = [row for row in rows if has_gradient[row]] if rollout.counts else []
         if len(rows) < STATE_PAYS_FROM * len(rollout.prompts):
-            rollout = replace(rollout, prompts=replace(rollout.prompts, state=None))
+            rollout.prompts = replace(rollout.prompts, state=None)  # nobody holds its graph any longer
         size = self.micro_batch_prompts or max(1, len(rows))
         weigh = partial(
             token_weights,
