@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+LONGEST_NAME = 200
+"""Bytes of an arm's name, after which its folder is named; file systems take 255."""
 OWN = "run"
 """Stands for a run's own folder in its commands, as an arm's name stands for that arm's of the same seed."""
 CONFIGS = ("-c", "--config", "--model", "--data", "--trainer")
@@ -75,6 +77,8 @@ class Study:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 at byte {error.start}; save it as UTF-8") from None
         except yaml.YAMLError as error:
             raise ValueError(f"{path} is not YAML: {error}") from None
         if not isinstance(content, dict) or not isinstance(content.get("arms"), dict) or not content["arms"]:
@@ -95,11 +99,16 @@ class Study:
         return study
 
     def check(self) -> None:
-        """Refuses seeds that are no numbers, commands that are none of ours, and arms that need later ones."""
-        if not self.seeds or not all(isinstance(seed, int) for seed in self.seeds):
-            raise ValueError(f"{self.path}: seeds={self.seeds} must be a list of whole numbers")
+        """Refuses what would not run, or not into a folder of its own.
+
+        Raises:
+            ValueError: Seeds that are no numbers or given twice, an arm whose name cannot be a folder's, that needs a
+                later one, or whose commands do not end in something to compare.
+        """
+        _check_seeds(self.path, self.seeds)
         known = {OWN}
         for arm, commands in self.arms.items():
+            _check_name(self.path, arm)
             for command in commands:
                 if unknown := sorted(_names(command) - known - set(self.values.get(arm, ()))):
                     raise ValueError(
@@ -118,8 +127,9 @@ class Study:
             seeds: In place of the study's.
 
         Raises:
-            ValueError: It has no such arm.
+            ValueError: It has no such arm, or a seed is given twice.
         """
+        _check_seeds(self.path, seeds or self.seeds)
         for pattern in arms or ():
             if not fnmatch.filter(self.arms, pattern):
                 raise ValueError(f"{self.path} has no arm {pattern}; there are {', '.join(self.arms)}")
@@ -156,6 +166,30 @@ class Study:
             words[configs:configs] = self.options
             words += ["--run_dir", slots[OWN], "--ckpt_path", "last"]
         return tuple(words)
+
+
+def _check_seeds(path: Path, seeds: Any) -> None:
+    if not isinstance(seeds, list | tuple) or not seeds or not all(type(seed) is int for seed in seeds):
+        raise ValueError(f"{path}: seeds={seeds} must be a list of whole numbers")
+    if doubled := [seed for seed in seeds if seeds.count(seed) > 1]:
+        raise ValueError(f"{path}: seeds={list(seeds)} has {doubled[0]} twice, which is one run; leave one out")
+
+
+def _check_name(path: Path, arm: str) -> None:
+    """Refuses the name of an arm after which no folder beside the others' could be named."""
+    problem = None
+    if not arm.strip() or arm in (".", ".."):
+        problem = "its folder is named after it; call it something with letters or digits"
+    elif arm == OWN:
+        problem = f"{{{OWN}}} stands for a run's own folder; call it something else"
+    elif "/" in arm:
+        problem = "its folder is named after it, and '/' would begin another folder; leave it out"
+    elif not arm.isprintable():
+        problem = "its folder is named after it, and it holds a character that cannot be seen; leave that out"
+    elif len(arm.encode()) > LONGEST_NAME:
+        problem = f"its folder is named after it, and {LONGEST_NAME} bytes are the most; shorten it"
+    if problem is not None:
+        raise ValueError(f"{path}: {arm!r} cannot be the name of an arm (with the values of its grid): {problem}")
 
 
 def _grid(path: Path, grid: Any, arms: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
