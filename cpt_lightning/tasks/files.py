@@ -74,7 +74,9 @@ def _has_metadata(folder: Path) -> bool:
 def _read_json(path: Path) -> Records:
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:  # malformed JSON, or not UTF-8
+    except UnicodeDecodeError as error:
+        raise ValueError(_not_utf8(path)) from error
+    except ValueError as error:
         raise ValueError(f"{path}: not a JSON file: {error}") from error
     if isinstance(rows, dict):  # {"info": ..., "questions": [...]}, as CLEVR and the VQA sets have it
         lists = [value for value in rows.values() if isinstance(value, list)]
@@ -91,15 +93,31 @@ def _read_json(path: Path) -> Records:
 
 def _read_json_lines(path: Path) -> Records:
     rows: list[Record] = []
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise ValueError(f"{path}: line {number} is not JSON: {error}") from error
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    rows.append(json.loads(line))
+                except ValueError as error:
+                    raise ValueError(f"{path}: line {number} is not JSON: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(_not_utf8(path)) from error
     return ListedRecords(rows)
+
+
+def _not_utf8(path: Path) -> str:
+    """Where a file stops being UTF-8; Python's own error of a file that is read in pieces counts from the piece."""
+    content = path.read_bytes()
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        return (
+            f"{path}: line {line} is not UTF-8 (byte {error.start} is 0x{content[error.start]:02x}); save it as UTF-8"
+        )
+    return f"{path} is UTF-8 now, and was not when it was read; try again"
 
 
 # `datasets` takes over a second to import, and files of text do not need it.
