@@ -107,8 +107,8 @@ def _read_json_lines(path: Path) -> Records:
     return ListedRecords(rows)
 
 
-def _not_utf8(path: Path) -> str:
-    """Where a file stops being UTF-8; Python's own error of a file that is read in pieces counts from the piece."""
+def _not_utf8(path: Path) -> str | None:
+    """Where a file stops being UTF-8: Python's error about a file that is read in pieces counts from the piece."""
     content = path.read_bytes()
     try:
         content.decode("utf-8")
@@ -117,7 +117,7 @@ def _not_utf8(path: Path) -> str:
         return (
             f"{path}: line {line} is not UTF-8 (byte {error.start} is 0x{content[error.start]:02x}); save it as UTF-8"
         )
-    return f"{path} is UTF-8 now, and was not when it was read; try again"
+    return None
 
 
 # `datasets` takes over a second to import, and files of text do not need it.
@@ -144,6 +144,9 @@ def _read_saved(folder: Path) -> Records:
 def _read_images(folder: Path) -> Records:
     from datasets import load_dataset
 
+    for name in ("metadata.csv", "metadata.jsonl"):
+        if (folder / name).is_file() and (problem := _not_utf8(folder / name)):
+            raise ValueError(problem)
     # Named outright, all files are one split: a sub-folder called "train" would otherwise become one of its own.
     return _read_arrow_rows(
         folder, lambda name: load_dataset("imagefolder", data_files={"train": [f"{name}/**"]}, split="train")

@@ -100,6 +100,15 @@ def test_a_file_that_is_not_utf8_is_named_with_the_line(tmp_path, name, num_befo
         FileRows(str(tmp_path / name)).split("train")
 
 
+def test_metadata_of_images_that_is_not_utf8_is_named_with_the_line(tmp_path, cache):
+    (tmp_path / "a.png").write_bytes(png("red"))
+    (tmp_path / "metadata.csv").write_bytes("file_name,question,answer\na.png,café?,b\n".encode("latin-1"))
+    with pytest.raises(
+        ValueError, match=r"^.*/metadata.csv: line 2 is not UTF-8 \(byte 35 is 0xe9\); save it as UTF-8"
+    ):
+        FileRows(str(tmp_path)).split("train")
+
+
 @pytest.mark.parametrize("name", ["rows.parquet", "rows.arrow"])
 def test_a_damaged_file_is_named(tmp_path, cache, name):
     (tmp_path / name).write_bytes(b"PAR1 this is cut off")

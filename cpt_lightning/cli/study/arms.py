@@ -85,6 +85,9 @@ class Study:
             raise ValueError(f"{path}: a study has `arms`, each a name with a cpt command or a list of them")
         if unknown := sorted(set(content) - {"out", "arms", "seeds", "options", "grid"}):
             raise ValueError(f"{path}: unknown {', '.join(unknown)}; a study has out, arms, seeds, options and grid")
+        for option in ("out", "options"):
+            if not isinstance(content.get(option, ""), str):
+                raise ValueError(f"{path}: {option}={content[option]!r} must be text; quote it")
         named = {str(name): _commands(path, name, arm) for name, arm in content["arms"].items()}
         arms, values = _over_grid(named, _grid(path, content.get("grid", {}), named))
         study = cls(
@@ -92,7 +95,7 @@ class Study:
             out=Path(content.get("out", f"runs/{path.stem}")),
             arms=arms,
             seeds=content.get("seeds", [0]),
-            options=shlex.split(content.get("options", "")),
+            options=_words(path, "options", content.get("options", "")),
             values=values,
         )
         study.check()
@@ -220,9 +223,22 @@ def _over_grid(
 
 def _commands(path: Path, name: Any, arm: Any) -> list[str]:
     commands = [arm] if isinstance(arm, str) else arm
-    if not isinstance(commands, list) or not commands or not all(isinstance(command, str) for command in commands):
+    if not isinstance(commands, list) or not commands or not all(isinstance(c, str) and c.split() for c in commands):
         raise ValueError(f"{path}: arm {name} must be a cpt command, or a list of them")
+    for command in commands:
+        try:
+            _names(command)
+        except ValueError as error:
+            raise ValueError(f"{path}: arm {name}: {error}; braces that are meant as such are doubled") from None
+        _words(path, f"arm {name}", command)
     return commands
+
+
+def _words(path: Path, where: str, text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:  # a quotation that does not end
+        raise ValueError(f"{path}: {where}: {error} in {text!r}") from None
 
 
 def _with_slots_filled(word: str, slots: Mapping[str, str]) -> str:
