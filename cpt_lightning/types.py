@@ -127,7 +127,7 @@ class Prompts:
         return _of_tensors(self, Tensor.pin_memory)
 
     def select(self, rows: Sequence[int]) -> Prompts:
-        """The prompts of the given rows, with their images, without needless left padding; if it is all, nothing anew."""
+        """The prompts of the given rows, with their images, without needless left padding; of all rows no copy."""
         rows = list(rows)
         if rows == list(range(len(self))):
             return replace(self)

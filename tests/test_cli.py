@@ -236,7 +236,7 @@ def test_a_misspelt_option_is_named(config, tmp_path, capsys, misspelt, named):
         (["--trainer.max_epochs=3"], "trainer.max_epochs=3: the stream has 2 stages"),
         (["--data.max_prompt_tokens=5"], "max_prompt_tokens=5: task 'word2', toy/word2/train/"),
         (["--data.max_prompt_tokens=5", "--data.num_workers=1"], "max_prompt_tokens=5: task 'word2', toy/word2/train/"),
-        (["--data.tasks.word2.num_train=5000"], "task 'word2': num_train is 5000, but the train split has"),
+        (["--data.tasks.word2.num_train=5000"], "task 'word2': num_train=5000, but the train split has"),
     ],
 )
 def test_a_mistake_is_named_in_a_line_with_its_mend(config, capsys, options, message):
@@ -269,6 +269,7 @@ def test_what_nobody_meant_to_refuse_is_no_complaint():
     [
         (["--data.stages=[word2, digt2]"], "data.stages names 'digt2', .*; did you mean 'digit2'\\?"),
         (["--data.passes={wrd2: 2}"], "data.passes names 'wrd2', .*; did you mean 'word2'\\?"),
+        (["--data.tasks.word2.num_test=0"], "num_test=0 must be at least 1; null takes every row"),
         (["--checkpoint.every_n_steps=0"], "checkpoint.every_n_steps=0.*"),
         (["--model=RFT", "--model.group_size=1"], "group_size=1: a completion is compared with its siblings, .*"),
     ],
@@ -278,6 +279,21 @@ def test_what_a_constructor_refuses_is_said_in_one_line(config, options, message
     said = refusal(["fit", "-c", config, *options], capsys).strip().splitlines()[-1]
     assert re.fullmatch(f"cpt fit: error: {message}", said)
     assert "Namespace" not in said
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("1", "1 cannot be the name of a task or probe: it is an int and not text; quote it"),
+        ("null", "None cannot be the name of a task or probe: it is nothing and not text; quote it"),
+        ("b.c", "'b.c' cannot be the name of a task or probe: '.' has a meaning .*"),
+    ],
+)
+def test_a_name_that_no_task_can_have_is_refused_before_the_model_is_made(config, tmp_path, name, message, capsys):
+    source = "{class_path: cpt_lightning.tasks.ToyWorld, init_args: {family: word2}}"
+    (tmp_path / "overlay.yaml").write_text(f"data: {{tasks: {{{name}: {{source: {source}}}}}}}")
+    said = refusal(["fit", "-c", config, "-c", str(tmp_path / "overlay.yaml")], capsys).strip().splitlines()[-1]
+    assert re.fullmatch(f"cpt fit: error: {message}", said)
 
 
 def test_where_it_was_refused_can_be_asked_for(config, monkeypatch):

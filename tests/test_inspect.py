@@ -175,6 +175,20 @@ def test_refused_images_are_counted_by_reason_and_the_first_is_named(tmp_path, c
     assert (sum(complaint["count"] for complaint in split["skipped"]), split["refused"]) == (3, [])
 
 
+@pytest.mark.parametrize("column", ["problem", "answer"])
+def test_half_of_a_character_is_a_problem_that_names_its_row(tmp_path, charts, capsys, column):
+    """What is refused is printed and written all the same, though it could not be encoded."""
+    options = charts(*[("good.png", "1")] * 3)
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    rows[1][column] = "3\ud800"
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert inspect(*options) == 1
+    what = "question" if column == "problem" else "answer"
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"rows.json:1: the {what} holds '\\ud800', which is half of a character" in said
+    assert len(report_of(tmp_path)["problems"]) >= 1
+
+
 def test_a_split_all_of_whose_rows_would_be_skipped_is_a_problem(tmp_path, charts, capsys):
     """Train and test are the same file. Where 1 of its 3 rows is left that is said, but no problem."""
     assert inspect(*charts(("gone.png", "1"), ("narrow.png", "2")), "--data.tasks.charts.bad_images=skip") == 1

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 import yaml
 
 from cpt_lightning.cli import main
+from cpt_lightning.cli.study import parsing
 from cpt_lightning.cli.study.arms import Study
 from cpt_lightning.cli.study.runner import DONE, Runner, is_finished
 from cpt_lightning.records import RunFolder
@@ -65,6 +68,22 @@ def test_a_grid_runs_an_arm_for_each_of_its_values_and_the_others_once(tmp_path)
         ({"arms": {"a": "fit"}, "sead": [1]}, "unknown sead"),
         ({"arms": {"a": "fit", "seeds": 3}}, "arm seeds must be a cpt command"),
         ({"arms": {"a": "fit"}, "seeds": ["x"]}, "must be a list of whole numbers"),
+        ({"arms": {"a": "fit"}, "seeds": 3}, "seeds=3 must be a list of whole numbers"),
+        ({"arms": {"a": "fit"}, "seeds": [True]}, "must be a list of whole numbers"),
+        ({"arms": {"a": "fit"}, "seeds": [1, 2, 1]}, r"seeds=\[1, 2, 1\] has 1 twice, which is one run; leave one out"),
+        ({"arms": {"a": "fit"}, "options": 3}, "options=3 must be text; quote it"),
+        ({"arms": {"a": "fit"}, "out": 3}, "out=3 must be text; quote it"),
+        ({"arms": {"a": "fit"}, "options": "--a 'b"}, 'options: No closing quotation in "--a \'b"'),
+        ({"arms": {"a": "fit --a 'b"}}, 'arm a: No closing quotation in "fit --a \'b"'),
+        ({"arms": {"a": "fit }"}}, "arm a: Single '}' encountered.*; braces that are meant as such are doubled"),
+        ({"arms": {"a": ["fit", " "]}}, "arm a must be a cpt command"),
+        ({"arms": {"a b/c": "fit"}}, r"'a b/c' cannot be the name of an arm .* '/' would begin another folder"),
+        ({"arms": {"a": "fit -c {c}"}, "grid": {"c": ["x/y.yaml"]}}, "'a_c_x/y.yaml' cannot be the name of an arm"),
+        ({"arms": {"..": "fit"}}, r"'\.\.' cannot be the name of an arm .* letters or digits"),
+        ({"arms": {"": "fit"}}, "'' cannot be the name of an arm .* letters or digits"),
+        ({"arms": {"run": "fit"}}, r"'run' cannot be the name .*: \{run\} stands for a run's own folder"),
+        ({"arms": {"a\nb": "fit"}}, r"'a\\nb' cannot be the name .* a character that cannot be seen"),
+        ({"arms": {"ä" * 101: "fit"}}, "cannot be the name .* 200 bytes are the most; shorten it"),
         ({"arms": {"a": "fit -c {b}", "b": "fit"}}, r"arm a names \{b\}, which is no earlier arm"),
         ({"arms": {"a": "predict -c x.yaml"}}, "no command that begins with fit"),
     ],
@@ -82,6 +101,13 @@ def test_the_verb_says_what_is_wrong_in_a_line(tmp_path, capsys):
     assert "none.yaml cannot be read: No such file" in capsys.readouterr().err
 
 
+def test_a_study_that_is_not_utf8_is_named(tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_bytes("arms: {é: fit}".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"study.yaml is not UTF-8 at byte 7; save it as UTF-8"):
+        Study.load(path)
+
+
 def test_some_arms_bring_those_that_they_need(tmp_path):
     whole = study(tmp_path, {"a": "fit", "b": "fit -c {a}", "c": "fit -c {b}", "d": "fit"})
     assert list(whole.chosen(["c"], [5]).arms) == ["a", "b", "c"]
@@ -89,6 +115,8 @@ def test_some_arms_bring_those_that_they_need(tmp_path):
     assert list(whole.chosen(["[ad]", "b*"], None).arms) == ["a", "b", "d"] and whole.chosen(None, None).seeds == [0]
     with pytest.raises(ValueError, match="has no arm e; there are a, b, c, d"):
         whole.chosen(["e"], None)
+    with pytest.raises(ValueError, match=r"seeds=\[1, 1\] has 1 twice"):
+        whole.chosen(None, [1, 1])
 
 
 class Recorded(Runner):
@@ -122,6 +150,67 @@ def test_a_failed_run_takes_with_it_what_needs_it_and_nothing_else(tmp_path, cap
     assert [run.arm for run in lost] == ["a", "b"]
     assert [is_finished(run) for run in runs] == [False, False, True]
     assert "a, seed 0: failed with 1" in capsys.readouterr().out
+
+
+def test_the_last_lines_say_why_each_run_is_lost(tmp_path, capsys, monkeypatch):
+    arms = {"a": "fit -c bad", "b": "fit -c {a}/x", "c": "fit -c {b}/x", "d": "fit"}
+    path = study(tmp_path, arms).path
+    monkeypatch.setattr("cpt_lightning.cli.study.parsing.check_commands", lambda path, runs: None)
+    monkeypatch.setattr(Runner, "_execute", lambda runner, command, log, gpu: int("--run_dir" in command))
+    with pytest.raises(SystemExit, match="1"):
+        main(["study", str(path), "--arms", "c"])
+    assert capsys.readouterr().err.splitlines() == [
+        "cpt study: 3 of 3 runs did not get to their end:",
+        f"  a, seed 0: failed, see {tmp_path}/out/a/seed_0/study.log",
+        "  b, seed 0: not begun, for it needs a, seed 0",
+        "  c, seed 0: not begun, for it needs b, seed 0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("later", "said"),
+    [
+        ("fit -c configs/demo/sft.yaml --data.stepz 3", "cpt fit: unrecognized arguments: --data.stepz 3$"),
+        (["predict -c none.yaml", "fit"], 'cpt predict: Parser key "config": File does not exist: .*none.yaml'),
+        (["predct -c none.yaml", "fit"], "unknown verb 'predct'; there are fit, "),
+    ],
+)
+def test_an_arm_that_could_not_begin_is_named_before_another_has_run(tmp_path, monkeypatch, capsys, later, said):
+    monkeypatch.chdir(ROOT)
+    path = study(tmp_path, {"good": "fit -c configs/demo/sft.yaml", "later": later}, seeds=[0, 1]).path
+    with pytest.raises(SystemExit, match="2"):
+        main(["study", str(path)])
+    error = capsys.readouterr().err
+    assert error.startswith(f"cpt study: error: {path}: arm later") and re.search(said, error.strip()), error
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_parsed_beforehand_is_each_arm_once_and_only_what_is_left(tmp_path, monkeypatch):
+    """Arm a has its first command behind it, b asks for a config that a writes; export is left to its turn."""
+    arms = {"a": ["predict -c p", "fit -c a"], "b": ["export {a}", "fit -c {a}/config.yaml"], "c": "fit -c c"}
+    runs = list(study(tmp_path, arms, seeds=[0, 1]).runs())
+    Recorded(failing="a")(runs[:1])
+    seen: list[tuple[str, ...]] = []
+    monkeypatch.setattr(parsing, "_complaint", seen.append)
+    parsing.check_commands(tmp_path / "study.yaml", runs)
+    assert [command[:3] for command in seen] == [("fit", "-c", "a"), ("fit", "-c", "c")]
+    (tmp_path / "out/a/seed_0/config.yaml").write_text("")
+    parsing.check_commands(tmp_path / "study.yaml", runs)
+    assert [command[2] for command in seen[2:]] == ["a", f"{tmp_path}/out/a/seed_0/config.yaml", "c"]
+
+
+def test_classes_beside_the_working_directory_are_found_beforehand_as_they_are_later(tmp_path, monkeypatch):
+    (tmp_path / "beside_the_study.py").write_text(
+        "from lightning import Callback\n\n\nclass Mine(Callback):\n    pass\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    config = f"fit -c {ROOT}/configs/demo/sft.yaml --trainer.callbacks+=beside_the_study."
+    runs = list(study(tmp_path, {"a": f"{config}Mine"}).runs())
+    parsing.check_commands(tmp_path / "study.yaml", runs)
+    with pytest.raises(ValueError, match="arm b could not begin"):
+        parsing.check_commands(tmp_path / "study.yaml", list(study(tmp_path, {"b": f"{config}Other"}).runs()))
+    assert sys.path == before
 
 
 def test_a_command_that_came_to_its_end_is_not_given_again(tmp_path):

@@ -11,6 +11,8 @@ from pathlib import Path
 _PACKAGE = str(Path(__file__).parents[1])
 _IN_A_WORKER = "DataLoader worker process"
 _PLACE = re.compile(r'File "([^"]+)", line .*\n +(.*)')
+LONGEST_VALUE = 60
+"""Characters of what was given, for it to be said again."""
 _NO_ALTERNATIVE = "Expected a <class 'NoneType'>"
 
 
@@ -34,13 +36,17 @@ def refusal(error: ValueError) -> str:
 
 
 def shortened(message: str) -> str:
-    r"""What a parser says of an option, without the types that it tried and the value.
+    r"""What a parser says of an option, without the types that it tried, and a value only if it is short.
 
-    >>> shortened('Parser key "x":\n  No\n  Errors:\n    - size=1: 2 or more\n  Given value type: ...')
-    'Parser key "x": size=1: 2 or more'
+    >>> shortened('Parser key "x":\n  No\n  Errors:\n    - size: 2 or more\n  Given value type: ...\n  Given value: 1')
+    'Parser key "x": size: 2 or more (given: 1)'
     """
     key, _, rest = message.partition("\n")
-    return f"{key} {refusal(ValueError(textwrap.dedent(rest)))}" if "\n  Errors:\n" in message else message
+    if "\n  Errors:\n" not in message:
+        return message
+    value = rest.rpartition("  Given value: ")[2]
+    shown = f" (given: {value})" if len(value) <= LONGEST_VALUE and "NestedArg(" not in value else ""
+    return f"{key} {refusal(ValueError(textwrap.dedent(rest)))}{shown}"
 
 
 def is_debugged() -> bool:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from math import inf
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 from lightning.pytorch.callbacks import Timer
+
+from cpt_lightning.data.replay import Replay
+from cpt_lightning.tasks import Task
+from cpt_lightning.tasks.records import kind_of
+from cpt_lightning.tasks.rows import SPLITS
 
 if TYPE_CHECKING:
     from cpt_lightning.data.datamodule import TaskStream
@@ -20,19 +27,47 @@ TRAINER_OPTIONS = {
 }
 """What every stream wants of a Trainer."""
 
+_LEAST = {"prompts_per_step": 1, "eval_prompts_per_step": 1, "max_prompt_tokens": 1, "num_workers": 0, "seed": 0}
+"""Whole numbers, and the least that each may be."""
 
-def check_names(tasks: Collection[str], probes: Collection[str]) -> None:
-    """Refuses a stream without tasks, and names that are doubled or would be mistaken in results.
+LONGEST_NAME = 100
+"""Bytes of a task's name: checkpoints, exports and pictures are named after it, and file systems take 255."""
+
+
+def check_tasks(tasks: object, probes: object) -> None:
+    """Refuses a stream without tasks, what is no task, and names that are doubled or would be mistaken in results.
 
     Raises:
+        TypeError: Something else than tasks by name.
         ValueError: Names the task or probe.
     """
+    for group, given in (("tasks", tasks), ("probes", probes)):
+        if not isinstance(given, Mapping):
+            raise TypeError(f"data.{group} is {kind_of(given)}; give a dict of tasks by name")
+        for name, task in given.items():
+            _check_name(name)
+            if not isinstance(task, Task):
+                raise TypeError(f"data.{group}: {name!r} is {kind_of(task)}; give a Task")
     if not tasks:
         raise ValueError("data.tasks is empty: a stream needs at least one task")
-    if both := sorted(set(tasks) & set(probes)):
+    if both := sorted(set(tasks) & set(probes)):  # type: ignore[call-overload]  # both are mappings
         raise ValueError(f"{both[0]!r} is both a task and a probe; give the probe another name")
-    if odd := [name for name in [*tasks, *probes] if not name or set(name) & set("/+")]:
-        raise ValueError(f"{odd[0]!r} cannot be the name of a task or probe: '/' and '+' have a meaning in results")
+
+
+def _check_name(name: object) -> None:
+    problem = None
+    if not isinstance(name, str):
+        problem = f"it is {kind_of(name)} and not text; quote it"
+    elif not name.strip():
+        problem = "it says nothing; give it one"
+    elif odd := [letter for letter in name if letter in "/+."]:
+        problem = f"{odd[0]!r} has a meaning in results or in PyTorch; write '_' or '-' in its place"
+    elif not name.isprintable():
+        problem = "it holds a character that cannot be seen; leave that out"
+    elif len(name.encode()) > LONGEST_NAME:
+        problem = f"files are named after it, and {LONGEST_NAME} bytes are the most; shorten it"
+    if problem is not None:
+        raise ValueError(f"{name!r} cannot be the name of a task or probe: {problem}")
 
 
 def check_stages(stages: Sequence[Sequence[str]], tasks: Sequence[str], given: object) -> None:
@@ -51,32 +86,52 @@ def check_stages(stages: Sequence[Sequence[str]], tasks: Sequence[str], given: o
 
 
 def check_numbers(stream: TaskStream) -> None:
-    """Refuses numbers out of range, and two options that say the same thing.
+    """Refuses numbers that are none or out of range, and two options that say the same thing.
 
     Raises:
         ValueError: Names the option.
     """
-    for option in ("passes", "steps"):
+    for option, is_number, kind in (("passes", _is_real, "number"), ("steps", _is_whole, "whole number")):
         value = getattr(stream, option)
         by_stage = value if isinstance(value, Mapping) else {"every stage": value}
         for name, number in by_stage.items():
             if isinstance(value, Mapping):
                 _check_known(name, [*stream.stage_names, *stream.probe_names], f"data.{option}")
-            if number is not None and not number > 0:
-                raise ValueError(f"data.{option} of {name} is {number}; it must be positive")
-    if isinstance(stream.steps, int) and stream.passes is not None:
+            if number is not None and not (is_number(number) and 0 < number < inf):
+                raise ValueError(f"data.{option} of {name} is {number!r}; it must be a positive {kind}")
+    if stream.passes is not None and stream.steps is not None and not isinstance(stream.steps, Mapping):
         raise ValueError(
             f"data.passes={stream.passes} and data.steps={stream.steps} both say how long a stage lasts; "
             "to use passes, set data.steps=null"
         )
-    for option in ("prompts_per_step", "eval_prompts_per_step", "max_prompt_tokens"):
+    for option, least in _LEAST.items():
         number = getattr(stream, option)
-        if number is not None and number < 1:
-            raise ValueError(f"data.{option}={number} must be at least 1")
-    if not isinstance(stream.mixing, str) and not stream.mixing > 0:
-        raise ValueError(f"data.mixing={stream.mixing}: a temperature must be positive")
-    if stream.seed < 0:
-        raise ValueError(f"data.seed={stream.seed} must be 0 or more")
+        if number is None and option == "max_prompt_tokens":
+            continue
+        if not _is_whole(number):
+            raise ValueError(f"data.{option}={number!r} must be a whole number")
+        if number < least:
+            raise ValueError(f"data.{option}={number} must be at least {least}")
+
+
+def check_choices(stream: TaskStream) -> None:
+    """Refuses a mixing, a replay or a split that is none; ``cpt`` has refused them when it parsed.
+
+    Raises:
+        ValueError: Names the option.
+    """
+    mixing: object = stream.mixing
+    if isinstance(mixing, str) and mixing not in ("size", "uniform"):
+        raise ValueError(f"data.mixing={mixing!r} is unknown; there are 'size', 'uniform' and temperatures such as 2.0")
+    if not isinstance(mixing, str) and not (_is_real(mixing) and mixing > 0):  # type: ignore[operator]
+        raise ValueError(f"data.mixing={mixing!r}: a temperature must be a positive number")
+    replay: object = stream.replay
+    if replay is not None and not isinstance(replay, Replay):
+        raise ValueError(f"data.replay={replay!r} is {kind_of(replay)}; give a Replay, such as Replay(ratio=0.1)")
+    if stream.evaluate_on not in ("val", "test"):
+        raise ValueError(f"data.evaluate_on={stream.evaluate_on!r} is unknown; there are 'val' and 'test'")
+    if stream.predict_on not in SPLITS:
+        raise ValueError(f"data.predict_on={stream.predict_on!r} is unknown; there are {', '.join(map(repr, SPLITS))}")
 
 
 def check_trainer(stream: TaskStream) -> None:
@@ -102,9 +157,18 @@ def check_trainer(stream: TaskStream) -> None:
         raise ValueError("trainer.use_distributed_sampler must be false: the stream splits batches over ranks itself")
 
 
+def _is_whole(number: object) -> bool:
+    """Also of NumPy's."""
+    return isinstance(number, Integral) and not isinstance(number, bool)
+
+
+def _is_real(number: object) -> bool:
+    return isinstance(number, Real) and not isinstance(number, bool)
+
+
 def _check_known(name: str, known: Sequence[str], where: str) -> None:
     if name in known:
         return
-    close = get_close_matches(name, known, n=1)
+    close = get_close_matches(str(name), known, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
     raise ValueError(f"{where} names {name!r}, which the stream does not have; {hint}")

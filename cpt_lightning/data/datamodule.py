@@ -12,7 +12,14 @@ import lightning as L
 from torch import Generator
 from torch.utils.data import DataLoader
 
-from cpt_lightning.data.checks import TRAINER_OPTIONS, check_names, check_numbers, check_stages, check_trainer
+from cpt_lightning.data.checks import (
+    TRAINER_OPTIONS,
+    check_choices,
+    check_numbers,
+    check_stages,
+    check_tasks,
+    check_trainer,
+)
 from cpt_lightning.data.collate import Collate, Processor
 from cpt_lightning.data.loader import KeptRows, StageLoader, StreamBatches
 from cpt_lightning.data.replay import Replay, ReplaySampler
@@ -57,7 +64,8 @@ class TaskStream(L.LightningDataModule):
         seed: Draws the order of rows.
 
     Raises:
-        ValueError: No task, an unknown or doubled name, or a count out of range.
+        TypeError: Something else than tasks by name.
+        ValueError: No task, a name that cannot be one, is unknown or doubled, or a count out of range.
     """
 
     def __init__(
@@ -82,7 +90,7 @@ class TaskStream(L.LightningDataModule):
     ):
         super().__init__()
         probes = probes or {}
-        check_names(tasks, probes)
+        check_tasks(tasks, probes)
         self.everything = {name: _as_asked(task, style, target) for name, task in {**tasks, **probes}.items()}
         if rollouts is not None:
             if target is not None:
@@ -104,6 +112,7 @@ class TaskStream(L.LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         check_numbers(self)
+        check_choices(self)
         self.choose_rows: Callable[[int], Mapping[str, Sequence[int]] | None] | None = None
         """Says which training rows of a stage are kept, by task (``None`` for all); asked when the stage begins."""
         self._asked: Sequence[str] | None = None

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from cpt_lightning.models.processor import PromptProcessor
 from cpt_lightning.rollouts.sampling import Sampling
-from cpt_lightning.tasks.prompts import refuse_special_tokens
+from cpt_lightning.tasks.prompts import check_text
 from cpt_lightning.tasks.targets import check_template, fill_template, most_frequent
 from cpt_lightning.types import Example, Prompts
 
@@ -26,7 +26,7 @@ class Hint:
     text: str = "\nThe right answer is {answer}. Say how to find it as if you did not know it, and then give it."
 
     def __post_init__(self) -> None:
-        refuse_special_tokens(self.text, "hint.text")
+        check_text(self.text, "hint.text")
         try:
             check_template(self.text)
             fill_template(self.text, {"answer": ""})
@@ -40,7 +40,7 @@ class Hint:
     def messages(self, example: Example) -> list[dict]:
         """The chat turns of a row with the hint in them."""
         hint = fill_template(self.text, {"answer": most_frequent(example.gold)})
-        refuse_special_tokens(hint, f"task '{example.task}', {example.row_id}: the hint")
+        check_text(hint, f"task '{example.task}', {example.row_id}: the hint")
         *before, question = example.messages
         return [*before, {**question, "content": [*question["content"], {"type": "text", "text": hint}]}]
 

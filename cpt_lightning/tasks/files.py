@@ -74,7 +74,9 @@ def _has_metadata(folder: Path) -> bool:
 def _read_json(path: Path) -> Records:
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:  # malformed JSON, or not UTF-8
+    except UnicodeDecodeError as error:
+        raise ValueError(_not_utf8(path)) from error
+    except ValueError as error:
         raise ValueError(f"{path}: not a JSON file: {error}") from error
     if isinstance(rows, dict):  # {"info": ..., "questions": [...]}, as CLEVR and the VQA sets have it
         lists = [value for value in rows.values() if isinstance(value, list)]
@@ -91,15 +93,31 @@ def _read_json(path: Path) -> Records:
 
 def _read_json_lines(path: Path) -> Records:
     rows: list[Record] = []
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise ValueError(f"{path}: line {number} is not JSON: {error}") from error
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    rows.append(json.loads(line))
+                except ValueError as error:
+                    raise ValueError(f"{path}: line {number} is not JSON: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(_not_utf8(path)) from error
     return ListedRecords(rows)
+
+
+def _not_utf8(path: Path) -> str | None:
+    """Where a file stops being UTF-8: Python's error about a file that is read in pieces counts from the piece."""
+    content = path.read_bytes()
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        return (
+            f"{path}: line {line} is not UTF-8 (byte {error.start} is 0x{content[error.start]:02x}); save it as UTF-8"
+        )
+    return None
 
 
 # `datasets` takes over a second to import, and files of text do not need it.
@@ -126,6 +144,9 @@ def _read_saved(folder: Path) -> Records:
 def _read_images(folder: Path) -> Records:
     from datasets import load_dataset
 
+    for name in ("metadata.csv", "metadata.jsonl"):
+        if (folder / name).is_file() and (problem := _not_utf8(folder / name)):
+            raise ValueError(problem)
     # Named outright, all files are one split: a sub-folder called "train" would otherwise become one of its own.
     return _read_arrow_rows(
         folder, lambda name: load_dataset("imagefolder", data_files={"train": [f"{name}/**"]}, split="train")

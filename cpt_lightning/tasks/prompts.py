@@ -28,6 +28,7 @@ INSTRUCTIONS: dict[str, str] = {
 _HAS_OPTIONS = re.compile(r"^\(?A[.):]\s.*\n\(?B[.):]\s", re.MULTILINE)
 
 SPECIAL_TOKEN = re.compile(r"<\|\w+\|>")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _LEADING_MARKERS = re.compile(r"(?:\s*<image>)*\s*")
 
 
@@ -44,7 +45,7 @@ class Prompt:
             or ``think_boxed`` (think, then ``\boxed{}``).
 
     Raises:
-        ValueError: Unknown style, or an ``<image>`` marker or chat token in one of the texts.
+        ValueError: Unknown style, or an ``<image>`` marker, chat token or half a character in one of the texts.
     """
 
     system: str | None = None
@@ -56,7 +57,7 @@ class Prompt:
         if self.style not in INSTRUCTIONS:
             raise ValueError(f"prompt style {self.style!r} is unknown; there are {', '.join(INSTRUCTIONS)}")
         for name, text in (("system", self.system or ""), ("prefix", self.prefix), ("suffix", self.suffix)):
-            refuse_special_tokens(text, f"the prompt's {name}")
+            check_text(text, f"the prompt's {name}")
             if IMAGE_MARKER in text:
                 raise ValueError(f"the prompt's {name} holds {IMAGE_MARKER}; images belong to the rows' questions")
 
@@ -71,14 +72,14 @@ class Prompt:
             system: The row's own system turn.
 
         Raises:
-            ValueError: As many markers as images were expected, or the text holds a chat token.
+            ValueError: As many markers as images were expected, or the text holds a chat token or half a character.
 
         >>> Prompt(prefix="Look: ").messages("<image>What is it?", 1)[0]["content"]
         [{'type': 'image'}, {'type': 'text', 'text': 'Look: What is it?'}]
         """
         system = self.system if self.system is not None else system
         for name, text in (("question", question), ("system turn", system or "")):
-            refuse_special_tokens(text, f"the {name}")
+            check_text(text, f"the {name}")
         num_markers = question.count(IMAGE_MARKER)
         if num_markers not in (0, num_images):
             raise ValueError(f"the question has {num_markers} {IMAGE_MARKER} markers for {num_images} images")
@@ -101,12 +102,27 @@ def _content(text: str) -> list[dict]:
     return parts
 
 
-def refuse_special_tokens(text: str, what: str) -> None:
-    """Refuses text that would be tokenized as a chat or vision token and so change the turns or the image count.
+def check_text(text: str, what: str) -> None:
+    """Refuses text that a tokenizer cannot take, or would take for something else than text.
 
     Raises:
-        ValueError: ``text`` holds something like ``<|image_pad|>`` or ``<|im_end|>``.
+        ValueError: ``text`` holds something like ``<|image_pad|>`` or ``<|im_end|>``, which would change the turns or
+            the image count, or half of a character.
     """
     found = SPECIAL_TOKEN.search(text)
     if found:
         raise ValueError(f"{what} holds {found[0]!r}, a special token of the tokenizer; respell or remove it")
+    refuse_surrogates(text, what)
+
+
+def refuse_surrogates(text: str, what: str) -> None:
+    r"""Refuses text that holds half of a character, as JSON can: ``"\ud83d"`` without the ``"\ude00"`` behind it.
+
+    Raises:
+        ValueError: It does; no tokenizer takes it and no file of results.
+    """
+    found = _SURROGATE.search(text)
+    if found:
+        raise ValueError(
+            f"{what} holds {found[0]!r}, which is half of a character (a lone surrogate); write all of it or remove it"
+        )

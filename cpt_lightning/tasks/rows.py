@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar, get_args, overload
 
 from cpt_lightning.tasks.images import ImageInput
-from cpt_lightning.tasks.prompts import Prompt
+from cpt_lightning.tasks.prompts import Prompt, refuse_surrogates
 from cpt_lightning.types import Gold
 
 T = TypeVar("T")
@@ -43,7 +43,7 @@ class Row:
         target_ids: Token ids of the target, which SFT then learns as they are.
 
     Raises:
-        ValueError: The answer is empty, or a field would hide the slot ``answer``.
+        ValueError: The answer is empty or holds half of a character, or a field would hide the slot ``answer``.
     """
 
     row_id: str
@@ -60,6 +60,8 @@ class Row:
         answers = [self.answer] if isinstance(self.answer, str) else self.answer
         if not answers or not all(answer.strip() for answer in answers):
             raise ValueError(f"{self.row_id}: empty answer {self.answer!r}; fill it in or take the row out")
+        for answer in answers:  # what is asked and learned is looked at where it is filled in
+            refuse_surrogates(answer, f"{self.row_id}: the answer")
         if "answer" in self.fields:
             raise ValueError(f"{self.row_id}: the field 'answer' would hide the row's answer; give it another name")
 

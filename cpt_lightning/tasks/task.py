@@ -13,7 +13,7 @@ from PIL import Image
 from cpt_lightning.rewards import Reward
 from cpt_lightning.rewards.formats import FormatStyle
 from cpt_lightning.tasks.images import ImageError, load_image
-from cpt_lightning.tasks.prompts import Prompt, Style, refuse_special_tokens
+from cpt_lightning.tasks.prompts import Prompt, Style, check_text
 from cpt_lightning.tasks.rows import SPLITS, LazySequence, Row, Source, Split, check_split
 from cpt_lightning.tasks.targets import check_template, fill_template, most_frequent
 from cpt_lightning.types import Example, Gold
@@ -75,7 +75,7 @@ class Task:
         for split in SPLITS:
             count = self._num_rows(split)
             if count is not None and count < 1:
-                raise ValueError(f"num_{split} is {count}; give at least 1, or leave it out to take every row")
+                raise ValueError(f"num_{split}={count} must be at least 1; null takes every row")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; give 0 or more")
         if self.bad_images not in get_args(BadImages):
@@ -145,7 +145,7 @@ class Task:
         if count is None:
             return np.arange(num_rows)
         if count > num_rows:
-            raise ValueError(f"num_{split} is {count}, but the {split} split has {num_rows} rows; ask for at most that")
+            raise ValueError(f"num_{split}={count}, but the {split} split has {num_rows} rows; ask for at most that")
         generator = np.random.default_rng([self.seed, SPLITS.index(split)])
         return np.sort(generator.permutation(num_rows)[:count])
 
@@ -182,5 +182,5 @@ class Task:
             text = row.target
         else:
             text = fill_template(template, {"answer": most_frequent(row.answer), **row.fields})
-        refuse_special_tokens(text, "the target")
+        check_text(text, "the target")
         return text

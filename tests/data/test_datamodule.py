@@ -1,11 +1,14 @@
 """The stream as a LightningDataModule."""
 
+import numpy as np
 import pytest
 import torch
 
 from cpt_lightning.data import TRAINER_OPTIONS, TaskStream
 from cpt_lightning.tasks import Task
 from tests.fakes import LinearModule, NumberSource, WordProcessor, make_trainer, number_stream
+
+TASK = Task(NumberSource("a"))
 
 
 def standing_alone(**options) -> TaskStream:
@@ -136,8 +139,16 @@ def test_over_long_rows_are_left_out_of_training_but_not_of_evaluation(tmp_path)
     "options, message",
     [
         ({"tasks": {}}, "data.tasks is empty"),
-        ({"probes": {"a": Task(NumberSource("a"))}}, "'a' is both a task and a probe"),
-        ({"tasks": {"a/b": Task(NumberSource("a"))}}, "'a/b' cannot be the name"),
+        ({"probes": {"a": TASK}}, "'a' is both a task and a probe"),
+        ({"tasks": {"a/b": TASK}}, "'a/b' cannot be the name of a task or probe: '/' has a meaning"),
+        ({"tasks": {"a.b": TASK}}, "'a.b' cannot be the name .* '\\.' has a meaning .*; write '_' or '-' in its place"),
+        ({"probes": {"..": TASK}}, r"'\.\.' cannot be the name .* '\.' has a meaning"),
+        ({"tasks": {"": TASK}}, "'' cannot be the name of a task or probe: it says nothing; give it one"),
+        ({"tasks": {1: TASK}}, "1 cannot be the name of a task or probe: it is an int and not text; quote it"),
+        ({"probes": {True: TASK}}, "True cannot be the name of a task or probe: it is a bool and not text; quote it"),
+        ({"tasks": {None: TASK}}, "None cannot be the name of a task or probe: it is nothing and not text; quote it"),
+        ({"tasks": {"a\tb": TASK}}, r"'a\\tb' cannot be the name .* a character that cannot be seen"),
+        ({"tasks": {"ä" * 51: TASK}}, "cannot be the name .* 100 bytes are the most; shorten it"),
         ({"stages": []}, "nothing to learn"),
         ({"stages": [[]]}, "nothing to learn"),
         ({"stages": ["a", "bb"]}, "data.stages names 'bb'.*did you mean 'b'"),
@@ -148,17 +159,50 @@ def test_over_long_rows_are_left_out_of_training_but_not_of_evaluation(tmp_path)
         ({"steps": {"cc": 2}}, "data.steps names 'cc'.*did you mean 'c'"),
         ({"stages": [["a", "b"]], "passes": {"a": 2}}, r"data.passes names 'a'.*there are a\+b"),
         ({"passes": 2, "steps": 3}, "data.passes=2 and data.steps=3 both say how long a stage lasts"),
-        ({"passes": 0}, "data.passes of every stage is 0; it must be positive"),
+        ({"passes": 0}, "data.passes of every stage is 0; it must be a positive number"),
+        ({"passes": "2"}, "data.passes of every stage is '2'; it must be a positive number"),
+        ({"passes": float("inf")}, "data.passes of every stage is inf; it must be a positive number"),
+        ({"passes": {1: 2}}, "data.passes names 1, which the stream does not have"),
         ({"steps": {"a": -1}}, "data.steps of a is -1"),
+        ({"steps": 2.5}, "data.steps of every stage is 2.5; it must be a positive whole number"),
+        ({"steps": True}, "data.steps of every stage is True; it must be a positive whole number"),
         ({"prompts_per_step": 0}, "data.prompts_per_step=0 must be at least 1"),
         ({"max_prompt_tokens": 0}, "data.max_prompt_tokens=0"),
-        ({"mixing": 0.0}, "temperature must be positive"),
-        ({"seed": -1}, "data.seed=-1"),
+        ({"prompts_per_step": 2.5}, "data.prompts_per_step=2.5 must be a whole number"),
+        ({"eval_prompts_per_step": None}, "data.eval_prompts_per_step=None must be a whole number"),
+        ({"num_workers": -1}, "data.num_workers=-1 must be at least 0"),
+        ({"mixing": 0.0}, "temperature must be a positive number"),
+        ({"mixing": None}, "data.mixing=None: a temperature must be a positive number"),
+        ({"mixing": "sizes"}, "data.mixing='sizes' is unknown; there are 'size', 'uniform' and temperatures"),
+        ({"replay": {"ratio": 0.1}}, r"data.replay=.* is a dict; give a Replay, such as Replay\(ratio=0.1\)"),
+        ({"evaluate_on": "train"}, "data.evaluate_on='train' is unknown; there are 'val' and 'test'"),
+        ({"predict_on": "all"}, "data.predict_on='all' is unknown; there are 'train', 'val', 'test'"),
+        ({"seed": -1}, "data.seed=-1 must be at least 0"),
+        ({"seed": 0.5}, "data.seed=0.5 must be a whole number"),
     ],
 )
 def test_mistakes_are_named_at_once(options, message):
     with pytest.raises(ValueError, match=message):
         number_stream(**options)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"tasks": [TASK]}, "data.tasks is a list; give a dict of tasks by name"),
+        ({"tasks": {"a": "bars2"}}, "data.tasks: 'a' is a str; give a Task"),
+        ({"probes": [TASK]}, "data.probes is a list; give a dict"),
+        ({"probes": {"p": TASK.source}}, "data.probes: 'p' is a NumberSource; give a Task"),
+    ],
+)
+def test_what_is_no_task_is_refused_at_once(options, message):
+    with pytest.raises(TypeError, match=message):
+        number_stream(**options)
+
+
+def test_numbers_of_numpy_are_numbers():
+    stream = number_stream(prompts_per_step=np.int64(4), steps=np.int64(3), seed=np.int64(1))
+    assert stream.num_steps(0) == 3
 
 
 def test_the_stream_says_what_it_wants_of_a_trainer():

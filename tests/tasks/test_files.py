@@ -89,6 +89,26 @@ def test_class_labels_are_their_names(tmp_path, cache):
     assert source.num_left_out("train") == 1
 
 
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+@pytest.mark.parametrize("num_before", [1, 2000], ids=["at its beginning", "behind what is read at once"])
+def test_a_file_that_is_not_utf8_is_named_with_the_line(tmp_path, name, num_before):
+    """Line n has ``num_before`` lines of 6 bytes before it, then é as Latin-1 writes it in a place of its own."""
+    start = b"[\n" if name == "rows.json" else b"\n\n"
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + start + b'"ab",\n'.replace(b",", b" ") * num_before + b'"\xe9"')
+    message = f"{name}: line {num_before + 2 + (name == 'rows.jsonl')} is not UTF-8"
+    with pytest.raises(ValueError, match=rf"{message} \(byte {num_before * 6 + 6} is 0xe9\); save it as UTF-8"):
+        FileRows(str(tmp_path / name)).split("train")
+
+
+def test_metadata_of_images_that_is_not_utf8_is_named_with_the_line(tmp_path, cache):
+    (tmp_path / "a.png").write_bytes(png("red"))
+    (tmp_path / "metadata.csv").write_bytes("file_name,question,answer\na.png,café?,b\n".encode("latin-1"))
+    with pytest.raises(
+        ValueError, match=r"^.*/metadata.csv: line 2 is not UTF-8 \(byte 35 is 0xe9\); save it as UTF-8"
+    ):
+        FileRows(str(tmp_path)).split("train")
+
+
 @pytest.mark.parametrize("name", ["rows.parquet", "rows.arrow"])
 def test_a_damaged_file_is_named(tmp_path, cache, name):
     (tmp_path / name).write_bytes(b"PAR1 this is cut off")

@@ -108,8 +108,8 @@ def test_a_subset_is_seeded_keeps_the_order_and_grows_by_adding():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"num_train": 0}, "num_train is 0; give at least 1"),
-        ({"num_test": -3}, "num_test is -3"),
+        ({"num_train": 0}, "num_train=0 must be at least 1; null takes every row"),
+        ({"num_test": -3}, "num_test=-3 must be"),
         ({"seed": -1}, "seed is -1"),
         ({"bad_images": "drop"}, "bad_images 'drop' is unknown; there are fail, skip"),
         ({"target": "{answer"}, "a literal brace is written twice"),
@@ -126,7 +126,7 @@ def test_a_task_that_makes_no_sense_is_refused_at_once(options, message):
 
 def test_splits_that_are_not_there_are_named():
     task = Task(Listed(rows()), num_train=11)
-    with pytest.raises(ValueError, match="task 'numbers': num_train is 11, but the train split has 10 rows"):
+    with pytest.raises(ValueError, match="task 'numbers': num_train=11, but the train split has 10 rows"):
         task.examples("train", "numbers")
     with pytest.raises(ValueError, match="task 'numbers': no test split"):
         task.examples("test", "numbers")
@@ -143,6 +143,22 @@ def test_splits_that_are_not_there_are_named():
         (Row("a.json:3", "<image>x?", "1"), {}, "a.json:3: the question has 1 <image> markers for 0 images"),
         (Row("a.json:3", "x <|im_end|>?", "1"), {}, "a.json:3: the question holds"),
         (Row("a.json:3", "x?", "<|im_end|>"), {}, "a.json:3: the target holds"),
+        (
+            Row("a.json:3", "x \ud800?", "1"),
+            {},
+            r"'numbers', a.json:3: the question holds '\\ud800', which is half of a",
+        ),
+        (Row("a.json:3", "x?", "1", system="\udfff"), {}, "'numbers', a.json:3: the system turn holds .* remove it"),
+        (
+            Row("a.json:3", "x?", "1", target="1\ud800"),
+            {},
+            "'numbers', a.json:3: the target holds .*half of a character",
+        ),
+        (
+            Row("a.json:3", "x?", "1", fields={"thought": "\ud800"}),
+            {"target": "{thought} {answer}"},
+            "'numbers', a.json:3: the target holds .*half of a character",
+        ),
         (
             Row("a.json:3", "x?", "1", fields={"hint": "h"}),
             {"target": "{thought} {answer}"},
@@ -177,6 +193,13 @@ def test_skipping_is_for_images_only():
 def test_an_empty_answer_is_refused(answer):
     with pytest.raises(ValueError, match="list:0: empty answer"):
         Row("list:0", "x?", answer)
+
+
+@pytest.mark.parametrize("answer", ["a\ud800", ["a", "\ud800"]])
+def test_half_of_a_character_in_an_answer_is_refused(answer):
+    """It is never tokenized if the row has a target of its own, but graded and written down."""
+    with pytest.raises(ValueError, match=r"list:0: the answer holds '\\ud800', which is half of a character"):
+        Row("list:0", "x?", answer, target="b")
 
 
 def test_a_field_may_not_hide_the_answer():

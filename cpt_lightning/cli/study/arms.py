@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+LONGEST_NAME = 200
+"""Bytes of an arm's name, after which its folder is named; file systems take 255."""
 OWN = "run"
 """Stands for a run's own folder in its commands, as an arm's name stands for that arm's of the same seed."""
 CONFIGS = ("-c", "--config", "--model", "--data", "--trainer")
@@ -75,12 +77,17 @@ class Study:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 at byte {error.start}; save it as UTF-8") from None
         except yaml.YAMLError as error:
             raise ValueError(f"{path} is not YAML: {error}") from None
         if not isinstance(content, dict) or not isinstance(content.get("arms"), dict) or not content["arms"]:
             raise ValueError(f"{path}: a study has `arms`, each a name with a cpt command or a list of them")
         if unknown := sorted(set(content) - {"out", "arms", "seeds", "options", "grid"}):
             raise ValueError(f"{path}: unknown {', '.join(unknown)}; a study has out, arms, seeds, options and grid")
+        for option in ("out", "options"):
+            if not isinstance(content.get(option, ""), str):
+                raise ValueError(f"{path}: {option}={content[option]!r} must be text; quote it")
         named = {str(name): _commands(path, name, arm) for name, arm in content["arms"].items()}
         arms, values = _over_grid(named, _grid(path, content.get("grid", {}), named))
         study = cls(
@@ -88,18 +95,23 @@ class Study:
             out=Path(content.get("out", f"runs/{path.stem}")),
             arms=arms,
             seeds=content.get("seeds", [0]),
-            options=shlex.split(content.get("options", "")),
+            options=_words(path, "options", content.get("options", "")),
             values=values,
         )
         study.check()
         return study
 
     def check(self) -> None:
-        """Refuses seeds that are no numbers, commands that are none of ours, and arms that need later ones."""
-        if not self.seeds or not all(isinstance(seed, int) for seed in self.seeds):
-            raise ValueError(f"{self.path}: seeds={self.seeds} must be a list of whole numbers")
+        """Refuses what would not run, or not into a folder of its own.
+
+        Raises:
+            ValueError: Seeds that are no numbers or given twice, an arm whose name cannot be a folder's, that needs a
+                later one, or whose commands do not end in something to compare.
+        """
+        _check_seeds(self.path, self.seeds)
         known = {OWN}
         for arm, commands in self.arms.items():
+            _check_name(self.path, arm)
             for command in commands:
                 if unknown := sorted(_names(command) - known - set(self.values.get(arm, ()))):
                     raise ValueError(
@@ -118,8 +130,9 @@ class Study:
             seeds: In place of the study's.
 
         Raises:
-            ValueError: It has no such arm.
+            ValueError: It has no such arm, or a seed is given twice.
         """
+        _check_seeds(self.path, seeds or self.seeds)
         for pattern in arms or ():
             if not fnmatch.filter(self.arms, pattern):
                 raise ValueError(f"{self.path} has no arm {pattern}; there are {', '.join(self.arms)}")
@@ -158,6 +171,30 @@ class Study:
         return tuple(words)
 
 
+def _check_seeds(path: Path, seeds: Any) -> None:
+    if not isinstance(seeds, list | tuple) or not seeds or not all(type(seed) is int for seed in seeds):
+        raise ValueError(f"{path}: seeds={seeds} must be a list of whole numbers")
+    if doubled := [seed for seed in seeds if seeds.count(seed) > 1]:
+        raise ValueError(f"{path}: seeds={list(seeds)} has {doubled[0]} twice, which is one run; leave one out")
+
+
+def _check_name(path: Path, arm: str) -> None:
+    """Refuses the name of an arm after which no folder beside the others' could be named."""
+    problem = None
+    if not arm.strip() or arm in (".", ".."):
+        problem = "its folder is named after it; call it something with letters or digits"
+    elif arm == OWN:
+        problem = f"{{{OWN}}} stands for a run's own folder; call it something else"
+    elif "/" in arm:
+        problem = "its folder is named after it, and '/' would begin another folder; leave it out"
+    elif not arm.isprintable():
+        problem = "its folder is named after it, and it holds a character that cannot be seen; leave that out"
+    elif len(arm.encode()) > LONGEST_NAME:
+        problem = f"its folder is named after it, and {LONGEST_NAME} bytes are the most; shorten it"
+    if problem is not None:
+        raise ValueError(f"{path}: {arm!r} cannot be the name of an arm (with the values of its grid): {problem}")
+
+
 def _grid(path: Path, grid: Any, arms: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
         raise ValueError(f"{path}: grid={grid} must give each of its names a list of values, e.g. lr: [1.0e-4, 3.0e-4]")
@@ -186,9 +223,22 @@ def _over_grid(
 
 def _commands(path: Path, name: Any, arm: Any) -> list[str]:
     commands = [arm] if isinstance(arm, str) else arm
-    if not isinstance(commands, list) or not commands or not all(isinstance(command, str) for command in commands):
+    if not isinstance(commands, list) or not commands or not all(isinstance(c, str) and c.split() for c in commands):
         raise ValueError(f"{path}: arm {name} must be a cpt command, or a list of them")
+    for command in commands:
+        try:
+            _names(command)
+        except ValueError as error:
+            raise ValueError(f"{path}: arm {name}: {error}; braces that are meant as such are doubled") from None
+        _words(path, f"arm {name}", command)
     return commands
+
+
+def _words(path: Path, where: str, text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:  # a quotation that does not end
+        raise ValueError(f"{path}: {where}: {error} in {text!r}") from None
 
 
 def _with_slots_filled(word: str, slots: Mapping[str, str]) -> str:

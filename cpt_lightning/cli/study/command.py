@@ -6,9 +6,10 @@ import argparse
 import sys
 
 DESCRIPTION = """\
-Runs a list of arms, each with several seeds, and compares what they learned, what they forgot and what they cost.
-A finished run is skipped, one that was killed goes on from its last checkpoint, so that the same command may be given
-again until all is done. After every call the finished runs are compared: comparison.md, .csv, .tex and .png.
+Runs a list of arms, each with several seeds, and compares what they learned, what they forgot and what they cost. All
+commands are parsed first, and one that could not begin stops the study before it runs anything. A finished run is
+skipped, one that was killed goes on from its last checkpoint, so that the same command may be given again until all is
+done. After every call the finished runs are compared: comparison.md, .csv, .tex and .png.
 
 a study's file:
   out: runs/toy_study                 # a folder per arm and seed, and the comparison
@@ -47,14 +48,18 @@ def study_command(args: list[str]) -> None:
     """
     options = _parser().parse_args(args)
     from cpt_lightning.cli.study.arms import Study  # after --help, for it takes seconds
-    from cpt_lightning.cli.study.runner import Runner, is_finished
+    from cpt_lightning.cli.study.parsing import check_commands
+    from cpt_lightning.cli.study.runner import Runner, is_finished, why_lost
     from cpt_lightning.records import RunFolder
     from cpt_lightning.report import Comparison, Figures, figures_of
 
     try:
         study = Study.load(options.file).chosen(options.arms, options.seeds)
         runs = list(study.runs())
-        lost = [] if options.only_compare else Runner(options.jobs, options.gpus)(runs)
+        lost = []
+        if not options.only_compare:
+            check_commands(study.path, runs)
+            lost = Runner(options.jobs, options.gpus)(runs)
         finished = [run for run in runs if is_finished(run)]
     except ValueError as error:
         print(f"cpt study: error: {error}", file=sys.stderr)
@@ -70,8 +75,9 @@ def study_command(args: list[str]) -> None:
     else:
         print("no run is finished yet: nothing to compare")
     if lost:
-        names = "; ".join(run.name for run in lost)
-        print(f"cpt study: {len(lost)} of {len(runs)} runs did not get to their end: {names}", file=sys.stderr)
+        print(f"cpt study: {len(lost)} of {len(runs)} runs did not get to their end:", file=sys.stderr)
+        for run in lost:
+            print(f"  {run.name}: {why_lost(run, lost)}", file=sys.stderr)
         raise SystemExit(1)
 
 

@@ -103,7 +103,23 @@ def is_finished(run: Run) -> bool:
     Raises:
         ValueError: It was made by other commands.
     """
-    return _done(run)[0] == len(run.commands)
+    return not commands_left(run)
+
+
+def commands_left(run: Run) -> tuple[tuple[str, ...], ...]:
+    """Those of its commands that have not come to their end.
+
+    Raises:
+        ValueError: It was made by other commands.
+    """
+    return run.commands[_done(run)[0] :]
+
+
+def why_lost(run: Run, lost: Sequence[Run]) -> str:
+    """Why one of the lost runs is among them, for people."""
+    if before := _needed(run, lost):
+        return f"not begun, for it needs {before[0].name}"
+    return f"failed, see {run.folder / LOG}"
 
 
 def _done(run: Run) -> tuple[int, float]:
@@ -121,6 +137,6 @@ def _done(run: Run) -> tuple[int, float]:
     return len(done), record["seconds"]
 
 
-def _needed(run: Run, others: Sequence[Run]) -> bool:
-    """Whether a run needs one of the others."""
-    return any(other.seed == run.seed and other.arm in run.needs for other in others)
+def _needed(run: Run, others: Sequence[Run]) -> list[Run]:
+    """Those of the others that a run needs."""
+    return [other for other in others if other.seed == run.seed and other.arm in run.needs]
