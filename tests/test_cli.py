@@ -371,7 +371,7 @@ def test_verdicts_that_are_missing_are_named_before_the_base_is_evaluated(config
     [
         (["--model=RFT", "--trainer.accumulate_grad_batches=2"], "trainer.accumulate_grad_batches=2 is for SFT"),
         (["--trainer.precision=16-true"], "trainer.precision=16-true: float16 weights and moments overflow"),
-        (["--trainer.limit_val_batches=1"], "trainer.limit_val_batches=1: the validation after a task"),
+        (["--trainer.limit_val_batches=0.5"], "trainer.limit_val_batches=0.5: the validation after a task"),
         (["--trainer.overfit_batches=1"], "trainer.overfit_batches=1: the validation after a task"),
         (["--trainer.check_val_every_n_epoch=2"], "trainer.check_val_every_n_epoch=2: the validation after a task"),
         (["--trainer.callbacks+=cpt_lightning.callbacks.EWC", "--model.backbone.tuning=lora",
@@ -391,8 +391,8 @@ def test_what_would_stop_a_fit_or_spoil_it_is_said_before_the_base_is_evaluated(
 
 
 def test_a_test_of_some_rows_is_refused(config, tmp_path, capsys):
-    said = refusal(["test", "-c", config, "--trainer.limit_test_batches=1"], capsys, code=1)
-    assert "trainer.limit_test_batches=1 would leave tasks out of test_scores.json" in said
+    said = refusal(["test", "-c", config, "--trainer.limit_test_batches=0.5"], capsys, code=1)
+    assert "trainer.limit_test_batches=0.5 would leave tasks out of test_scores.json" in said
     assert not (tmp_path / "run" / "test_scores.json").exists()
 
 
