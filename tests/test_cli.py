@@ -473,3 +473,21 @@ def test_an_option_that_is_wrong_is_said_in_a_few_lines(config, capsys):
     assert "class_path 'cpt_lightning.modules.SFT':\nOption 'group_size' is not accepted" in said
     assert len(said.splitlines()) < 6 and "NestedArg" not in said
     assert "usage: cpt fit -c CONFIG.yaml" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (["--trainer.accelerator=gpu"], 2, "No supported gpu backend found!"),
+        (["--trainer.devices=0"], 2, "is not a valid input using cpu accelerator"),
+        (
+            ["--data.steps=6", "--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=1e38",
+             "--model.max_grad_norm=null"],
+            1,
+            "5 steps in a row had a gradient that is not finite",
+        ),
+    ],
+    ids=["no GPU", "no devices", "divergence"],
+)  # fmt: skip
+def test_what_lightning_refuses_and_what_went_astray_is_said_in_a_line(config, options, code, said, capsys):
+    assert said in refusal(["fit", "-c", config, *options], capsys, code).splitlines()[-1 - (code == 1)]

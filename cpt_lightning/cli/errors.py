@@ -8,6 +8,8 @@ import textwrap
 import traceback
 from pathlib import Path
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
 _PACKAGE = str(Path(__file__).parents[1])
 _IN_A_WORKER = "DataLoader worker process"
 _PLACE = re.compile(r'File "([^"]+)", line .*\n +(.*)')
@@ -16,7 +18,7 @@ LONGEST_VALUE = 60
 _NO_ALTERNATIVE = "Expected a <class 'NoneType'>"
 
 
-def refusal(error: ValueError) -> str:
+def refusal(error: Exception) -> str:
     r"""The complaint of the class whose constructor raised.
 
     Where an option may be of several types, jsonargparse (4.53) lists what each of them said, and then the whole value.
@@ -57,10 +59,12 @@ def is_debugged() -> bool:
 def complaint(error: BaseException) -> str | None:
     """What a line of this package raised while a run was under way; ``None`` if it was a library's, or not meant.
 
-    Such an error is about what the user gave: a row, a file, an option. Of one in a worker of a loader torch tells the
-    traceback in the message.
+    Such an error is about what the user gave: a row, a file, an option. So is what Lightning says of its own options.
+    Of one in a worker of a loader torch tells the traceback in the message.
     """
-    if not isinstance(error, ValueError):
+    if isinstance(error, MisconfigurationException):
+        return str(error)
+    if not isinstance(error, ValueError | FloatingPointError):
         return None
     last = traceback.extract_tb(error.__traceback__)[-1]
     place, said = (last.filename, last.line or ""), str(error)

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import Namespace
 from lightning import Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -214,7 +215,7 @@ class CPTCLI(LightningCLI):
         """
         try:
             super().instantiate_classes()
-        except ValueError as error:
+        except (ValueError, MisconfigurationException) as error:
             if is_debugged():
                 raise
             print(f"{self._command}: error: {refusal(error)}", file=sys.stderr)
@@ -260,7 +261,7 @@ class CPTCLI(LightningCLI):
         """
         try:
             yield
-        except ValueError as error:
+        except (ValueError, FloatingPointError, MisconfigurationException) as error:
             said = complaint(error)
             if said is None or is_debugged():
                 raise
