@@ -66,7 +66,7 @@ def run_ranks(target: Callable[..., Any], *arguments: Any, ranks: int = 2, time_
                 process.kill()
                 process.join()
         if codes := [process.exitcode for process in processes if process.exitcode]:
-            raise RuntimeError(f"exit codes {codes}\n" + "\n".join(log.read_text()[-3000:] for log in logs))
+            raise RuntimeError(f"exit codes {codes}\n" + "\n".join(log.read_text()[-3000:] for log in logs if log.exists()))
 
 
 def _be_rank(log: Path, environment: dict, rank: int, target: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
