@@ -66,7 +66,8 @@ def run_ranks(target: Callable[..., Any], *arguments: Any, ranks: int = 2, time_
                 process.kill()
                 process.join()
         if codes := [process.exitcode for process in processes if process.exitcode]:
-            raise RuntimeError(f"exit codes {codes}\n" + "\n".join(log.read_text()[-3000:] for log in logs if log.exists()))
+            said = [log.read_text()[-3000:] for log in logs if log.exists()]  # one that was ended may not have begun
+            raise RuntimeError(f"exit codes {codes}\n" + "\n".join(said))
 
 
 def _be_rank(log: Path, environment: dict, rank: int, target: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
