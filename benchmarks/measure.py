@@ -6,16 +6,17 @@ import gc
 import logging
 import multiprocessing
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
 from typing import Any, TypeVar
 
 import torch
+
+from cpt_lightning.cli.rehearse.memory import DeviceMemory
+from cpt_lightning.modules.accounting import host_rss
 
 Result = TypeVar("Result")
 
@@ -84,26 +85,17 @@ class PeakMemory:
     """
 
     def __init__(self, device: str) -> None:
-        self.is_cuda = device == "cuda"
         gc.collect()
-        if self.is_cuda:
+        if device == "cuda":
             torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self.start_bytes = torch.cuda.memory_allocated()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # sets the mark to what is resident now
-            self.start_bytes = _status_bytes("VmRSS")
+        self.memory = DeviceMemory(torch.device(device))
+        self.memory.forget_peak()
+        self.start_bytes = torch.cuda.memory_allocated() if device == "cuda" else host_rss()
 
     @property
     def bytes(self) -> int:
         """So far; 1 where none was needed, so that there are ratios."""
-        peak = torch.cuda.max_memory_allocated() if self.is_cuda else _status_bytes("VmHWM")
-        return max(1, peak - self.start_bytes)
-
-
-def _status_bytes(name: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", status)[1])
+        return max(1, self.memory.peak - self.start_bytes)
 
 
 class Stopwatch:

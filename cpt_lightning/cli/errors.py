@@ -7,8 +7,10 @@ import re
 import textwrap
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser
 
 _PACKAGE = str(Path(__file__).parents[1])
 _IN_A_WORKER = "DataLoader worker process"
@@ -49,6 +51,15 @@ def shortened(message: str) -> str:
     value = rest.rpartition("  Given value: ")[2]
     shown = f" (given: {value})" if len(value) <= LONGEST_VALUE and "NestedArg(" not in value else ""
     return f"{key} {refusal(ValueError(textwrap.dedent(rest)))}{shown}"
+
+
+class OptionParser(LightningArgumentParser):
+    """A parser that says what is wrong with an option, without listing all others."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Ends with 2, after a line or a few."""
+        super().error(shortened(message), ex)
+        raise SystemExit(2)
 
 
 def is_debugged() -> bool:

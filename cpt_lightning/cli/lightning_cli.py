@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from jsonargparse import Namespace
 from lightning import Trainer
@@ -35,7 +35,7 @@ from cpt_lightning.callbacks.continual import unmeasured
 from cpt_lightning.checkpoint_io import check_resumable, next_step, read_checkpoint
 from cpt_lightning.cli import VERBS
 from cpt_lightning.cli.console import rank, tidy
-from cpt_lightning.cli.errors import complaint, is_debugged, refusal, shortened
+from cpt_lightning.cli.errors import OptionParser, complaint, is_debugged, refusal
 from cpt_lightning.cli.run_directory import Claim, check_claimed, last_checkpoint, run_directory
 from cpt_lightning.cli.run_record import RunRecord
 from cpt_lightning.data import TRAINER_OPTIONS, TaskStream
@@ -49,15 +49,6 @@ TRAINER_DEFAULTS = {
 }
 
 PARSER_OPTIONS = {"prog": "cpt", "description": "Continual post-training of multimodal language models."}
-
-
-class OptionParser(LightningArgumentParser):
-    """A parser that says what is wrong with an option, without listing all others."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Ends with 2, after a line or a few."""
-        super().error(shortened(message), ex)
-        raise SystemExit(2)
 
 
 class RunTrainer(Trainer):

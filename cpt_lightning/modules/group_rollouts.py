@@ -213,7 +213,7 @@ class GroupRollouts(ManualUpdates):
         rows = self._informative(scores)
         num_prompts = len(rollout.prompts)
         share = torch.tensor(len(rows) / num_prompts, device=self.device)
-        self.log_means({"train/informative_fraction": share}, count=num_prompts * rollout.counts)
+        self.log_means({"train/informative_fraction": share}, count=num_prompts)
         return rollout.select(rows[: self.informative_prompts] or [0])
 
     # -- what is shown -------------------------------------------------------------------------------------------
