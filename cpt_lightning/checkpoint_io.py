@@ -18,6 +18,8 @@ from cpt_lightning.sharded_checkpoints import PARTS, REST, fill, problem_of
 
 NEEDED_BY_A_RUN = ("loops", "callbacks", "optimizer_states", "lr_schedulers")
 """Keys of a Lightning checkpoint without which a run cannot go on."""
+RECORD = "ContinualLearning"
+"""Under what name a checkpoint's ``callbacks`` hold the record of learning and forgetting."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -126,6 +128,11 @@ def check_resumable(checkpoint: dict[str, Any], path: str | Path) -> None:
             f"{path} has no {missing[0]}: it was saved with checkpoint.save_weights_only, and can be evaluated (cpt "
             f"test) but not gone on from{others_beside(Path(path))}"
         )
+
+
+def record_of(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
+    """What the callback ``ContinualLearning`` had recorded; ``None`` if there was none."""
+    return checkpoint.get("callbacks", {}).get(RECORD)
 
 
 def next_step(checkpoint: dict[str, Any]) -> int:

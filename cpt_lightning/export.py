@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 from cpt_lightning.callbacks.cards import Kind, config_of, model_card
 from cpt_lightning.callbacks.exports import EXPORTS, merged_model, weights_of_model
 from cpt_lightning.checkpoint_files import checkpoints_in
-from cpt_lightning.checkpoint_io import read_checkpoint
+from cpt_lightning.checkpoint_io import read_checkpoint, record_of
 from cpt_lightning.models import Backbone
 from cpt_lightning.models.adapters import has_adapters
 from cpt_lightning.models.folders import lasting_name, load_weights, refuse_filled, save_folder
@@ -145,8 +145,8 @@ def learned_stages(path: Path, checkpoint: dict, matrix: AccuracyMatrix | None) 
     if match := TASK_CHECKPOINT.fullmatch(path.name):
         return names[: int(match["stage"])] or [match["name"]], None
     # A row joins the record at the end of its stage; a checkpoint without a record may be from before or after.
-    stage, record = checkpoint["epoch"], checkpoint.get("callbacks", {}).get("ContinualLearning", {})
-    if len(record.get("rows", [])) > stage:
+    stage, record = checkpoint["epoch"], record_of(checkpoint)
+    if record is not None and len(record["rows"]) > stage:
         return names[: stage + 1], None
     return names[:stage], names[stage] if stage < len(names) else "the stream"
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from cpt_lightning.callbacks import EWC, L2, ContinualLearning, ModelMerging
 from cpt_lightning.callbacks.cards import model_card
-from cpt_lightning.callbacks.continual import unmeasured
+from cpt_lightning.callbacks.continuation import unmeasured
 from cpt_lightning.checkpoint_io import read_checkpoint
 from cpt_lightning.cli import main
 from cpt_lightning.data import Replay

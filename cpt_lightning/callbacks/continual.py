@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from cpt_lightning.callbacks.checks import ChecksFit
-from cpt_lightning.checkpoint_io import next_step
+from cpt_lightning.callbacks.continuation import check_answers, check_stream, new_to
+from cpt_lightning.checkpoint_io import RECORD, next_step, record_of
 from cpt_lightning.records.matrix import AccuracyMatrix, Scores, logged_cell
 from cpt_lightning.records.run import MATRIX
 
@@ -171,6 +171,11 @@ class ContinualLearning(ChecksFit):
 
     # -- in the checkpoint -----------------------------------------------------------------------------------------
 
+    @property
+    def state_key(self) -> str:
+        """Where its record stands in a checkpoint, of a subclass too."""
+        return RECORD
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remembers whose record it is, and refuses settings that would leave holes in it."""
         stream = trainer.datamodule
@@ -193,13 +198,13 @@ class ContinualLearning(ChecksFit):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Checks that a record that ``fit`` goes on with belongs to this stream, and says what is new, or left."""
         # Not in on_fit_start: under fsdp2 the checkpoint is read after that.
-        record = checkpoint["callbacks"].get(self.state_key)
+        record = record_of(checkpoint)
         self._resumed_step = next_step(checkpoint)
         if record is None or trainer.state.fn != TrainerFn.FITTING or trainer.fast_dev_run:
             return
         check_stream(trainer, record)
-        self._check_answers(record.get("answers", {}))
-        new = _new(trainer, record)
+        check_answers(self.answers, record)
+        new = new_to(trainer, record)
         if len(record["rows"]) == trainer.datamodule.num_stages:
             rank_zero_info(
                 "all stages of the stream were learned before this checkpoint; nothing is left to learn"
@@ -216,16 +221,6 @@ class ContinualLearning(ChecksFit):
         self.zero_shot = state_dict["zero_shot"]
         self.rows = list(state_dict["rows"])
         self._is_resumed = True
-
-    def _check_answers(self, before: Mapping[str, Any]) -> None:
-        """Refuses to go on where answers are drawn otherwise."""
-        for name, now in self.answers.items():
-            if before.get(name, now) != now:
-                option = name if name == "forced_prefix" else f"evaluation.{name}"
-                raise ValueError(
-                    f"{option} is {now!r}, in the checkpoint it is {before[name]!r}, and the matrix would mix two "
-                    "measurements: restore it, or begin a new run"
-                )
 
     def check_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses to evaluate something else than everything after every task.
@@ -244,60 +239,3 @@ class ContinualLearning(ChecksFit):
                     f"the accuracy matrix; leave it at {value}. To evaluate less, set num_"
                     f"{trainer.datamodule.evaluate_on} of the tasks"
                 )
-
-
-def unmeasured(trainer: Trainer, checkpoint: Mapping[str, Any]) -> list[str]:
-    """Tasks and probes that the model of a checkpoint is to be asked before ``fit`` goes on from it.
-
-    They are those that came to the stream later, if the checkpoint stands at the end of a stage that is not the last.
-    Within one there are none, for its end asks everything.
-
-    Raises:
-        ValueError: The checkpoint belongs to another stream.
-    """
-    keys = (callback.state_key for callback in trainer.callbacks if isinstance(callback, ContinualLearning))
-    record = next((checkpoint["callbacks"][key] for key in keys if key in checkpoint["callbacks"]), None)
-    if record is None:
-        return []
-    check_stream(trainer, record)
-    num_learned, stream = len(record["rows"]), trainer.datamodule
-    if not checkpoint["epoch"] < num_learned < stream.num_stages:
-        return []
-    return [name for name in stream.asked if name not in record["rows"][-1]]
-
-
-def check_stream(trainer: Trainer, record: Mapping[str, Any]) -> None:
-    """Refuses a stream that does not begin with the one that a record is of, or that measures it otherwise.
-
-    Raises:
-        ValueError: Stages were changed other than by new ones behind them; a task or probe is no longer evaluated, or
-            evaluated otherwise. Earlier checkpoints do not say how.
-    """
-    stream, stages = trainer.datamodule, record["stages"]
-    if stream.stages[: len(stages)] != stages:
-        raise ValueError(
-            f"the checkpoint belongs to another stream: its stages are {stages}, now they are {stream.stages}. New "
-            "stages may stand behind those that it had: --data.tasks.NAME adds a task, where the tasks of a later -c "
-            "take the place of all. For another stream, begin a new run from the model: `cpt export` it, and name the "
-            "folder as backbone.path"
-        )
-    if gone := [name for name in (*record["tasks"], *record["probes"]) if name not in stream.everything]:
-        raise ValueError(
-            f"the checkpoint belongs to another stream: {', '.join(gone)} was evaluated, and is missing now. Probes "
-            "may be added, and not taken away"
-        )
-    for name, before in record.get("fingerprints", {}).items():
-        if before != (now := stream.fingerprint(name, stream.evaluate_on)):
-            raise ValueError(
-                f"'{name}' is evaluated otherwise than in the checkpoint (fingerprint {before}, now {now}), and "
-                "the matrix would mix two measurements: restore its prompt, reward, rows and data.evaluate_on, or "
-                "begin a new run"
-            )
-
-
-def _new(trainer: Trainer, record: Mapping[str, Any]) -> str:
-    """What a stream has that a record knows nothing of, in words; empty if it is the same stream."""
-    stream, known = trainer.datamodule, {*record["tasks"], *record["probes"]}
-    stages = stream.stage_names[len(record["stages"]) :]
-    kinds = {"stage": stages, "probe": [name for name in stream.probe_names if name not in known]}
-    return " and ".join(f"{kind}{'s' * (len(names) > 1)} {', '.join(names)}" for kind, names in kinds.items() if names)

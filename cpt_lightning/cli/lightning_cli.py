@@ -31,7 +31,7 @@ from cpt_lightning.callbacks import (
     TestScores,
 )
 from cpt_lightning.callbacks.checks import ChecksFit
-from cpt_lightning.callbacks.continual import unmeasured
+from cpt_lightning.callbacks.continuation import unmeasured
 from cpt_lightning.checkpoint_io import check_resumable, next_step, read_checkpoint
 from cpt_lightning.cli import VERBS
 from cpt_lightning.cli.console import rank, tidy

@@ -228,25 +228,29 @@ def _decode(
     with_greedy: bool,
     on_token: Callable[[int], None] | None,
 ) -> tuple[Tensor, Tensor]:
-    """``[N, T]`` sampled ids and their log-probabilities; what stands behind a stop token has no meaning."""
+    """``[N, T]`` sampled ids and their log-probabilities; what stands behind a stop token has no meaning.
+
+    B' prompts with G' completions each are in the batch; as completions end, both become fewer.
+    """
     state = run_prompts(model, prompts) if prompts.state is None else prompts.state
     steps = decoding_steps(model, GroupCache(prompts, state, group_size, sampling.max_new_tokens))
-    hidden = state.hidden.repeat_interleave(group_size, dim=0)
-    positions = state.next_position.repeat_interleave(group_size)
+    hidden = state.hidden.repeat_interleave(group_size, dim=0)  # [B' * G', hidden]
+    positions = state.next_position.repeat_interleave(group_size)  # [N]
     weight, banned = output_weight(model), prompts.input_ids.new_tensor(processor.banned_token_ids)
     stops = prompts.input_ids.new_tensor(processor.stop_token_ids)
-    rows = torch.arange(len(hidden), device=hidden.device).view(-1, group_size)  # the completion in each place
-    alive = torch.ones_like(rows, dtype=torch.bool)
+    rows = torch.arange(len(hidden), device=hidden.device).view(-1, group_size)  # [B', G'] of N
+    alive = torch.ones_like(rows, dtype=torch.bool)  # [B', G']
     uniform = _uniform(len(prompts), group_size, sampling.max_new_tokens, generator, hidden.device)
-    is_greedy = rows % group_size == group_size - 1 if with_greedy else None
+    is_greedy = rows.flatten() % group_size == group_size - 1 if with_greedy else None  # [N]
     ids = rows.new_full(uniform.shape, processor.pad_token_id)
     logps = torch.zeros_like(uniform)
     for step in range(sampling.max_new_tokens):
-        greedy = None if is_greedy is None else is_greedy.flatten()[rows.flatten()]
         if on_token is not None:
             on_token(step)
-        token, logp = sampling.pick(linear(hidden, weight).float(), banned, uniform[rows.flatten(), step], greedy)
-        ids[rows.flatten(), step], logps[rows.flatten(), step] = token, logp
+        row = rows.flatten()  # [B' * G']
+        greedy = None if is_greedy is None else is_greedy[row]
+        token, logp = sampling.pick(linear(hidden, weight).float(), banned, uniform[row, step], greedy)
+        ids[row, step], logps[row, step] = token, logp
         alive &= ~torch.isin(token, stops).view_as(alive)
         num_alive = int(alive.sum())
         if num_alive == 0 or step + 1 == sampling.max_new_tokens:
