@@ -31,12 +31,12 @@ def check_evaluated_at_ends(trainer: Trainer) -> None:
     Raises:
         ValueError: Names the stage.
     """
-    stream, every = trainer.datamodule, trainer.val_check_interval
     if trainer._val_check_time_interval is not None:
         raise ValueError(
             "trainer.val_check_interval is a time, and a task would end without the evaluation that is its row of the "
             "accuracy matrix; leave it at 1.0"
         )
+    stream, every = trainer.datamodule, trainer.val_check_interval
     for stage, name in enumerate(stream.stage_names):
         steps, limit = stream.num_steps(stage), trainer.limit_train_batches
         steps = min(steps, limit) if isinstance(limit, int) else int(steps * limit)
