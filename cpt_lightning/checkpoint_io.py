@@ -12,6 +12,7 @@ from zipfile import is_zipfile
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.strategies import Strategy
 
 from cpt_lightning.checkpoint_files import PART, others_beside, put_in_place, remove, standing
 from cpt_lightning.sharded_checkpoints import PARTS, REST, fill, problem_of
@@ -26,9 +27,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place and then moves it there; reads tensors and plain values, never code.
 
     Lightning's own (2.6) keeps a second copy in memory, writes it to the system's temporary folder and copies it from
-    there, in which a kill leaves half a file. Paths such as ``s3://...`` are left to it.
-    :class:`~cpt_lightning.callbacks.TaskCheckpoint` gives this one to every Trainer that has no other.
+    there, in which a kill leaves half a file; and it unpickles what it reads. Paths such as ``s3://...`` are left to
+    it. Every module and :class:`~cpt_lightning.callbacks.TaskCheckpoint` give this one to a Trainer that has no other.
     """
+
+    @classmethod
+    def take_over(cls, strategy: Strategy) -> None:
+        """Takes the place of Lightning's own in a strategy; one that the Trainer was given stays."""
+        if type(strategy.checkpoint_io) is TorchCheckpointIO:
+            strategy.checkpoint_io = cls()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Saves; the earlier file of that name stays until the new one is whole and on the disk.
@@ -118,15 +125,21 @@ def _read_file(path: Path, map_location: Any = "cpu", mmap: bool = False) -> dic
 
 
 def check_resumable(checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Refuses to go on from a file that holds weights only.
+    """Refuses to go on from a file that holds weights only, or was saved when a batch was half learned.
 
     Raises:
-        ValueError: It does.
+        ValueError: It is one.
     """
     if missing := [key for key in NEEDED_BY_A_RUN if key not in checkpoint]:
         raise ValueError(
             f"{path} has no {missing[0]}: it was saved with checkpoint.save_weights_only, and can be evaluated (cpt "
             f"test) but not gone on from{others_beside(Path(path))}"
+        )
+    batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+    if batches["ready"] > batches["processed"]:
+        raise ValueError(
+            f"{path} was saved in the middle of a batch, which would be left out: it can be evaluated but not gone on "
+            f"from{others_beside(Path(path))}"
         )
 
 

@@ -372,7 +372,7 @@ def test_verdicts_that_are_missing_are_named_before_the_base_is_evaluated(config
         (["--model=RFT", "--trainer.accumulate_grad_batches=2"], "trainer.accumulate_grad_batches=2 is for SFT"),
         (["--trainer.precision=16-true"], "trainer.precision=16-true: float16 weights and moments overflow"),
         (["--trainer.limit_val_batches=0.5"], "trainer.limit_val_batches=0.5: the validation after a task"),
-        (["--trainer.overfit_batches=1"], "trainer.overfit_batches=1: the validation after a task"),
+        (["--trainer.overfit_batches=1"], "trainer.overfit_batches=1 would learn and evaluate other rows"),
         (["--trainer.check_val_every_n_epoch=2"], "trainer.check_val_every_n_epoch=2: the validation after a task"),
         (["--trainer.callbacks+=cpt_lightning.callbacks.EWC", "--model.backbone.tuning=lora",
           "--model.backbone.lora.along_stream=renewed"], "EWC: with backbone.lora.along_stream=renewed"),

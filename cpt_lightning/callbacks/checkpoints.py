@@ -6,7 +6,6 @@ import warnings
 from pathlib import Path
 
 from lightning import LightningModule, Trainer
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -62,13 +61,30 @@ class TaskCheckpoint(ModelCheckpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Settles the folder, and how files are written and read."""
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        AtomicCheckpointIO.take_over(trainer.strategy)
         folder = trainer.log_dir  # a broadcast: all ranks must ask
         self.dirpath = self.dirpath or folder
+        self._refuse_rivals(trainer)
         with warnings.catch_warnings():  # the folder is a run's, and holds more than checkpoints
             warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
             super().setup(trainer, pl_module, stage)
+
+    def _refuse_rivals(self, trainer: Trainer) -> None:
+        for other in trainer.checkpoint_callbacks:
+            if other is self or not isinstance(other, ModelCheckpoint) or not (other.save_last and other.dirpath):
+                continue
+            if Path(other.dirpath).resolve() == Path(self.dirpath or "").resolve():
+                raise ValueError(
+                    f"{type(other).__name__}: save_last writes the last.ckpt of TaskCheckpoint too, also between a "
+                    "task's last batch and its evaluation; leave save_last out, or give it another dirpath"
+                )
+
+    def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
+        """What ``trainer.fit(..., ckpt_path="last")`` goes on from; Lightning asks before :meth:`setup`."""
+        folder = trainer.log_dir  # a broadcast: all ranks must ask
+        folder = self.dirpath or folder or trainer.default_root_dir
+        last = standing(Path(folder) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
+        return {str(last)} if last.exists() else set()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listens to signals."""
@@ -133,8 +149,11 @@ class TaskCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the last checkpoint if a run ended before its first task did, and is more than a try."""
-        if not trainer.fast_dev_run:
-            super().on_train_end(trainer, pl_module)
+        if trainer.fast_dev_run:
+            return
+        super().on_train_end(trainer, pl_module)
+        if trainer.should_stop and (left := trainer.max_epochs - trainer.current_epoch):
+            rank_zero_info(f"a callback stopped the run, {left} stage(s) before its end; {self._how_to_go_on}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Says how to go on, whatever ended the run."""

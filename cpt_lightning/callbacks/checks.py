@@ -23,3 +23,25 @@ class ChecksFit(Callback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self.check_fit(trainer, pl_module)
+
+
+def check_evaluated_at_ends(trainer: Trainer) -> None:
+    """Refuses a rhythm of evaluations that leaves out the end of a stage.
+
+    Raises:
+        ValueError: Names the stage.
+    """
+    if trainer._val_check_time_interval is not None:
+        raise ValueError(
+            "trainer.val_check_interval is a time, and a task would end without the evaluation that is its row of the "
+            "accuracy matrix; leave it at 1.0"
+        )
+    stream, every = trainer.datamodule, trainer.val_check_interval
+    for stage, name in enumerate(stream.stage_names):
+        steps, limit = stream.num_steps(stage), trainer.limit_train_batches
+        steps = min(steps, limit) if isinstance(limit, int) else int(steps * limit)
+        if steps % (every if isinstance(every, int) else max(1, int(steps * every))):
+            raise ValueError(
+                f"trainer.val_check_interval={every}: {name} has {steps} batches, and would end without the evaluation "
+                "that is its row of the accuracy matrix; leave it at 1.0"
+            )

@@ -10,7 +10,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from cpt_lightning.callbacks.checks import ChecksFit
+from cpt_lightning.callbacks.checks import ChecksFit, check_evaluated_at_ends
 from cpt_lightning.callbacks.continuation import check_answers, check_stream, new_to
 from cpt_lightning.checkpoint_io import RECORD, next_step, record_of
 from cpt_lightning.records.matrix import AccuracyMatrix, Scores, logged_cell
@@ -59,6 +59,7 @@ class ContinualLearning(ChecksFit):
         self.rows: list[Scores] = []
         self.fingerprints: dict[str, str] = {}
         self.answers: dict[str, Any] = {}
+        self._stream: dict[str, Any] = {}
         self._is_resumed = False
         self._resumed_step = 0
         self._last_validation: Scores | None = None
@@ -230,7 +231,7 @@ class ContinualLearning(ChecksFit):
         """
         if trainer.fast_dev_run:
             return
-        wanted = {"overfit_batches": 0, "check_val_every_n_epoch": 1, "limit_val_batches": 1.0}
+        wanted = {"barebones": False, "check_val_every_n_epoch": 1, "limit_val_batches": 1.0}
         for option, value in wanted.items():
             given = getattr(trainer, option)
             if given != value or (isinstance(given, int) and isinstance(value, float)):  # 1 batch is not all of them
@@ -239,3 +240,4 @@ class ContinualLearning(ChecksFit):
                     f"the accuracy matrix; leave it at {value}. To evaluate less, set num_"
                     f"{trainer.datamodule.evaluate_on} of the tasks"
                 )
+        check_evaluated_at_ends(trainer)

@@ -8,7 +8,17 @@ from math import inf
 from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Callback,
+    EarlyStopping,
+    LearningRateFinder,
+    OnExceptionCheckpoint,
+    StochasticWeightAveraging,
+    Timer,
+    WeightAveraging,
+)
+from lightning.pytorch.utilities import rank_zero_info
 
 from cpt_lightning.data.replay import Replay
 from cpt_lightning.tasks import Task
@@ -26,6 +36,29 @@ TRAINER_OPTIONS = {
     "log_every_n_steps": 1,
 }
 """What every stream wants of a Trainer."""
+
+_UNFIT: dict[type[Callback], str] = {
+    EarlyStopping: "would end the stream, not the task; data.steps or data.passes says how long each task is learned",
+    StochasticWeightAveraging: (
+        "averages over epochs, which are stages here, and leaves weights that were neither evaluated nor saved; the "
+        "callback ModelMerging averages what the stages end in"
+    ),
+    WeightAveraging: (
+        "has other weights evaluated and saved than those that exports, filters and measures see; the callback "
+        "ModelMerging averages what the stages end in"
+    ),
+    OnExceptionCheckpoint: (
+        "saves in the middle of a batch, which a run that goes on would leave out; TaskCheckpoint keeps a last.ckpt, "
+        "with every_n_steps as fresh as you like"
+    ),
+    BatchSizeFinder: (
+        "would run through the first stages to see what fits; `cpt rehearse` measures the largest steps beforehand"
+    ),
+    LearningRateFinder: (
+        "would run through the first stages at rising rates; compare whole streams with `cpt study` (grid)"
+    ),
+}
+"""Callbacks of Lightning that mean something else where an epoch is a stage, and what does it here."""
 
 _LEAST = {"prompts_per_step": 1, "eval_prompts_per_step": 1, "max_prompt_tokens": 1, "num_workers": 0, "seed": 0}
 """Whole numbers, and the least that each may be."""
@@ -141,20 +174,41 @@ def check_trainer(stream: TaskStream) -> None:
         ValueError: Names the setting.
     """
     trainer = stream.trainer
-    if trainer is None or trainer.fast_dev_run:
+    if trainer is None:
+        return
+    _check_callbacks(stream, trainer.callbacks)
+    if trainer.fast_dev_run:
+        if stream.num_stages > 1:
+            name, others = stream.stage_names[0], stream.num_stages - 1
+            rank_zero_info(f"fast_dev_run tries the first stage, {name}; {others} more are not tried")
         return
     stages = f"the stream has {stream.num_stages} stages, and an epoch is a stage"
     if trainer.max_epochs is None or not 0 <= trainer.max_epochs <= stream.num_stages:
         raise ValueError(f"trainer.max_epochs={trainer.max_epochs}: {stages}; set it to {stream.num_stages}")
-    if trainer.max_steps != -1 or any(isinstance(callback, Timer) for callback in trainer.callbacks):
+    timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]
+    if trainer.max_steps != -1 or any(timer.time_remaining() is not None for timer in timers):
         raise ValueError(
             "trainer.max_steps or max_time would end the run in the middle of a task, whose row of scores would be "
             "missing; data.steps says how long tasks are, and a run that is stopped (Ctrl-C, SIGTERM) can go on later"
+        )
+    if trainer.limit_train_batches == 0:
+        raise ValueError("trainer.limit_train_batches=0 learns nothing; `cpt test` or trainer.validate evaluates alone")
+    if trainer.overfit_batches:
+        raise ValueError(
+            f"trainer.overfit_batches={trainer.overfit_batches} would learn and evaluate other rows than the "
+            "stream's; num_train of the tasks takes fewer rows"
         )
     if stream.num_stages > 1 and trainer.reload_dataloaders_every_n_epochs != 1:
         raise ValueError(f"trainer.reload_dataloaders_every_n_epochs must be 1: {stages}")
     if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
         raise ValueError("trainer.use_distributed_sampler must be false: the stream splits batches over ranks itself")
+
+
+def _check_callbacks(stream: TaskStream, callbacks: Sequence[Callback]) -> None:
+    for callback in callbacks:
+        for kind, why in _UNFIT.items():
+            if isinstance(callback, kind) and not (kind is EarlyStopping and stream.num_stages == 1):
+                raise ValueError(f"{type(callback).__name__} {why}")
 
 
 def _is_whole(number: object) -> bool:

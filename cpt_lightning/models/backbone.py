@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -63,6 +64,19 @@ class Backbone:
                 "backbone.lora.along_stream=renewed: four-bit weights cannot take in an adapter without rounding it "
                 "away; set backbone.tuning to lora, or along_stream to per_task"
             )
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Backbone:
+        """The backbone whose options, as ``asdict`` of dataclasses gives them, stand in a checkpoint.
+
+        Raises:
+            ValueError: They are not those of a backbone.
+        """
+        try:
+            parts = {"lora": Lora(**options["lora"]), "quantization": Quantization(**options["quantization"])}
+            return cls(**{**options, **parts})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"backbone: another version wrote its options ({error}); give backbone itself") from error
 
     def load_processor(self) -> PromptProcessor:
         """The tokenizer and image processor that belong to the weights."""

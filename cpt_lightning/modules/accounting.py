@@ -151,6 +151,11 @@ class Accounted(L.LightningModule):
         """Counts the operations of the model, as it is tuned."""
         return FlopCounter(self.model)
 
+    @property
+    def flops_per_batch(self) -> int | None:
+        """Operations of the training step that ends, for Lightning's ``ThroughputMonitor``; evaluations count none."""
+        return int(self.account.flops.executed) if self.trainer.training else None
+
     def on_train_epoch_start(self) -> None:
         """An evaluation may lie before the first step of a task."""
         super().on_train_epoch_start()

@@ -80,5 +80,6 @@ def check_clipping(trainer: Trainer) -> None:
     Raises:
         ValueError: Says what to set instead.
     """
-    if trainer.gradient_clip_val is not None:
-        raise ValueError("trainer.gradient_clip_val: set model.init_args.max_grad_norm instead, for every objective")
+    for option in ("gradient_clip_val", "gradient_clip_algorithm"):
+        if getattr(trainer, option) is not None:
+            raise ValueError(f"trainer.{option}: set model.init_args.max_grad_norm instead, for every objective")

@@ -69,7 +69,7 @@ class MultiTask(RFT):
             if unknown := sorted(set(names) - known):
                 raise ValueError(f"{option} names {unknown}, but the stream has the tasks {sorted(known)}")
 
-    def training_step(self, batch: Batch, batch_idx: int) -> None:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Samples groups of the reinforced rows, then updates on them and on the supervised rows together."""
         self.start_step(batch, batch_idx)
         tasks = [example.task for example in batch.prompts.examples]
@@ -92,7 +92,7 @@ class MultiTask(RFT):
                 stats += self.update(losses, batch.prompts)
         if rollout is not None and prepared is not None:
             self.log_rollout(rollout, zero_signal_groups=prepared.zero_signal_groups)
-        self.log_updates(stats, self.updates_per_step)
+        return self.log_updates(stats, self.updates_per_step)
 
     def _collect_of(self, rows: list[int], prompts: Prompts, batch_idx: int) -> Rollout | None:
         """Groups of the rows that are reinforced; ``None`` where no rank has any."""

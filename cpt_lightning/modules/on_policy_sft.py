@@ -74,7 +74,7 @@ class OnPolicySFT(GroupRollouts):
         self.hint = hint
         self.reduction: Reduction = reduction
 
-    def training_step(self, batch: Batch, batch_idx: int) -> None:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Samples, keeps what is right, and learns it."""
         rollout = self._sample_hinted(batch.prompts, batch_idx)
         verdicts = self.judge(rollout)
@@ -83,7 +83,7 @@ class OnPolicySFT(GroupRollouts):
             stats = self.update(self.losses(rollout, kept), batch.prompts)
         self.log_rollout(rollout)
         self._log_kept(verdicts, kept)
-        self.log_updates(stats, num_updates=1)
+        return self.log_updates(stats, num_updates=1)
 
     def _sample_hinted(self, prompts: Prompts, batch_idx: int) -> Rollout:
         """Groups of completions that the hint may have helped to, to prompts without it."""

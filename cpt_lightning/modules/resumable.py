@@ -5,15 +5,19 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from torch import Tensor
 
+from cpt_lightning.checkpoint_io import AtomicCheckpointIO, check_resumable, read_checkpoint
 from cpt_lightning.models import Backbone
 from cpt_lightning.models.fingerprint import frozen_fingerprint
 
@@ -45,6 +49,63 @@ class Resumable(L.LightningModule):
         self._frozen_fingerprint: str | None = None
         self._random_states: list[dict[str, Any]] = []
 
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Adds none; has a fit checked, before any callback begins and weights are loaded."""
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.check_fit(self.trainer)
+        return []
+
+    def check_fit(self, trainer: L.Trainer) -> None:
+        """Looks at the settings of a Trainer and its stream; ``cpt fit`` has it done before the base is evaluated.
+
+        Raises:
+            ValueError: Names what would stop the fit or spoil its results, and the mend.
+        """
+        for callback in trainer.callbacks:
+            if isinstance(callback, BaseFinetuning | ModelPruning):
+                raise ValueError(
+                    f"{type(callback).__name__} changes which weights there are, or which are trained, and checkpoints "
+                    "hold those that backbone.tuning and backbone.freeze say: set these instead"
+                )
+
+    def setup(self, stage: str) -> None:
+        """Has checkpoints read as data only."""
+        super().setup(stage)
+        AtomicCheckpointIO.take_over(self.trainer.strategy)
+
+    @_restricted_classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: str | Path,
+        map_location: str | torch.device = "cpu",
+        weights_only: bool = True,
+        **options: Any,
+    ) -> Self:
+        """A module of this class with the weights of a checkpoint, which answers as the one that was trained.
+
+        Lightning's own would take classes and options from the file. This one reads tensors and plain values, and of
+        the options the backbone's alone; a folder of shards is read as well.
+
+        Args:
+            checkpoint_path: The checkpoint of a run, whichever objective wrote it.
+            map_location: Device of the module.
+            weights_only: Checkpoints are read as data only, whatever it says.
+            **options: Of the class; ``backbone`` is by default the checkpoint's.
+
+        Raises:
+            ValueError: It is no checkpoint of ours, of another backbone, or weights are missing.
+        """
+        checkpoint = read_checkpoint(checkpoint_path, parts=["state_dict"])
+        check_ours(str(checkpoint_path), checkpoint)
+        if "backbone" not in options:
+            options["backbone"] = Backbone.of(checkpoint[KEY]["backbone"])
+        module = cls(**options)
+        module.configure_model()
+        module.to(map_location)
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
+        return module
+
     def load_model(self) -> QwenVL:
         """The backbone as its options say."""
         return self.backbone.load_model()
@@ -64,6 +125,8 @@ class Resumable(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves out the frozen weights; adds which they were, and the random numbers' states."""
+        if "model" not in self._modules:  # a callback saves what failed before there was anything
+            return
         checkpoint["state_dict"] = self.without_frozen(checkpoint["state_dict"])
         mine, strategy = random_state(self.device), self.trainer.strategy
         checkpoint[KEY] = {
@@ -78,12 +141,13 @@ class Resumable(L.LightningModule):
         Raises:
             ValueError: It is another program's, or of another backbone, or weights are missing.
         """
-        where = f"checkpoint {self.trainer.ckpt_path}"
+        where = "the checkpoint" if self._trainer is None else f"checkpoint {self._trainer.ckpt_path}"
         check_ours(where, checkpoint)
         self._check_backbone(where, checkpoint[KEY])
         if "state_dict" in checkpoint:  # else the strategy has loaded the weights itself
             check_weights(where, checkpoint["state_dict"], self.without_frozen(self.state_dict()))
-        if self.trainer.state.fn == TrainerFn.FITTING:
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            check_resumable(checkpoint, str(self._trainer.ckpt_path))
             self._random_states = checkpoint[KEY]["random_states"]
 
     def on_train_start(self) -> None:

@@ -154,7 +154,7 @@ class RFT(GroupRollouts, HeldToReference):
 
     # -- the algorithm -------------------------------------------------------------------------------------------
 
-    def training_step(self, batch: Batch, batch_idx: int) -> None:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Samples groups, rewards them, and updates the policy."""
         self.start_step(batch, batch_idx)
         rollout = self.collect(batch.prompts, batch_idx)
@@ -166,7 +166,7 @@ class RFT(GroupRollouts, HeldToReference):
                 for part in self.update(self.losses(rollout, prepared, rows), batch.prompts)
             ]
         self.log_rollout(rollout, zero_signal_groups=prepared.zero_signal_groups)
-        self.log_updates(stats, self.updates_per_step)
+        return self.log_updates(stats, self.updates_per_step)
 
     def prepare(self, rollout: Rollout) -> Prepared:
         """Turns rewards into advantages, and scores the completions where later updates need the scores of now."""

@@ -40,9 +40,9 @@ class TaskAdapters(Resumable):
     def on_train_epoch_start(self) -> None:
         """A task begins: with the adapters of the task before, or with new ones."""
         super().on_train_epoch_start()
-        stage = self.trainer.current_epoch
         if self.along_stream == "shared":
             return
+        stage = len(self.stages_begun)  # of another stream before this one too, from which the module was loaded
         if stage > 0:
             self.earlier.append(_frozen(adapter_weights(self.model)))
             if self.along_stream == "renewed":
@@ -50,20 +50,15 @@ class TaskAdapters(Resumable):
             begin_adapters_anew(self.model, keyed_generator("cpu", self.seed, stage).initial_seed())
             for optimizer in self.trainer.optimizers:
                 optimizer.state.clear()  # moments of another adapter, if the optimizer itself is kept
-        self.stages_begun.append(list(self.trainer.datamodule.stages[stage]))
-
-    def setup(self, stage: str) -> None:
-        """Has a fit checked, before weights are loaded."""
-        super().setup(stage)
-        if stage == "fit":
-            self.check_fit(self.trainer)
+        self.stages_begun.append(list(self.trainer.datamodule.stages[self.trainer.current_epoch]))
 
     def check_fit(self, trainer: L.Trainer) -> None:
-        """Looks at the settings of a Trainer and its stream; ``cpt fit`` has it done before the base is evaluated.
+        """Refuses a precision in which nothing is learned, and adapters of tasks without tasks.
 
         Raises:
-            ValueError: Names what would stop the fit or spoil its results, and the mend.
+            ValueError: Names the option and the mend.
         """
+        super().check_fit(trainer)
         if trainer.precision == "16-true":
             raise ValueError(
                 "trainer.precision=16-true: float16 weights and moments overflow in a few steps; use bf16-true or "
@@ -90,7 +85,8 @@ class TaskAdapters(Resumable):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds which tasks the adapters belong to."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint[KEY]["stages_begun"] = self.stages_begun
+        if KEY in checkpoint:
+            checkpoint[KEY]["stages_begun"] = self.stages_begun
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Makes room for the adapters of earlier stages, and merges them again if that is what became of them."""
@@ -100,8 +96,8 @@ class TaskAdapters(Resumable):
         self.stages_begun = [list(tasks) for tasks in checkpoint.get(KEY, {}).get("stages_begun", [])]
         if self.earlier and self.along_stream == "renewed":
             self.model.load_state_dict(self.load_model().state_dict())
-        # Where it was merged first: another device rounds otherwise.
-        self.model.to(self.trainer.strategy.root_device)
+        if self._trainer is not None:  # where it was merged first: another device rounds otherwise
+            self.model.to(self._trainer.strategy.root_device)
         self.earlier = nn.ModuleList(_frozen(adapter_weights(self.model)) for _ in self.stages_begun[1:])
         super().on_load_checkpoint(checkpoint)
         if self.along_stream == "renewed":

@@ -9,6 +9,7 @@ from functools import partial
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
@@ -63,9 +64,11 @@ class ManualUpdates(PostTraining):
             raise ValueError(
                 "trainer.precision=16-mixed scales the loss, which manual updates do not undo; use bf16-mixed"
             )
-        if (batches := trainer.accumulate_grad_batches) != 1:
+        scheduled = any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks)
+        if scheduled or (batches := trainer.accumulate_grad_batches) != 1:
+            option = "GradientAccumulationScheduler" if scheduled else f"trainer.accumulate_grad_batches={batches}"
             raise ValueError(
-                f"trainer.accumulate_grad_batches={batches} is for SFT: an update of a rollout takes all of its "
+                f"{option} is for SFT: an update of a rollout takes all of its "
                 "prompts; micro_batch_prompts limits its memory, data.prompts_per_step makes it larger"
             )
 
@@ -110,13 +113,18 @@ class ManualUpdates(PostTraining):
 
     # -- what is shown -------------------------------------------------------------------------------------------
 
-    def log_updates(self, stats: list[UpdateStats], num_updates: int) -> None:
-        """Logs the mean over a step's updates of the loss, and what they showed of the tokens that they learned."""
+    def log_updates(self, stats: list[UpdateStats], num_updates: int) -> Tensor:
+        """Logs the mean over a step's updates of the loss, and what they showed of the tokens that they learned.
+
+        Returns:
+            That mean, on this rank: what callbacks get as a step's loss.
+        """
         loss = sum((part.loss for part in stats), torch.zeros((), device=self.device)) / num_updates
         self.log("train/loss", loss, batch_size=1, sync_dist=True)
         learned = [part for part in stats if part.policy is not None]
         if self.max_over_ranks(len(learned)):  # a rank that had none tells so
             self.log_learned(learned or [self._of_no_tokens()])
+        return loss
 
     def log_learned(self, parts: list[UpdateStats]) -> None:
         """Logs clipping and mismatch over the tokens of all ranks; every rank must call it.

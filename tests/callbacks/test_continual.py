@@ -128,15 +128,16 @@ def test_a_task_learned_twice_has_two_rows(tmp_path):
 
 
 def test_settings_that_would_leave_holes_are_refused(tmp_path):
-    for name, value in {"check_val_every_n_epoch": 2, "limit_val_batches": 0.5, "overfit_batches": 1}.items():
+    for name, value in {"check_val_every_n_epoch": 2, "limit_val_batches": 0.5}.items():
         with pytest.raises(ValueError, match=rf"trainer\.{name}={value}: the validation after a task.*num_test"):
             run(tmp_path, validate=False, **{name: value})
     with pytest.raises(ValueError, match=r"trainer\.limit_val_batches=1: .*leave it at 1\.0"):
         run(tmp_path, validate=False, limit_val_batches=1)
     with pytest.raises(RuntimeError, match="val/b/accuracy was not logged.*num_test"):
         run(tmp_path, limit_val_batches=2)
-    with pytest.warns(UserWarning, match="not evaluated"), pytest.raises(RuntimeError, match="without validation"):
-        run(tmp_path, validate=False, val_check_interval=2)  # after the second of three batches
+    for interval, said in {2: "=2: a has 3 batches", 0.7: "=0.7: a has 3 batches", "00:00:01:00": " is a time"}.items():
+        with pytest.raises(ValueError, match=rf"trainer\.val_check_interval{said}.*leave it at 1\.0"):
+            run(tmp_path, validate=False, val_check_interval=interval)  # after the second of three batches, or any time
     with pytest.raises(ValueError, match="confidence=95 "):
         ContinualLearning(confidence=95)
 
