@@ -9,6 +9,7 @@ SHELL := bash
 VENV := .venv
 RUN := $(VENV)/bin
 VLLM_VENV := .venv-vllm
+LOWEST_VENV := .venv-lowest
 
 # The first Python that is new enough and can make virtual environments; looked for once, and only if one is needed.
 PYTHON = $(eval PYTHON := $(shell for python in python3.11 python3.12 python3.13 python3; do \
@@ -23,7 +24,7 @@ TORCH_INDEX = $(eval TORCH_INDEX := $(shell [ "$$(uname)" != Linux ] || command 
 	echo --extra-index-url $(CPU_WHEELS)))$(TORCH_INDEX)
 
 # The tiny model is faster on one thread than on two that have to share a busy machine.
-demo demo-% test notebooks: export OMP_NUM_THREADS ?= 1
+demo demo-% test test-lowest notebooks: export OMP_NUM_THREADS ?= 1
 
 .PHONY: help
 help:  ## show this list
@@ -42,6 +43,10 @@ test: $(VENV)/.dev  ## all tests, doctests included
 .PHONY: test-vllm
 test-vllm: $(VLLM_VENV)/.project  ## vLLM on the CPU as the engine that samples, in an environment of its own
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest -n auto --maxprocesses 2 tests/vllm/test_vllm.py $(PYTEST_ARGS)
+
+.PHONY: test-lowest
+test-lowest: $(LOWEST_VENV)/.project  ## all tests with the oldest libraries that pyproject.toml allows
+	$(LOWEST_VENV)/bin/pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 .PHONY: notebooks
 notebooks: $(VENV)/.dev  ## runs the notebooks and stores what they show
@@ -64,7 +69,7 @@ tensorboard: $(VENV)/.project  ## curves of all runs at http://localhost:6006
 
 .PHONY: clean
 clean:  ## removes the virtual environment and caches, keeps runs/
-	rm -rf $(VENV) $(VLLM_VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(LOWEST_VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info
 
 # The stamps: as long as pyproject.toml does not change, nothing is installed twice.
 $(VENV)/.project: pyproject.toml
@@ -76,6 +81,12 @@ $(VENV)/.project: pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.project
 	$(RUN)/python -m pip install $(TORCH_INDEX) --editable '.[dev]'
+	@touch $@
+
+$(LOWEST_VENV)/.project: pyproject.toml
+	[ -x $(LOWEST_VENV)/bin/python ] || $(PYTHON) -m venv $(LOWEST_VENV)
+	$(LOWEST_VENV)/bin/python -m pip install uv
+	$(LOWEST_VENV)/bin/uv pip install --python $(LOWEST_VENV)/bin/python --resolution lowest-direct --editable '.[dev]'
 	@touch $@
 
 # vLLM's build for CPUs has other ranges than this project, and wants a torchvision and a torchaudio that do not fit it:
