@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.metadata import version
 
 import decode
 import grpo_step
@@ -51,7 +52,7 @@ def test_grpo_step_compares_ours_with_the_naive_way(run, capsys):
     assert "naive/ours: step" in printed
     rate = result["medians"]["ours"]["equivalent_flops"] / result["medians"]["naive"]["step_s"] / 1e12
     assert f"naive {rate:.3g} TFLOP/s ({rate / 2:.1%} of the peak)" in printed
-    assert record["commit"] is not None and record["versions"]["torch"] == torch.__version__
+    assert record["commit"] is not None and record["versions"]["torch"] == version("torch")
 
 
 @pytest.mark.filterwarnings("ignore")
