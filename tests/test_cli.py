@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin_data
 
@@ -17,9 +18,11 @@ from cpt_lightning.cli import main
 from cpt_lightning.cli.errors import complaint
 from cpt_lightning.cli.lightning_cli import CPTCLI
 from cpt_lightning.cli.run_directory import LOCK, Claim, run_directory
+from cpt_lightning.models import Backbone
 from cpt_lightning.records.environment import read_starts
 from cpt_lightning.records.logged import Logged
 from cpt_lightning.tasks.splits import check_fractions
+from tests.fakes import KillAt, Killed
 
 STREAM = """
 tasks:
@@ -164,6 +167,57 @@ def test_a_checkpoint_of_another_program_is_refused_before_anything_is_loaded(tm
     message = refusal(["test", "-c", config, "--ckpt_path", str(tmp_path / "other.ckpt")], capsys)
     assert "other.ckpt was not written by cpt_lightning" in message
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def broken_off(tmp_path_factory) -> Path:
+    """The checkpoint of a run that was killed after two of three batches of its first task."""
+    folder = tmp_path_factory.mktemp("broken_off")
+    (folder / "parts").mkdir()
+    (folder / "parts" / "stream.yaml").write_text(STREAM.replace("steps: 2", "steps: 3"))
+    (folder / "config.yaml").write_text(CONFIG.format(folder=folder))
+
+    evaluate = CPTCLI.before_fit
+
+    def and_then(cli):
+        evaluate(cli)
+        cli.trainer.callbacks.append(KillAt(0, batch=2))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CPTCLI, "before_fit", and_then)
+        with pytest.raises(Killed):
+            main(["fit", "-c", str(folder / "config.yaml"), "--trainer.logger=false"])
+    return folder / "run" / "last.ckpt"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--model.backbone.tuning=lora"], "belongs to backbone.tuning=full, now it is lora; restore it, or begin a n"),
+        (["--model.kl_coef=0.1"], "was written with kl_coef=0, now it is 0.1: it does not hold the reference"),
+        (["--trainer.callbacks=EWC"], "EWC: .*last.ckpt was written without this callback"),
+        (["--model.optimizer=SGD", "--model.optimizer.lr=0.1"], "middle of a task by another optimizer than SGD"),
+        (["--seed_everything=3"], "in the middle of a stage with seed_everything=0, now it is 3; restore it"),
+        (["--data.steps=2"], "after 2 of the 3 batches of a stage, which now has no more than 2"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_before_weights_are_loaded(
+    broken_off, options, message, monkeypatch, capsys
+):
+    monkeypatch.setattr(Backbone, "load_model", None)
+    config = str(broken_off.parents[1] / "config.yaml")
+    said = refusal(["fit", "-c", config, "--trainer.logger=false", f"--ckpt_path={broken_off}", *options], capsys, 1)
+    assert re.search(message, said)
+    assert "go on with" not in said
+
+
+@pytest.mark.parametrize(("raised", "code"), [(KeyboardInterrupt, 130), (SIGTERMException, 143)])
+def test_what_a_signal_ended_does_not_end_like_a_success(config, monkeypatch, raised, code, capsys):
+    def end(*_, **__):
+        raise raised
+
+    monkeypatch.setattr(CPTCLI, "before_validate", end, raising=False)
+    assert "Traceback" not in refusal(["validate", "-c", config, "--trainer.logger=false"], capsys, code)
 
 
 def test_validate_evaluates_the_base_alone(tmp_path, config, capsys):

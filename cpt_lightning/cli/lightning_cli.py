@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from cpt_lightning.callbacks import (
     CompletionPanel,
@@ -74,6 +76,7 @@ class CPTCLI(LightningCLI):
     def __init__(self, args: list[str], run: bool = True, **parser_options: Any):
         self.args = args
         self.first_step = 0
+        self.checkpoint: dict[str, Any] | None = None  # without the tensors of weights and optimizers
         self._claim = Claim()
         self._began = time.monotonic()
         os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # lightning 2.6 calls it by old names
@@ -190,11 +193,11 @@ class CPTCLI(LightningCLI):
     def _look_into(self, path: Path) -> None:
         """Refuses a checkpoint that could not be used, before anything large is loaded."""
         try:
-            checkpoint = read_checkpoint(path, parts=())
-            check_ours(str(path), checkpoint)
+            self.checkpoint = read_checkpoint(path, parts=())
+            check_ours(str(path), self.checkpoint)
             if self.subcommand == "fit":
-                check_resumable(checkpoint, path)
-                self.first_step = next_step(checkpoint)
+                check_resumable(self.checkpoint, path)
+                self.first_step = next_step(self.checkpoint)
         except ValueError as error:
             self.parser.error(f"--ckpt_path {error}")
 
@@ -241,6 +244,9 @@ class CPTCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs a verb."""
         with self.saying_complaints():
+            if self.checkpoint is not None:
+                where = f"checkpoint {self.config_init[subcommand].ckpt_path}"
+                self.model.check_checkpoint(where, self.checkpoint, is_fitting=subcommand == "fit")
             super()._run_subcommand(subcommand)
 
     @contextmanager
@@ -248,7 +254,7 @@ class CPTCLI(LightningCLI):
         """What is refused of the user's rows, files and options, when a run is on its way, is said in a line.
 
         Raises:
-            SystemExit: With 1, after the line.
+            SystemExit: With 1, after the line; with 143 where SIGTERM ended it.
         """
         try:
             yield
@@ -259,6 +265,8 @@ class CPTCLI(LightningCLI):
             shown = "(JSONARGPARSE_DEBUG=true shows where this was found.)"
             print(f"{self._command}: error: {said}\n{shown}", file=sys.stderr)
             raise SystemExit(1) from None
+        except SIGTERMException:  # of Lightning (2.6), where no callback of ours listens; its code is that of success
+            raise SystemExit(128 + signal.SIGTERM) from None
 
     # -- verbs -----------------------------------------------------------------------------------------------------
 
@@ -269,19 +277,22 @@ class CPTCLI(LightningCLI):
         self.datamodule.setup("fit")
         if self.trainer.fast_dev_run or not self.trainer.limit_val_batches:
             return
+        path = self.config_init["fit"].ckpt_path
         self.model.check_fit(self.trainer)
         for callback in self.trainer.callbacks:
             if isinstance(callback, ChecksFit):
                 callback.check_fit(self.trainer, self.model)
-        checkpoint = self.config_init["fit"].ckpt_path
+                if self.checkpoint is not None:
+                    callback.check_resume(self.checkpoint, path)
         names = self.datamodule.asked
-        if checkpoint is not None:
-            names = unmeasured(self.trainer, read_checkpoint(Path(checkpoint), parts=()))
+        if self.checkpoint is not None:
+            names = unmeasured(self.trainer, self.checkpoint)
+            self.datamodule.check_resume(self.checkpoint)
             if names:
                 rank_zero_info(f"evaluated first, for the checkpoint was not asked about it: {', '.join(names)}")
         if names:
             with self.datamodule.asking(names):
-                self.trainer.validate(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, verbose=False)
+                self.trainer.validate(self.model, datamodule=self.datamodule, ckpt_path=path, verbose=False)
 
     def after_fit(self) -> None:
         """Says what was learned, lost and spent, and what to do next."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -112,6 +112,20 @@ class HeldToReference(PostTraining):
             # What is in shards cannot be copied: then the reference is loaded like the policy.
             policy = self.load_model() if is_sharded(self.model) and not has_adapters(self.model) else self.model
             self.reference = Reference(policy, self.reference_kind)
+
+    def check_checkpoint(self, where: str, checkpoint: Mapping[str, Any], is_fitting: bool) -> None:
+        """Looks for the reference too, if there is to be one."""
+        super().check_checkpoint(where, checkpoint, is_fitting)
+        is_kept = self.backbone.tuning == "full" or self.reference_kind != "base"
+        weights = checkpoint.get("state_dict")
+        if not (is_fitting and self.kl_coef and is_kept) or weights is None:
+            return
+        if not any(name.startswith("reference.") for name in weights):
+            raise ValueError(
+                f"{where} was written with kl_coef=0, now it is {self.kl_coef}: it does not hold the reference that "
+                "the KL term needs; restore kl_coef, or begin a new run from the model: `cpt export` it, and name the "
+                "folder as backbone.path"
+            )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves the reference out where there is none: to evaluate, or to go on without a KL term."""
