@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin_data
 
-from cpt_lightning import __version__
+from cpt_lightning import __version__, models
 from cpt_lightning.cli import main
 from cpt_lightning.cli.errors import complaint
 from cpt_lightning.cli.lightning_cli import CPTCLI
@@ -276,6 +276,13 @@ def test_fast_dev_run_tries_a_step_and_leaves_nothing(tmp_path, config):
         ("continual: {reset_optimiser: true}", "reset_optimiser"),
         ("dat: {num_workers: 1}", "dat"),
         ("data: {evaluate_on: tset}", "tset"),
+        ("trainer: null", "trainer is empty; leave it out"),
+        ("run_dir: null", "run_dir is empty; leave it out"),
+        ("run_dir: ''", "run_dir is empty; leave it out"),
+        ("seed_everything: null", "seed_everything=None must be a whole number"),
+        ("seed_everything: true", "seed_everything=True must be a whole number"),
+        ("# data: {prompts_per_step: 8}", "a file given with -c has no options in it"),
+        ("", "a file given with -c has no options in it, it is empty"),
     ],
 )
 def test_a_misspelt_option_is_named(config, tmp_path, capsys, misspelt, named):
@@ -358,7 +365,18 @@ def test_where_it_was_refused_can_be_asked_for(config, monkeypatch):
 
 def test_a_checkpoint_that_is_not_there_is_named(config, capsys):
     message = refusal(["fit", "-c", config, "--ckpt_path=nowhere.ckpt"], capsys)
-    assert "nowhere.ckpt: there is no such checkpoint" in message
+    assert message.startswith("cpt fit: error: --ckpt_path nowhere.ckpt: there is no such checkpoint")
+
+
+def test_the_folder_of_a_run_or_of_a_model_in_place_of_a_checkpoint_is_told_from_one(broken_off, config, capsys):
+    message = refusal(["fit", "-c", config, f"--ckpt_path={broken_off.parent}"], capsys)
+    assert "in it there are last.ckpt" in message
+    base = Path(models.__file__).parent / "tiny" / "base"
+    assert "is given as model.backbone.path" in refusal(["fit", "-c", config, f"--ckpt_path={base}"], capsys)
+
+
+def test_what_is_missing_is_said_with_the_usage_of_the_verb(capsys):
+    assert refusal(["fit"], capsys).startswith("usage: cpt fit -c CONFIG.yaml")
 
 
 def test_help_and_version_need_neither_torch_nor_lightning(capsys):

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse import Namespace
 from lightning import Trainer
@@ -45,12 +45,24 @@ from cpt_lightning.modules import PostTraining  # its strategy registers itself 
 from cpt_lightning.modules.resumable import check_ours
 from cpt_lightning.report.summary import print_summary
 
+USAGE = "cpt {} -c CONFIG.yaml [--ckpt_path CHECKPOINT] [--OPTION VALUE ...]"
 TRAINER_DEFAULTS = {
     **TRAINER_OPTIONS,
     "enable_model_summary": False,  # the module says in a line what is trained
 }
 
 PARSER_OPTIONS = {"prog": "cpt", "description": "Continual post-training of multimodal language models."}
+
+
+def seed_number(seed: int | bool | None) -> int:
+    """The seed of data and module.
+
+    Raises:
+        ValueError: It is no number: Lightning would draw one, or none, and the run could not be repeated.
+    """
+    if seed is None or isinstance(seed, bool):
+        raise ValueError(f"seed_everything={seed} must be a whole number, without which no run can be repeated")
+    return seed
 
 
 class RunTrainer(Trainer):
@@ -134,7 +146,7 @@ class CPTCLI(LightningCLI):
         parser.link_arguments("filter_from", "filter.filter_from")
         # One number for all that is random, so that another seed is another run in every respect.
         for target in ("data.seed", "model.init_args.seed"):
-            parser.link_arguments("seed_everything", target, compute_fn=int)
+            parser.link_arguments("seed_everything", target, compute_fn=seed_number)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -147,7 +159,7 @@ class CPTCLI(LightningCLI):
         # The parsers of the other verbs would be as large and are not asked anything.
         if subcommand == self.args[0]:
             parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-            parser.usage = f"cpt {subcommand} -c CONFIG.yaml [--ckpt_path CHECKPOINT] [--OPTION VALUE ...]"
+            parser.usage = USAGE.format(subcommand)
             if subcommand in ("validate", "test"):
                 parser.set_defaults({"verbose": False})  # of Lightning's table, which a table of ours replaces
             return parser
@@ -156,6 +168,7 @@ class CPTCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args) -> None:
         """Parses; Lightning's own warns whenever arguments are given as a list."""
+        parser.usage = parser.usage or USAGE.format(args[0])  # of the verb, whose name no option comes before
         self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
@@ -166,17 +179,20 @@ class CPTCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Settles checkpoint and folder, so that the configuration that is saved is the one that is run."""
         config = self.config[self.subcommand]
+        if not config.run_dir or config.trainer is None:
+            option = "run_dir" if config.trainer is not None else "trainer"
+            self._refuse(f"{option} is empty; leave it out, which takes the default, or give it something")
         wants_last = config.ckpt_path == "last"
         if wants_last:
             config.ckpt_path = last_checkpoint(config.run_dir)
         if config.ckpt_path:
             self._look_into(Path(config.ckpt_path))
         elif wants_last and self.subcommand != "fit":
-            self.parser.error(f"--ckpt_path last: there is no last.ckpt in run_dir={config.run_dir}")
+            self._refuse(f"--ckpt_path last: there is no last.ckpt in run_dir={config.run_dir}")
         try:
             self._settle_folder(config, starts_there=wants_last and not config.ckpt_path)
         except ValueError as error:
-            self.parser.error(str(error))
+            self._refuse(str(error))
         if self.subcommand != "fit":
             self.save_config_callback = None  # config.yaml is the one that trained
 
@@ -199,7 +215,7 @@ class CPTCLI(LightningCLI):
                 check_resumable(self.checkpoint, path)
                 self.first_step = next_step(self.checkpoint)
         except ValueError as error:
-            self.parser.error(f"--ckpt_path {error}")
+            self._refuse(f"--ckpt_path {error}")
 
     def instantiate_classes(self) -> None:
         """Makes trainer, module and stream; what one of them refuses is said in a line.
@@ -212,8 +228,11 @@ class CPTCLI(LightningCLI):
         except (ValueError, MisconfigurationException) as error:
             if is_debugged():
                 raise
-            print(f"{self._command}: error: {refusal(error)}", file=sys.stderr)
-            raise SystemExit(2) from None
+            self._refuse(refusal(error))
+
+    def _refuse(self, why: str) -> NoReturn:
+        print(f"{self._command}: error: {why}", file=sys.stderr)
+        raise SystemExit(2) from None
 
     @property
     def _command(self) -> str:
@@ -236,7 +255,10 @@ class CPTCLI(LightningCLI):
         own += [SkippedRows(), TestScores()]
         if options.enable_progress_bar is not False and not any(isinstance(callback, ProgressBar) for callback in own):
             own.insert(0, TaskProgressBar())  # its line ends before others print
-        rank_zero_info(f"run directory: {config.run_dir}")
+        if options.fast_dev_run:
+            rank_zero_info("fast_dev_run: tries the first batches, of the first stage alone, and leaves nothing behind")
+        else:
+            rank_zero_info(f"run directory: {config.run_dir}")
         trainer = super().instantiate_trainer(callbacks=own, **kwargs)
         trainer.run_dir = config.run_dir
         return trainer
