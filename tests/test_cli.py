@@ -220,6 +220,15 @@ def test_what_a_signal_ended_does_not_end_like_a_success(config, monkeypatch, ra
     assert "Traceback" not in refusal(["validate", "-c", config, "--trainer.logger=false"], capsys, code)
 
 
+def test_a_rank_that_lost_another_says_so_in_place_of_a_traceback(config, monkeypatch, capsys):
+    def end(*_):
+        raise RuntimeError("[.../gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:7566: Connection reset by peer.")
+
+    monkeypatch.setattr(CPTCLI, "before_validate", end, raising=False)
+    said = refusal(["validate", "-c", config, "--trainer.logger=false"], capsys, 1)
+    assert "cpt validate: rank 0 ends, for another rank is gone" in said and "Traceback" not in said
+
+
 def test_validate_evaluates_the_base_alone(tmp_path, config, capsys):
     main(["validate", "-c", config])
     tasks = [line["task"] for line in lines(tmp_path / "run" / "validate.jsonl")]

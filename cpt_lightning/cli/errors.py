@@ -77,6 +77,16 @@ def is_debugged() -> bool:
     return os.environ.get("JSONARGPARSE_DEBUG", "false") != "false"
 
 
+def is_of_a_lost_rank(error: RuntimeError) -> bool:
+    """Whether gloo or NCCL (torch 2.13) say that another rank is gone; why it is, that rank has said or could not.
+
+    >>> is_of_a_lost_rank(RuntimeError("[.../gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:7579"))
+    True
+    """
+    said = str(error)
+    return ("gloo/transport" in said and "by peer" in said) or "remote process exited" in said
+
+
 def complaint(error: BaseException) -> str | None:
     """What a line of this package raised while a run was under way; ``None`` if it was a library's, or not meant.
 

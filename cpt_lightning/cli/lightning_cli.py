@@ -37,7 +37,7 @@ from cpt_lightning.callbacks.continuation import unmeasured
 from cpt_lightning.checkpoint_io import check_resumable, next_step, read_checkpoint
 from cpt_lightning.cli import VERBS
 from cpt_lightning.cli.console import rank, tidy
-from cpt_lightning.cli.errors import OptionParser, complaint, is_debugged, refusal
+from cpt_lightning.cli.errors import OptionParser, complaint, is_debugged, is_of_a_lost_rank, refusal
 from cpt_lightning.cli.run_directory import Claim, check_claimed, last_checkpoint, run_directory
 from cpt_lightning.cli.run_record import RunRecord
 from cpt_lightning.data import TRAINER_OPTIONS, TaskStream
@@ -286,6 +286,15 @@ class CPTCLI(LightningCLI):
                 raise
             shown = "(JSONARGPARSE_DEBUG=true shows where this was found.)"
             print(f"{self._command}: error: {said}\n{shown}", file=sys.stderr)
+            raise SystemExit(1) from None
+        except RuntimeError as error:
+            if not is_of_a_lost_rank(error) or is_debugged():
+                raise
+            print(
+                f"{self._command}: rank {rank()} ends, for another rank is gone: what that one said stands above; if it "
+                "said nothing it was killed, perhaps for memory",
+                file=sys.stderr,
+            )
             raise SystemExit(1) from None
         except SIGTERMException:  # of Lightning (2.6), where no callback of ours listens; its code is that of success
             raise SystemExit(128 + signal.SIGTERM) from None
