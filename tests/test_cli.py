@@ -222,7 +222,7 @@ def test_what_a_signal_ended_does_not_end_like_a_success(config, monkeypatch, ra
 
 def test_a_rank_that_lost_another_says_so_in_place_of_a_traceback(config, monkeypatch, capsys):
     def end(*_):
-        raise RuntimeError("[.../gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:7566: Connection reset by peer.")
+        raise RuntimeError("[.../gloo/transport/tcp/pair.cc:537] Read error [::1]:75: Connection reset by peer.")
 
     monkeypatch.setattr(CPTCLI, "before_validate", end, raising=False)
     said = refusal(["validate", "-c", config, "--trainer.logger=false"], capsys, 1)

@@ -80,7 +80,7 @@ def is_debugged() -> bool:
 def is_of_a_lost_rank(error: RuntimeError) -> bool:
     """Whether gloo or NCCL (torch 2.13) say that another rank is gone; why it is, that rank has said or could not.
 
-    >>> is_of_a_lost_rank(RuntimeError("[.../gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:7579"))
+    >>> is_of_a_lost_rank(RuntimeError("[.../gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:79"))
     True
     """
     said = str(error)

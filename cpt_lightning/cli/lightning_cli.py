@@ -291,8 +291,8 @@ class CPTCLI(LightningCLI):
             if not is_of_a_lost_rank(error) or is_debugged():
                 raise
             print(
-                f"{self._command}: rank {rank()} ends, for another rank is gone: what that one said stands above; if it "
-                "said nothing it was killed, perhaps for memory",
+                f"{self._command}: rank {rank()} ends, for another rank is gone: what that one said stands above; if "
+                "it said nothing it was killed, perhaps for memory",
                 file=sys.stderr,
             )
             raise SystemExit(1) from None
