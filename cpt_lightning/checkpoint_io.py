@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -155,6 +155,12 @@ def next_step(checkpoint: dict[str, Any]) -> int:
     # Within a task it is saved before its own batch counts as completed.
     within = batches["completed"] < batches["processed"]
     return loop["epoch_loop.state_dict"]["_batches_that_stepped"] + within
+
+
+def is_within_task(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint was written in the middle of a task, some of whose batches are to come."""
+    loaders = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
+    return any(loader["step"] < loader["num_steps"] for loader in loaders)
 
 
 def _problem(path: Path) -> str:

@@ -9,17 +9,20 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin_data
 
-from cpt_lightning import __version__
+from cpt_lightning import __version__, models
 from cpt_lightning.cli import main
 from cpt_lightning.cli.errors import complaint
 from cpt_lightning.cli.lightning_cli import CPTCLI
 from cpt_lightning.cli.run_directory import LOCK, Claim, run_directory
+from cpt_lightning.models import Backbone
 from cpt_lightning.records.environment import read_starts
 from cpt_lightning.records.logged import Logged
 from cpt_lightning.tasks.splits import check_fractions
+from tests.fakes import KillAt, Killed
 
 STREAM = """
 tasks:
@@ -166,6 +169,66 @@ def test_a_checkpoint_of_another_program_is_refused_before_anything_is_loaded(tm
     assert not (tmp_path / "run").exists()
 
 
+@pytest.fixture(scope="module")
+def broken_off(tmp_path_factory) -> Path:
+    """The checkpoint of a run that was killed after two of three batches of its first task."""
+    folder = tmp_path_factory.mktemp("broken_off")
+    (folder / "parts").mkdir()
+    (folder / "parts" / "stream.yaml").write_text(STREAM.replace("steps: 2", "steps: 3"))
+    (folder / "config.yaml").write_text(CONFIG.format(folder=folder))
+
+    evaluate = CPTCLI.before_fit
+
+    def and_then(cli):
+        evaluate(cli)
+        cli.trainer.callbacks.append(KillAt(0, batch=2))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CPTCLI, "before_fit", and_then)
+        with pytest.raises(Killed):
+            main(["fit", "-c", str(folder / "config.yaml"), "--trainer.logger=false"])
+    return folder / "run" / "last.ckpt"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--model.backbone.tuning=lora"], "belongs to backbone.tuning=full, now it is lora; restore it, or begin a n"),
+        (["--model.kl_coef=0.1"], "was written with kl_coef=0, now it is 0.1: it does not hold the reference"),
+        (["--trainer.callbacks=EWC"], "EWC: .*last.ckpt was written without this callback"),
+        (["--model.optimizer=SGD", "--model.optimizer.lr=0.1"], "middle of a task by another optimizer than SGD"),
+        (["--seed_everything=3"], "in the middle of a stage with seed_everything=0, now it is 3; restore it"),
+        (["--data.steps=2"], "after 2 of the 3 batches of a stage, which now has no more than 2"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_before_weights_are_loaded(
+    broken_off, options, message, monkeypatch, capsys
+):
+    monkeypatch.setattr(Backbone, "load_model", None)
+    config = str(broken_off.parents[1] / "config.yaml")
+    said = refusal(["fit", "-c", config, "--trainer.logger=false", f"--ckpt_path={broken_off}", *options], capsys, 1)
+    assert re.search(message, said)
+    assert "go on with" not in said
+
+
+@pytest.mark.parametrize(("raised", "code"), [(KeyboardInterrupt, 130), (SIGTERMException, 143)])
+def test_what_a_signal_ended_does_not_end_like_a_success(config, monkeypatch, raised, code, capsys):
+    def end(*_, **__):
+        raise raised
+
+    monkeypatch.setattr(CPTCLI, "before_validate", end, raising=False)
+    assert "Traceback" not in refusal(["validate", "-c", config, "--trainer.logger=false"], capsys, code)
+
+
+def test_a_rank_that_lost_another_says_so_in_place_of_a_traceback(config, monkeypatch, capsys):
+    def end(*_):
+        raise RuntimeError("[.../gloo/transport/tcp/pair.cc:537] Read error [::1]:75: Connection reset by peer.")
+
+    monkeypatch.setattr(CPTCLI, "before_validate", end, raising=False)
+    said = refusal(["validate", "-c", config, "--trainer.logger=false"], capsys, 1)
+    assert "cpt validate: rank 0 ends, for another rank is gone" in said and "Traceback" not in said
+
+
 def test_validate_evaluates_the_base_alone(tmp_path, config, capsys):
     main(["validate", "-c", config])
     tasks = [line["task"] for line in lines(tmp_path / "run" / "validate.jsonl")]
@@ -222,6 +285,13 @@ def test_fast_dev_run_tries_a_step_and_leaves_nothing(tmp_path, config):
         ("continual: {reset_optimiser: true}", "reset_optimiser"),
         ("dat: {num_workers: 1}", "dat"),
         ("data: {evaluate_on: tset}", "tset"),
+        ("trainer: null", "trainer is empty; leave it out"),
+        ("run_dir: null", "run_dir is empty; leave it out"),
+        ("run_dir: ''", "run_dir is empty; leave it out"),
+        ("seed_everything: null", "seed_everything=None must be a whole number"),
+        ("seed_everything: true", "seed_everything=True must be a whole number"),
+        ("# data: {prompts_per_step: 8}", "a file given with -c has no options in it"),
+        ("", "a file given with -c has no options in it, it is empty"),
     ],
 )
 def test_a_misspelt_option_is_named(config, tmp_path, capsys, misspelt, named):
@@ -304,7 +374,18 @@ def test_where_it_was_refused_can_be_asked_for(config, monkeypatch):
 
 def test_a_checkpoint_that_is_not_there_is_named(config, capsys):
     message = refusal(["fit", "-c", config, "--ckpt_path=nowhere.ckpt"], capsys)
-    assert "nowhere.ckpt: there is no such checkpoint" in message
+    assert message.startswith("cpt fit: error: --ckpt_path nowhere.ckpt: there is no such checkpoint")
+
+
+def test_the_folder_of_a_run_or_of_a_model_in_place_of_a_checkpoint_is_told_from_one(broken_off, config, capsys):
+    message = refusal(["fit", "-c", config, f"--ckpt_path={broken_off.parent}"], capsys)
+    assert "in it there are last.ckpt" in message
+    base = Path(models.__file__).parent / "tiny" / "base"
+    assert "is given as model.backbone.path" in refusal(["fit", "-c", config, f"--ckpt_path={base}"], capsys)
+
+
+def test_what_is_missing_is_said_with_the_usage_of_the_verb(capsys):
+    assert refusal(["fit"], capsys).startswith("usage: cpt fit -c CONFIG.yaml")
 
 
 def test_help_and_version_need_neither_torch_nor_lightning(capsys):

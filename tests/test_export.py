@@ -251,6 +251,8 @@ def test_what_cannot_be_exported_is_said_in_a_line(runs, tmp_path, capsys):
         ([run, "--task", "facts"], "no checkpoint of that name; there are last, 1_word2, 2_bars2"),
         ([run, "--merge"], "there is no adapter to merge"),
         ([run, "--task", "word2"], "1_word2 exists already; --overwrite replaces it"),
+        ([run, "--output", run, "--overwrite"], "is not the folder of a model alone, and all that is in it would"),
+        ([run, "--output", run / "config.yaml", "--overwrite"], "config.yaml is a file; --output names a folder"),
         ([run, "--push", "me/model"], "HF_HUB_OFFLINE is set"),
         ([run, "--push", "me/my/model"], "--push me/my/model"),
     ):
@@ -261,6 +263,7 @@ def test_what_cannot_be_exported_is_said_in_a_line(runs, tmp_path, capsys):
     assert files(run) == before
     main(["export", str(run), "--task", "1_word2", "--overwrite"])
     assert files(run).keys() == before.keys()
+    assert len({file.stat().st_mode for file in (run / "exports/1_word2").iterdir()}) == 1  # who reads one reads all
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -234,6 +235,26 @@ def test_a_process_of_its_own_gets_its_gpu_and_log(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert Runner(1, ["4"])._execute(["fit", "x"], tmp_path / "log", "4") == 3
     assert (tmp_path / "log").read_text().splitlines() == ["$ cpt fit x", "4 ['fit', 'x']"]
+
+
+def test_sigterm_ends_what_runs_and_begins_nothing(tmp_path, monkeypatch, capsys):
+    """The process that runs says that it was asked to end; the arm that would come next is not begun."""
+    program = tmp_path / "cpt_lightning.py"
+    program.write_text(
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        "os.kill(os.getppid(), signal.SIGTERM)\n"
+        "time.sleep(60)"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        Runner()(list(study(tmp_path, {"a": ["fit -c x", "fit -c y"], "b": "fit -c x"}).runs()))
+    assert stop.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
+    assert "a, seed 0: stopped by a signal" in capsys.readouterr().out
+    assert (tmp_path / "out/a/seed_0/study.log").read_text().count("$ cpt") == 1
+    assert not (tmp_path / "out/b").exists()
 
 
 # -- the shipped studies -----------------------------------------------------------------------------------------------

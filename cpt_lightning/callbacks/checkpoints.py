@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from cpt_lightning.callbacks.signals import Stopped, StopSignals
@@ -58,6 +59,7 @@ class TaskCheckpoint(ModelCheckpoint):
         self.every_n_steps = every_n_steps
         self.signals = StopSignals()
         self._unwritten_logs = False
+        self._learns = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Settles the folder, and how files are written and read."""
@@ -89,6 +91,7 @@ class TaskCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listens to signals."""
         super().on_train_start(trainer, pl_module)
+        self._learns = False
         self.signals.watch(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -97,8 +100,17 @@ class TaskCheckpoint(ModelCheckpoint):
         self._write_logs(trainer)
         self.signals.watch(trainer)
 
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listens to signals there too, where Lightning would end as if nothing had happened."""
+        self.signals.watch(trainer)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listens to signals there too."""
+        self.signals.watch(trainer)
+
     def on_train_batch_start(self, trainer: Trainer, *_) -> None:
         """Writes the logs of the batch after which the last checkpoint was saved: a resumed run has it behind it."""
+        self._learns = True
         self._write_logs(trainer)
 
     def _write_logs(self, trainer: Trainer) -> None:
@@ -121,7 +133,7 @@ class TaskCheckpoint(ModelCheckpoint):
             trainer.save_checkpoint(self.last_model_path, self.save_weights_only)
             self._unwritten_logs = True
         if asked:
-            self.signals.stop(trainer, self._how_to_go_on)
+            self.signals.stop(trainer, self._how_to_go_on(trainer))
 
     def _is_due(self, num_batches: int, trainer: Trainer) -> bool:
         size = trainer.accumulate_grad_batches
@@ -133,10 +145,18 @@ class TaskCheckpoint(ModelCheckpoint):
         if not trainer.sanity_checking:
             self.stop_if_asked(trainer)
 
+    def on_test_batch_end(self, trainer: Trainer, *_) -> None:
+        """Stops if asked to."""
+        self.stop_if_asked(trainer)
+
+    def on_predict_batch_end(self, trainer: Trainer, *_) -> None:
+        """Stops if asked to."""
+        self.stop_if_asked(trainer)
+
     def stop_if_asked(self, trainer: Trainer) -> None:
         """Stops where there is nothing to save: what follows the last checkpoint is made again; all ranks must ask."""
         if self.signals.asked_to_stop(trainer):
-            self.signals.stop(trainer, self._how_to_go_on)
+            self.signals.stop(trainer, self._how_to_go_on(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the task's checkpoint."""
@@ -153,16 +173,18 @@ class TaskCheckpoint(ModelCheckpoint):
             return
         super().on_train_end(trainer, pl_module)
         if trainer.should_stop and (left := trainer.max_epochs - trainer.current_epoch):
-            rank_zero_info(f"a callback stopped the run, {left} stage(s) before its end; {self._how_to_go_on}")
+            rank_zero_info(f"a callback stopped the run, {left} stage(s) before its end; {self._how_to_go_on(trainer)}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Says how to go on, whatever ended the run."""
+        """Says how to go on, whatever ended the run, unless it was refused before it learned anything."""
         super().on_exception(trainer, pl_module, exception)
-        if trainer.training and not isinstance(exception, Stopped):
-            rank_zero_info(self._how_to_go_on)
+        was_refused = isinstance(exception, Exception) and not self._learns  # Ctrl-C is none
+        if trainer.training and not was_refused and not isinstance(exception, Stopped):
+            rank_zero_info(self._how_to_go_on(trainer))
 
-    @property
-    def _how_to_go_on(self) -> str:
+    def _how_to_go_on(self, trainer: Trainer) -> str:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return "answers are kept when all are there: start it again"
         last = Path(self.format_checkpoint_name({}, self.CHECKPOINT_NAME_LAST))
         return (
             f"go on with --ckpt_path {last}"

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 from lightning import Callback, LightningModule, Trainer
 
 
 class ChecksFit(Callback):
     """A callback that refuses settings before a fit begins.
 
-    It is asked before weights are loaded; by ``cpt fit``, and in its own time, before the base is evaluated.
+    It is asked before weights are loaded; by ``cpt fit``, and in its own time, before the base is evaluated. About a
+    checkpoint it is asked then by ``cpt fit`` alone.
     """
 
     def check_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Looks at the settings of Trainer, stream and module, which has no model yet.
+
+        Raises:
+            ValueError: Names what would stop the fit or spoil its results, and the mend.
+        """
+
+    def check_resume(self, checkpoint: Mapping[str, Any], path: str | Path) -> None:
+        """Looks at the checkpoint that a fit is to go on from, whose weights need not be there.
 
         Raises:
             ValueError: Names what would stop the fit or spoil its results, and the mend.

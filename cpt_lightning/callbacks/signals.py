@@ -9,6 +9,7 @@ from types import FrameType
 
 from lightning import Trainer
 from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 
@@ -25,9 +26,11 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._saves = False
 
     def watch(self, trainer: Trainer) -> None:
         """Takes the place of Lightning's handlers, until its Trainer puts back what was there before."""
+        self._saves = trainer.state.fn == TrainerFn.FITTING
         signals = [signal.SIGTERM]
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background ignores it
             signals.append(signal.SIGINT)
@@ -40,7 +43,8 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            rank_zero_info("stopping after this batch, to save it; press Ctrl-C again to stop at once")
+            to_save = ", to save it" if self._saves else ""
+            rank_zero_info(f"stopping after this batch{to_save}; press Ctrl-C again to stop at once")
         self.received = number
 
     def asked_to_stop(self, trainer: Trainer) -> bool:

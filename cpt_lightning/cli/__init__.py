@@ -47,7 +47,7 @@ def main(args: list[str] | None = None) -> None:
         args: What follows ``cpt`` on the command line; taken from there by default.
 
     Raises:
-        SystemExit: Help was asked for, or the arguments are wrong.
+        SystemExit: Help was asked for, the arguments are wrong, or Ctrl-C was pressed.
 
     Example:
         >>> main(["--version"])
@@ -68,7 +68,11 @@ def main(args: list[str] | None = None) -> None:
         print(f"cpt: unknown verb {args[0]!r}; there are {', '.join(VERBS)}\n\n{USAGE}", file=sys.stderr)
         raise SystemExit(2)
 
-    _run(*args)
+    try:
+        _run(*args)
+    except KeyboardInterrupt:
+        print(f"cpt {args[0]}: stopped by Ctrl-C", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def _run(verb: str, *args: str) -> None:

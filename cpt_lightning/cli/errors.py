@@ -17,6 +17,8 @@ _IN_A_WORKER = "DataLoader worker process"
 _PLACE = re.compile(r'File "([^"]+)", line .*\n +(.*)')
 LONGEST_VALUE = 60
 """Characters of what was given, for it to be said again."""
+_NO_OPTIONS = "Unexpected config: "
+_LINKED = "Call to compute_fn of link "
 _NO_ALTERNATIVE = "Expected a <class 'NoneType'>"
 
 
@@ -44,7 +46,15 @@ def shortened(message: str) -> str:
 
     >>> shortened('Parser key "x":\n  No\n  Errors:\n    - size: 2 or more\n  Given value type: ...\n  Given value: 1')
     'Parser key "x": size: 2 or more (given: 1)'
+    >>> shortened("Unexpected config: - a list")
+    'a file given with -c has no options in it, but: - a list'
     """
+    if message.startswith(_NO_OPTIONS):
+        given = message.removeprefix(_NO_OPTIONS).strip()
+        what = f"but: {given[:LONGEST_VALUE]}" if given else "it is empty"
+        return f"a file given with -c has no options in it, {what}"
+    if message.startswith(_LINKED):
+        return message.rpartition(" failed: ")[2]
     key, _, rest = message.partition("\n")
     if "\n  Errors:\n" not in message:
         return message
@@ -65,6 +75,16 @@ class OptionParser(LightningArgumentParser):
 def is_debugged() -> bool:
     """Whether ``JSONARGPARSE_DEBUG`` asks for tracebacks."""
     return os.environ.get("JSONARGPARSE_DEBUG", "false") != "false"
+
+
+def is_of_a_lost_rank(error: RuntimeError) -> bool:
+    """Whether gloo or NCCL (torch 2.13) say that another rank is gone; why it is, that rank has said or could not.
+
+    >>> is_of_a_lost_rank(RuntimeError("[.../gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:79"))
+    True
+    """
+    said = str(error)
+    return ("gloo/transport" in said and "by peer" in said) or "remote process exited" in said
 
 
 def complaint(error: BaseException) -> str | None:

@@ -61,6 +61,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--task", metavar="NAME", help="task after which; where the run stands last by default")
     parser.add_argument("--merge", action="store_true", help="merge the LoRA adapter into its base")
     parser.add_argument("--output", metavar="DIR", help="folder to write; RUN/exports/<checkpoint> by default")
-    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists, and is a model's")
     parser.add_argument("--push", metavar="ID", help="upload the folder to this repository of the Hugging Face hub")
     return parser

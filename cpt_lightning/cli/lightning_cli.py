@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse import Namespace
 from lightning import Trainer
@@ -17,6 +18,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from cpt_lightning.callbacks import (
     CompletionPanel,
@@ -35,7 +37,7 @@ from cpt_lightning.callbacks.continuation import unmeasured
 from cpt_lightning.checkpoint_io import check_resumable, next_step, read_checkpoint
 from cpt_lightning.cli import VERBS
 from cpt_lightning.cli.console import rank, tidy
-from cpt_lightning.cli.errors import OptionParser, complaint, is_debugged, refusal
+from cpt_lightning.cli.errors import OptionParser, complaint, is_debugged, is_of_a_lost_rank, refusal
 from cpt_lightning.cli.run_directory import Claim, check_claimed, last_checkpoint, run_directory
 from cpt_lightning.cli.run_record import RunRecord
 from cpt_lightning.data import TRAINER_OPTIONS, TaskStream
@@ -43,12 +45,24 @@ from cpt_lightning.modules import PostTraining  # its strategy registers itself 
 from cpt_lightning.modules.resumable import check_ours
 from cpt_lightning.report.summary import print_summary
 
+USAGE = "cpt {} -c CONFIG.yaml [--ckpt_path CHECKPOINT] [--OPTION VALUE ...]"
 TRAINER_DEFAULTS = {
     **TRAINER_OPTIONS,
     "enable_model_summary": False,  # the module says in a line what is trained
 }
 
 PARSER_OPTIONS = {"prog": "cpt", "description": "Continual post-training of multimodal language models."}
+
+
+def seed_number(seed: int | bool | None) -> int:
+    """The seed of data and module.
+
+    Raises:
+        ValueError: It is no number: Lightning would draw one, or none, and the run could not be repeated.
+    """
+    if seed is None or isinstance(seed, bool):
+        raise ValueError(f"seed_everything={seed} must be a whole number, without which no run can be repeated")
+    return seed
 
 
 class RunTrainer(Trainer):
@@ -74,6 +88,7 @@ class CPTCLI(LightningCLI):
     def __init__(self, args: list[str], run: bool = True, **parser_options: Any):
         self.args = args
         self.first_step = 0
+        self.checkpoint: dict[str, Any] | None = None  # without the tensors of weights and optimizers
         self._claim = Claim()
         self._began = time.monotonic()
         os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # lightning 2.6 calls it by old names
@@ -131,7 +146,7 @@ class CPTCLI(LightningCLI):
         parser.link_arguments("filter_from", "filter.filter_from")
         # One number for all that is random, so that another seed is another run in every respect.
         for target in ("data.seed", "model.init_args.seed"):
-            parser.link_arguments("seed_everything", target, compute_fn=int)
+            parser.link_arguments("seed_everything", target, compute_fn=seed_number)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -144,7 +159,7 @@ class CPTCLI(LightningCLI):
         # The parsers of the other verbs would be as large and are not asked anything.
         if subcommand == self.args[0]:
             parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-            parser.usage = f"cpt {subcommand} -c CONFIG.yaml [--ckpt_path CHECKPOINT] [--OPTION VALUE ...]"
+            parser.usage = USAGE.format(subcommand)
             if subcommand in ("validate", "test"):
                 parser.set_defaults({"verbose": False})  # of Lightning's table, which a table of ours replaces
             return parser
@@ -153,6 +168,7 @@ class CPTCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args) -> None:
         """Parses; Lightning's own warns whenever arguments are given as a list."""
+        parser.usage = parser.usage or USAGE.format(args[0])  # of the verb, whose name no option comes before
         self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
@@ -163,17 +179,20 @@ class CPTCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Settles checkpoint and folder, so that the configuration that is saved is the one that is run."""
         config = self.config[self.subcommand]
+        if not config.run_dir or config.trainer is None:
+            option = "run_dir" if config.trainer is not None else "trainer"
+            self._refuse(f"{option} is empty; leave it out, which takes the default, or give it something")
         wants_last = config.ckpt_path == "last"
         if wants_last:
             config.ckpt_path = last_checkpoint(config.run_dir)
         if config.ckpt_path:
             self._look_into(Path(config.ckpt_path))
         elif wants_last and self.subcommand != "fit":
-            self.parser.error(f"--ckpt_path last: there is no last.ckpt in run_dir={config.run_dir}")
+            self._refuse(f"--ckpt_path last: there is no last.ckpt in run_dir={config.run_dir}")
         try:
             self._settle_folder(config, starts_there=wants_last and not config.ckpt_path)
         except ValueError as error:
-            self.parser.error(str(error))
+            self._refuse(str(error))
         if self.subcommand != "fit":
             self.save_config_callback = None  # config.yaml is the one that trained
 
@@ -190,13 +209,13 @@ class CPTCLI(LightningCLI):
     def _look_into(self, path: Path) -> None:
         """Refuses a checkpoint that could not be used, before anything large is loaded."""
         try:
-            checkpoint = read_checkpoint(path, parts=())
-            check_ours(str(path), checkpoint)
+            self.checkpoint = read_checkpoint(path, parts=())
+            check_ours(str(path), self.checkpoint)
             if self.subcommand == "fit":
-                check_resumable(checkpoint, path)
-                self.first_step = next_step(checkpoint)
+                check_resumable(self.checkpoint, path)
+                self.first_step = next_step(self.checkpoint)
         except ValueError as error:
-            self.parser.error(f"--ckpt_path {error}")
+            self._refuse(f"--ckpt_path {error}")
 
     def instantiate_classes(self) -> None:
         """Makes trainer, module and stream; what one of them refuses is said in a line.
@@ -209,8 +228,11 @@ class CPTCLI(LightningCLI):
         except (ValueError, MisconfigurationException) as error:
             if is_debugged():
                 raise
-            print(f"{self._command}: error: {refusal(error)}", file=sys.stderr)
-            raise SystemExit(2) from None
+            self._refuse(refusal(error))
+
+    def _refuse(self, why: str) -> NoReturn:
+        print(f"{self._command}: error: {why}", file=sys.stderr)
+        raise SystemExit(2) from None
 
     @property
     def _command(self) -> str:
@@ -233,7 +255,10 @@ class CPTCLI(LightningCLI):
         own += [SkippedRows(), TestScores()]
         if options.enable_progress_bar is not False and not any(isinstance(callback, ProgressBar) for callback in own):
             own.insert(0, TaskProgressBar())  # its line ends before others print
-        rank_zero_info(f"run directory: {config.run_dir}")
+        if options.fast_dev_run:
+            rank_zero_info("fast_dev_run leaves nothing behind")
+        else:
+            rank_zero_info(f"run directory: {config.run_dir}")
         trainer = super().instantiate_trainer(callbacks=own, **kwargs)
         trainer.run_dir = config.run_dir
         return trainer
@@ -241,6 +266,9 @@ class CPTCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs a verb."""
         with self.saying_complaints():
+            if self.checkpoint is not None:
+                where = f"checkpoint {self.config_init[subcommand].ckpt_path}"
+                self.model.check_checkpoint(where, self.checkpoint, is_fitting=subcommand == "fit")
             super()._run_subcommand(subcommand)
 
     @contextmanager
@@ -248,7 +276,7 @@ class CPTCLI(LightningCLI):
         """What is refused of the user's rows, files and options, when a run is on its way, is said in a line.
 
         Raises:
-            SystemExit: With 1, after the line.
+            SystemExit: With 1, after the line; with 143 where SIGTERM ended it.
         """
         try:
             yield
@@ -259,6 +287,17 @@ class CPTCLI(LightningCLI):
             shown = "(JSONARGPARSE_DEBUG=true shows where this was found.)"
             print(f"{self._command}: error: {said}\n{shown}", file=sys.stderr)
             raise SystemExit(1) from None
+        except RuntimeError as error:
+            if not is_of_a_lost_rank(error) or is_debugged():
+                raise
+            print(
+                f"{self._command}: rank {rank()} ends, for another rank is gone: what that one said stands above; if "
+                "it said nothing it was killed, perhaps for memory",
+                file=sys.stderr,
+            )
+            raise SystemExit(1) from None
+        except SIGTERMException:  # of Lightning (2.6), where no callback of ours listens; its code is that of success
+            raise SystemExit(128 + signal.SIGTERM) from None
 
     # -- verbs -----------------------------------------------------------------------------------------------------
 
@@ -269,19 +308,22 @@ class CPTCLI(LightningCLI):
         self.datamodule.setup("fit")
         if self.trainer.fast_dev_run or not self.trainer.limit_val_batches:
             return
+        path = self.config_init["fit"].ckpt_path
         self.model.check_fit(self.trainer)
         for callback in self.trainer.callbacks:
             if isinstance(callback, ChecksFit):
                 callback.check_fit(self.trainer, self.model)
-        checkpoint = self.config_init["fit"].ckpt_path
+                if self.checkpoint is not None:
+                    callback.check_resume(self.checkpoint, path)
         names = self.datamodule.asked
-        if checkpoint is not None:
-            names = unmeasured(self.trainer, read_checkpoint(Path(checkpoint), parts=()))
+        if self.checkpoint is not None:
+            names = unmeasured(self.trainer, self.checkpoint)
+            self.datamodule.check_resume(self.checkpoint)
             if names:
                 rank_zero_info(f"evaluated first, for the checkpoint was not asked about it: {', '.join(names)}")
         if names:
             with self.datamodule.asking(names):
-                self.trainer.validate(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, verbose=False)
+                self.trainer.validate(self.model, datamodule=self.datamodule, ckpt_path=path, verbose=False)
 
     def after_fit(self) -> None:
         """Says what was learned, lost and spent, and what to do next."""

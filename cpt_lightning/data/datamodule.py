@@ -12,6 +12,7 @@ import lightning as L
 from torch import Generator
 from torch.utils.data import DataLoader
 
+from cpt_lightning.checkpoint_io import is_within_task
 from cpt_lightning.data.checks import (
     TRAINER_OPTIONS,
     check_choices,
@@ -21,7 +22,7 @@ from cpt_lightning.data.checks import (
     check_trainer,
 )
 from cpt_lightning.data.collate import Collate, Processor
-from cpt_lightning.data.loader import KeptRows, StageLoader, StreamBatches
+from cpt_lightning.data.loader import KeptRows, StageLoader, StreamBatches, check_same_stage
 from cpt_lightning.data.replay import Replay, ReplaySampler
 from cpt_lightning.data.sampler import EvaluationSampler, Mixing, RowRef, Share, StageSampler, num_steps
 from cpt_lightning.tasks import RolloutRows, Split, Task
@@ -262,6 +263,19 @@ class TaskStream(L.LightningDataModule):
     def predict_dataloader(self) -> DataLoader:
         """The rows of ``predict_on``, in order, one task per batch."""
         return self._evaluation_loader(self.predict_on, self._evaluated(self.predict_on))
+
+    def check_resume(self, checkpoint: Mapping[str, Any]) -> None:
+        """Looks at the place at which a checkpoint stands; how many rows are learned from, a filter may settle later.
+
+        Raises:
+            ValueError: It is in the middle of a stage that was of other batches.
+        """
+        if not is_within_task(checkpoint):
+            return
+        (state,) = checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+        sampler = self._stage_sampler(checkpoint["epoch"])
+        num_steps = len(sampler) if state["sizes"] == sampler.sizes else state["num_steps"]
+        check_same_stage(state, {**sampler.identity, "sizes": state["sizes"]}, num_steps)
 
     # -- parts -----------------------------------------------------------------------------------------------------
 

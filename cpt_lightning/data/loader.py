@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Generator
 from torch.utils.data import DataLoader, Dataset
@@ -116,10 +117,33 @@ class StageLoader(DataLoader):
         """
         if state["step"] >= state["num_steps"]:
             return
-        for name, now in self.sampler.identity.items():
-            if (before := state.get(name)) != now:  # checkpoints from before there was replay do not speak of it
-                raise ValueError(
-                    f"the checkpoint was written in the middle of a stage with {name}={before}, now it is {now}; "
-                    "resume with the same data, or from a checkpoint at the end of a task"
-                )
+        check_same_stage(state, self.sampler.identity, len(self.sampler))
         self.sampler.first_step = self._num_loaded = state["step"]
+
+
+def check_same_stage(state: Mapping[str, Any], identity: Mapping[str, Any], num_steps: int) -> None:
+    """Refuses to go on in the middle of a stage of other data, or behind its end.
+
+    Args:
+        state: Of a loader, from the checkpoint.
+        identity: Of the stage's sampler now; parts that are not known yet may be missing.
+        num_steps: Its batches now.
+
+    Raises:
+        ValueError: Names the option.
+    """
+    mend = "or resume from a checkpoint at the end of a task"
+    for name, now in identity.items():
+        before: Any = state.get(name)  # checkpoints from before there was replay do not speak of it
+        if before != now:
+            if name == "key":  # whose other part is the stage
+                name, before, now = "seed_everything", before[0], now[0]
+            raise ValueError(
+                f"the checkpoint was written in the middle of a stage with {name}={before}, now it is {now}; restore "
+                f"it, {mend}"
+            )
+    if state["step"] >= num_steps:
+        raise ValueError(
+            f"the checkpoint was written after {state['step']} of the {state['num_steps']} batches of a stage, which "
+            f"now has no more than {num_steps} (data.steps, data.passes); give it more, {mend}"
+        )

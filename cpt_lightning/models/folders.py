@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from cpt_lightning.models.qwen_vl import QwenVL
 
 
+MODEL_CONFIGS = {"config.json", "adapter_config.json"}
+"""Of transformers and PEFT: one of them is in the folder of a model."""
+
+
 def save_folder(
     model: QwenVL,
     processor: PromptProcessor,
@@ -40,7 +44,7 @@ def save_folder(
         base: The ``backbone.path`` that the model began from, to which an adapter belongs.
         card: Text of the model card.
         weights: State dict of the model, where its own is spread over ranks.
-        overwrite: Replace a folder that is not empty.
+        overwrite: Replace the folder of a model.
 
     Raises:
         FileExistsError: The folder is not empty.
@@ -58,6 +62,8 @@ def save_folder(
             tied = model.all_tied_weights_keys  # gathered, they are no longer one tensor, and would be written twice
             kept = None if weights is None else {name: weights[name] for name in weights if name not in tied}
             model.save_pretrained(part, state_dict=kept)
+        for file in part.iterdir():  # what safetensors (0.8) writes, only its owner may read
+            shutil.copymode(part / "README.md", file)
 
 
 def load_weights(model: QwenVL, weights: Mapping[str, Tensor], source: str) -> None:
@@ -91,13 +97,21 @@ def lasting_name(path: str) -> str:
 
 
 def refuse_filled(folder: Path, overwrite: bool) -> None:
-    """Keeps what is there, unless it may be replaced.
+    """Keeps what is there, unless it may be replaced; only what is a model's folder, and nothing else, may be.
 
     Raises:
         FileExistsError: The folder is not empty, or is a file.
     """
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not overwrite):
+    if folder.is_file():
+        raise FileExistsError(f"{folder} is a file; --output names a folder")
+    entries = list(folder.iterdir()) if folder.is_dir() else []
+    if entries and not overwrite:
         raise FileExistsError(f"{folder} exists already; --overwrite replaces it, --output names another folder")
+    if entries and (MODEL_CONFIGS.isdisjoint(entry.name for entry in entries) or any(map(Path.is_dir, entries))):
+        raise FileExistsError(
+            f"{folder} is not the folder of a model alone, and all that is in it would be lost; --output names another "
+            "folder"
+        )
 
 
 @contextmanager

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 
+from cpt_lightning.checkpoint_io import is_within_task
 from cpt_lightning.functional.logprobs import token_logprobs
 from cpt_lightning.models import Backbone
 from cpt_lightning.models.qwen_vl import output_weight
@@ -105,6 +106,22 @@ class PostTraining(Accounted, Evaluating, ClippedGradients):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": self.make_schedule(optimizer), "interval": "step"},
         }
+
+    def check_checkpoint(self, where: str, checkpoint: Mapping[str, Any], is_fitting: bool) -> None:
+        """Looks at the optimizer too, which a task that was begun goes on with."""
+        super().check_checkpoint(where, checkpoint, is_fitting)
+        if not is_fitting or not is_within_task(checkpoint):
+            return
+        # What an optimizer is can be told by the options of its parameters; versions of torch add some.
+        before = checkpoint["optimizer_states"][0]["param_groups"][0].keys()
+        optimizer = self.make_optimizer([nn.Parameter(torch.zeros(1))])
+        now = optimizer.param_groups[0].keys()
+        if now - before and before - now - {"initial_lr"}:
+            raise ValueError(
+                f"{where} was written in the middle of a task by another optimizer than {type(optimizer).__name__} (it "
+                f"knows no {sorted(now - before)[0]}); restore model.optimizer, or resume from a checkpoint at the end "
+                "of a task"
+            )
 
     def on_train_epoch_start(self) -> None:
         """A task begins: its schedule learns how long it lasts."""

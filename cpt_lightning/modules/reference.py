@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +17,7 @@ from cpt_lightning.models.adapters import adapter_weights, adapters_off, adapter
 from cpt_lightning.models.qwen_vl import output_weight
 from cpt_lightning.models.sharding import gather, is_sharded, release, whole
 from cpt_lightning.modules.base import PostTraining
+from cpt_lightning.modules.resumable import KEY
 from cpt_lightning.rollouts import completion_hidden
 from cpt_lightning.rollouts.sampling import sampling_mode
 from cpt_lightning.types import Completions, Prompts
@@ -112,6 +113,27 @@ class HeldToReference(PostTraining):
             # What is in shards cannot be copied: then the reference is loaded like the policy.
             policy = self.load_model() if is_sharded(self.model) and not has_adapters(self.model) else self.model
             self.reference = Reference(policy, self.reference_kind)
+
+    def check_checkpoint(self, where: str, checkpoint: Mapping[str, Any], is_fitting: bool) -> None:
+        """Looks for the reference too, if there is to be one."""
+        super().check_checkpoint(where, checkpoint, is_fitting)
+        before = checkpoint[KEY].get("reference", self.reference_kind)  # earlier checkpoints do not say
+        if not (is_fitting and self.kl_coef) or before == self.reference_kind:
+            return
+        if before is None and self.reference_kind == "base" and self.backbone.tuning != "full":
+            return  # the policy without its adapters, of which no checkpoint holds anything
+        option, now = ("kl_coef", self.kl_coef) if before is None else ("reference", self.reference_kind)
+        raise ValueError(
+            f"{where} was written with {option}={before or 0}, now it is {now}: it does not hold the reference that "
+            f"the KL term needs; restore {option}, or begin a new run from the model: `cpt export` it, and name the "
+            "folder as backbone.path"
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds which reference is among the weights."""
+        super().on_save_checkpoint(checkpoint)
+        if KEY in checkpoint:
+            checkpoint[KEY]["reference"] = self.reference_kind if self.kl_coef else None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves the reference out where there is none: to evaluate, or to go on without a KL term."""

@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 KEY = "cpt_lightning"
 """Of what is added to a checkpoint here."""
-MAY_CHANGE = {"path", "dtype", "gradient_checkpointing", "min_pixels", "max_pixels"}
+MAY_CHANGE = {"path", "dtype", "gradient_checkpointing", "min_pixels", "max_pixels", "cuda_graphs", "lora.dropout"}
 """Options of the backbone that may differ from the checkpoint's; if path and dtype matter, the frozen weights tell."""
+UNUSED = {"full": ("lora.", "quantization."), "lora": ("quantization.",), "qlora": ()}
+"""By ``backbone.tuning``, how options begin that mean nothing then."""
 NAMED = 3
 """How many names a complaint lists."""
 
@@ -143,12 +145,34 @@ class Resumable(L.LightningModule):
         """
         where = "the checkpoint" if self._trainer is None else f"checkpoint {self._trainer.ckpt_path}"
         check_ours(where, checkpoint)
-        self._check_backbone(where, checkpoint[KEY])
+        is_fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        self.check_checkpoint(where, checkpoint, is_fitting)
+        self._check_frozen(where, checkpoint[KEY])
         if "state_dict" in checkpoint:  # else the strategy has loaded the weights itself
             check_weights(where, checkpoint["state_dict"], self.without_frozen(self.state_dict()))
-        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
-            check_resumable(checkpoint, str(self._trainer.ckpt_path))
+        if is_fitting:
+            check_resumable(checkpoint, str(self.trainer.ckpt_path))
             self._random_states = checkpoint[KEY]["random_states"]
+
+    def check_checkpoint(self, where: str, checkpoint: Mapping[str, Any], is_fitting: bool) -> None:
+        """Looks at what can be told without weights; ``cpt`` has it done before it loads any.
+
+        Args:
+            where: Names the checkpoint.
+            checkpoint: Its content; without the tensors of weights and optimizers is enough.
+            is_fitting: Whether learning goes on from it.
+
+        Raises:
+            ValueError: It is of another backbone; names the option, both values and the mend.
+        """
+        before, now = (flattened(options) for options in (checkpoint[KEY]["backbone"], asdict(self.backbone)))
+        for name in sorted(now.keys() - MAY_CHANGE, key=lambda name: (name != "tuning", name)):
+            unused = name.startswith(UNUSED[self.backbone.tuning])
+            if not unused and before.get(name, now[name]) != now[name]:
+                raise ValueError(
+                    f"{where} belongs to backbone.{name}={before[name]}, now it is {now[name]}; restore it, or begin a "
+                    "new run from the model: `cpt export` it, and name the folder as backbone.path"
+                )
 
     def on_train_start(self) -> None:
         """Goes on with the random numbers of the checkpoint; nothing draws any between here and the next step."""
@@ -162,11 +186,8 @@ class Resumable(L.LightningModule):
                 "(completions, dropout) and the order in which gradients are summed do not"
             )
 
-    def _check_backbone(self, where: str, saved: Mapping[str, Any]) -> None:
+    def _check_frozen(self, where: str, saved: Mapping[str, Any]) -> None:
         before, now = saved["backbone"], asdict(self.backbone)
-        for name in sorted(now.keys() - MAY_CHANGE):
-            if before.get(name, now[name]) != now[name]:
-                raise ValueError(f"{where} belongs to backbone.{name}={before[name]}, now it is {now[name]}")
         if None not in (saved["frozen"], self._frozen_fingerprint) and saved["frozen"] != self._frozen_fingerprint:
             raise ValueError(
                 f"{where} holds what was trained on other frozen weights: backbone.path={before['path']} with dtype "
@@ -182,6 +203,19 @@ def check_ours(where: str, checkpoint: Mapping[str, Any]) -> None:
     """
     if KEY not in checkpoint:
         raise ValueError(f"{where} was not written by cpt_lightning, or by an early version that kept all weights")
+
+
+def flattened(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options in groups, by names with dots.
+
+    >>> flattened({"tuning": "lora", "lora": {"rank": 2}})
+    {'tuning': 'lora', 'lora.rank': 2}
+    """
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        inner = {f"{name}.{key}": part for key, part in flattened(value).items()} if isinstance(value, dict) else None
+        found |= {name: value} if inner is None else inner
+    return found
 
 
 def check_weights(where: str, saved: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

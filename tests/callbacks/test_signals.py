@@ -78,6 +78,23 @@ def test_sigterm_and_ctrl_c_end_a_run_that_goes_on_to_the_same_end(tmp_path, who
 
 
 @pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_an_evaluation_alone_ends_with_a_word_and_not_as_if_it_had_succeeded(tmp_path, caplog, verb, number):
+    class Here(Callback):
+        def on_validation_batch_start(self, *_):
+            os.kill(os.getpid(), number)
+
+        on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+
+    trainer = make_trainer(tmp_path, number_stream(), callbacks=[Here()], checkpoint=TaskCheckpoint())
+    with caplog.at_level("INFO"), pytest.raises(Stopped) as stopped:
+        getattr(trainer, verb)(LinearModule(), number_stream())
+    assert stopped.value.code == 128 + number
+    assert "start it again" in caplog.text and "to save it" not in caplog.text
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_twice_stops_at_once(tmp_path, whole, caplog):
     """The second is Lightning's: nothing is saved, and what is there is named."""
 
@@ -97,6 +114,14 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, whole, caplog):
     with caplog.at_level("INFO"), pytest.raises(SystemExit):
         run(tmp_path, Send(signal.SIGINT, batch=1))
     assert f"go on with --ckpt_path {tmp_path / 'last.ckpt'}" in caplog.text
+
+
+def test_a_checkpoint_that_is_refused_is_not_recommended(tmp_path, whole, caplog):
+    stream = number_stream(stages=["a", "c", "b"])
+    trainer = make_trainer(tmp_path, stream, checkpoint=TaskCheckpoint(dirpath=str(whole[0])))
+    with caplog.at_level("INFO"), pytest.raises(ValueError, match="belongs to another stream"):
+        trainer.fit(LinearModule(), stream, ckpt_path=str(whole[0] / "1_a.ckpt"))
+    assert "go on with" not in caplog.text
 
 
 @pytest.mark.parametrize("array", [False, True])

@@ -110,9 +110,12 @@ def test_a_state_of_other_data_is_refused_unless_its_stage_was_finished():
     next(iter(loader))
     state = loader.state_dict()
     bigger = {"tasks": {"a": Task(NumberSource("a", num_train=11))}}
-    for other, name in [(bigger, "sizes"), ({"prompts_per_step": 5}, "prompts_per_step"), ({"seed": 1}, "key")]:
+    others = {"sizes": bigger, "prompts_per_step": {"prompts_per_step": 5}, "seed_everything": {"seed": 1}}
+    for name, other in others.items():
         with pytest.raises(ValueError, match=f"middle of a stage with {name}=.*end of a task"):
             standing_alone(**other).train_dataloader().load_state_dict(state)
+    with pytest.raises(ValueError, match=r"after 1 of the \d batches of a stage, which now has no more than 1 "):
+        standing_alone(steps=1).train_dataloader().load_state_dict(state)
     list(loader)
     other = standing_alone(prompts_per_step=5).train_dataloader()
     other.load_state_dict(loader.state_dict())

@@ -236,13 +236,16 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
         fail(part)
     assert list(folder.parent.iterdir()) == []
     with whole_folder(folder) as part:
-        (part / "one").write_text("")
+        (part / "config.json").write_text("")
     with pytest.raises(FileExistsError, match="out exists already; --overwrite"), whole_folder(folder):
         pass
     with pytest.raises(KeyboardInterrupt), whole_folder(folder, overwrite=True) as part:
         fail(part)
-    assert [path.name for path in folder.iterdir()] == ["one"]
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
     with whole_folder(folder, overwrite=True) as part:
         (part / "two").write_text("")
     assert [path.name for path in folder.iterdir()] == ["two"]
     assert [path.name for path in folder.parent.iterdir()] == ["out"]
+    with pytest.raises(FileExistsError, match="all that is in it would be lost"), whole_folder(folder, overwrite=True):
+        pass
+    assert [path.name for path in folder.iterdir()] == ["two"]

@@ -1,6 +1,7 @@
 """A checkpoint holds what was trained, and is taken only by the model that it belongs to."""
 
 import re
+from contextlib import nullcontext
 
 import lightning as L
 import pytest
@@ -71,12 +72,38 @@ def test_the_reference_is_kept(tmp_path, batch, small_folder):
     assert any(name.startswith("reference.") for name in saved)
 
 
+KL = {"kl_coef": 0.1}
+
+
+@pytest.mark.parametrize(
+    "tuning, before, now, complaint",
+    [
+        ("full", KL, {**KL, "reference": "base"}, "with reference=task_start, now it is base: .*restore reference, or"),
+        ("full", {}, {**KL, "reference": "base"}, "with kl_coef=0, now it is 0.1: it does not hold the reference"),
+        ("lora", {}, KL, "with kl_coef=0, now it is 0.1"),
+        ("lora", {}, {**KL, "reference": "base"}, None),  # the model without its adapters
+        ("full", KL, {"kl_coef": 0.2}, None),
+        ("full", KL, {}, None),
+    ],
+)
+def test_a_run_goes_on_with_the_reference_that_its_checkpoint_holds(
+    tmp_path, batch, small_folder, tuning, before, now, complaint
+):
+    backbone = Backbone(small_folder, tuning=tuning, lora=Lora(rank=2))
+    fit(RFT(backbone=backbone, group_size=2, **before), [batch]).save_checkpoint(tmp_path / "kl.ckpt")
+    saved = torch.load(tmp_path / "kl.ckpt", weights_only=True)
+    module = RFT(backbone=backbone, group_size=2, **now)
+    module.check_checkpoint("kl.ckpt", saved, is_fitting=False)
+    with pytest.raises(ValueError, match=complaint) if complaint else nullcontext():
+        module.check_checkpoint("kl.ckpt", saved, is_fitting=True)
+
+
 @pytest.mark.parametrize(
     "now, complaint",
     [
-        ({"tuning": "full"}, "belongs to backbone.lora=.*now it is|belongs to backbone.tuning=lora, now it is full"),
-        ({"tuning": "lora", "lora": Lora(rank=4, dropout=0.2)}, "belongs to backbone.lora=.*'rank': 2.*'rank': 4"),
-        ({"tuning": "lora", "lora": Lora(rank=2, alpha=8, dropout=0.2)}, "'alpha': 32.*'alpha': 8"),
+        ({"tuning": "full"}, "belongs to backbone.tuning=lora, now it is full; restore it, or begin a new run"),
+        ({"tuning": "lora", "lora": Lora(rank=4, dropout=0.2)}, "belongs to backbone.lora.rank=2, now it is 4"),
+        ({"tuning": "lora", "lora": Lora(rank=2, alpha=8)}, "belongs to backbone.lora.alpha=32, now it is 8"),
         ({**ADAPTERS, "freeze": ["vision_tower"]}, r"backbone.freeze=\[\], now it is \['vision_tower'\]"),
         ({**ADAPTERS, "dtype": "bfloat16"}, "trained on other frozen weights: .*float32, now .* bfloat16"),
         ({**ADAPTERS, "folder": "tiny"}, "trained on other frozen weights: backbone.path=.*now it is tiny"),
@@ -96,6 +123,20 @@ def test_the_same_backbone_in_another_folder_is_taken(tmp_path, batch, small_fol
     trained(batch, tmp_path / "lora.ckpt", folder=small_folder, **ADAPTERS)
     shutil.copytree(small_folder, tmp_path / "moved")
     evaluate(batch, tmp_path / "lora.ckpt", str(tmp_path / "moved"), **ADAPTERS)
+
+
+@pytest.mark.parametrize(
+    "before, now",
+    [
+        (ADAPTERS, {"tuning": "lora", "lora": Lora(rank=2, dropout=0.0)}),
+        ({}, {"lora": Lora(rank=4)}),
+        ({}, {"cuda_graphs": False}),
+    ],
+    ids=["dropout", "adapters that there are none of", "how it is computed"],
+)
+def test_what_weights_do_not_depend_on_may_change(tmp_path, batch, small_folder, before, now):
+    trained(batch, tmp_path / "last.ckpt", folder=small_folder, **before)
+    evaluate(batch, tmp_path / "last.ckpt", small_folder, **now)
 
 
 def spoil(saved: dict, kind: str) -> None:

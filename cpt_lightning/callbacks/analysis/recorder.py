@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,13 +60,22 @@ class Recorder(ChecksFit):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on with the record of a checkpoint."""
         super().load_state_dict(state_dict)
+        self._check_settings(state_dict)
+        self.measurements = list(state_dict["measurements"])
+
+    def check_resume(self, checkpoint: Mapping[str, Any], path: str | Path) -> None:
+        """Refuses one that was measured otherwise."""
+        super().check_resume(checkpoint, path)
+        if (state := checkpoint["callbacks"].get(self.state_key)) is not None:
+            self._check_settings(state)
+
+    def _check_settings(self, state: Mapping[str, Any]) -> None:
         for name, now in self.settings.items():
-            if (before := state_dict[name]) != now:
+            if (before := state[name]) != now:
                 raise ValueError(
                     f"{type(self).__name__}: the checkpoint was measured with {name}={before!r}, now it is {now!r}, "
                     "and its figures would not compare; restore it, or begin a new run"
                 )
-        self.measurements = list(state_dict["measurements"])
 
     # -- what it costs -----------------------------------------------------------------------------------------------
 

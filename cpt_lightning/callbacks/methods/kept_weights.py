@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
 from lightning import Callback, LightningModule, Trainer
 
 from cpt_lightning.callbacks.checks import ChecksFit
@@ -28,17 +32,25 @@ class KeptWeights(ChecksFit):
         """Puts what a checkpoint held where the parameters are."""
         if trainer.ckpt_path is None:
             return
-        name = type(self).__name__
         if self._resumed is None:
-            raise ValueError(
-                f"{name}: {trainer.ckpt_path} was written without this callback, so what it should remember of the "
-                "start is lost; begin a new run with it, or resume without it"
-            )
+            self._refuse(trainer.ckpt_path)
         try:
             self.kept = {kind: laid_out(weights, pl_module) for kind, weights in self._resumed.items()}
         except ValueError as error:
-            raise ValueError(f"{name}: {trainer.ckpt_path} remembers other weights: {error}") from error
+            raise ValueError(f"{type(self).__name__}: {trainer.ckpt_path} remembers other weights: {error}") from error
         self._resumed = None
+
+    def check_resume(self, checkpoint: Mapping[str, Any], path: str | Path) -> None:
+        """Refuses one that was written without this callback."""
+        super().check_resume(checkpoint, path)
+        if self.state_key not in checkpoint.get("callbacks", {}):
+            self._refuse(path)
+
+    def _refuse(self, path: str | Path) -> NoReturn:
+        raise ValueError(
+            f"{type(self).__name__}: {path} was written without this callback, so what it should remember of the "
+            "start is lost; begin a new run with it, or resume without it"
+        )
 
     def state_dict(self) -> dict:
         """All that is kept, as whole tensors on the CPU."""

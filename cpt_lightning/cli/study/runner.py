@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
+from types import FrameType
 
 from rich.console import Console
 
@@ -21,6 +24,8 @@ from cpt_lightning.records.run import STUDY
 DONE = STUDY
 """In the folder of a run: those of its commands that have come to their end, and the seconds they took, but not
 what attempts took that were broken off."""
+STOPPED = {128 + number for number in (signal.SIGINT, signal.SIGTERM)}
+"""Statuses of a run that was asked to end, and can be gone on with."""
 LOG = "study.log"
 """What the commands printed."""
 
@@ -39,6 +44,8 @@ class Runner:
         for number in range(jobs):
             self.gpus.put(gpus[number % len(gpus)] if gpus else "")
         self.console = Console(soft_wrap=True, highlight=False)
+        self.processes: set[subprocess.Popen] = set()
+        self.is_stopped = False
 
     def __call__(self, runs: Sequence[Run]) -> list[Run]:
         """Runs them; gives those that failed, or could not begin because another had failed.
@@ -49,7 +56,7 @@ class Runner:
         waiting = [run for run in runs if not is_finished(run)]
         self.console.print(f"{len(runs)} runs, {len(runs) - len(waiting)} finished already, {self.jobs} at a time")
         lost: list[Run] = []
-        with ThreadPoolExecutor(self.jobs) as pool:
+        with self._passing_sigterm_on(), ThreadPoolExecutor(self.jobs) as pool:
             running: dict[Future[bool], Run] = {}
             while waiting or running:
                 lost += [run for run in waiting if _needed(run, lost)]
@@ -75,7 +82,8 @@ class Runner:
             for number, command in list(enumerate(run.commands, start=1))[done:]:
                 start = time.perf_counter()
                 if status := self._execute(command, run.folder / LOG, gpu):
-                    self.console.print(f"[red]{run.name}: failed with {status}[/]; see {run.folder / LOG}")
+                    what = "stopped by a signal" if status in STOPPED else f"failed with {status}"
+                    self.console.print(f"[red]{run.name}: {what}[/]; see {run.folder / LOG}")
                     return False
                 seconds += time.perf_counter() - start
                 record = {"commands": run.commands[:number], "seconds": seconds}
@@ -94,7 +102,28 @@ class Runner:
             file.write(f"$ cpt {' '.join(command)}\n")
             file.flush()
             whole = [sys.executable, "-m", "cpt_lightning", *command]
-            return subprocess.run(whole, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
+            if self.is_stopped:
+                return 128 + signal.SIGTERM
+            with subprocess.Popen(whole, env=environment, stdout=file, stderr=subprocess.STDOUT) as process:
+                self.processes.add(process)
+                status = process.wait()
+            self.processes.remove(process)
+            return status
+
+    @contextmanager
+    def _passing_sigterm_on(self) -> Iterator[None]:
+        """SIGTERM ends the runs too, which save what they learned; Ctrl-C reaches them by itself."""
+        before = signal.signal(signal.SIGTERM, self._stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.is_stopped = True
+        for process in list(self.processes):  # other threads add theirs
+            process.send_signal(number)
+        raise SystemExit(128 + number)
 
 
 def is_finished(run: Run) -> bool:
