@@ -197,7 +197,7 @@ def test_a_trainer_without_a_callback_of_ours_reads_checkpoints_as_data_too(tmp_
     [
         (lambda c: c["state_dict"].popitem(), {}, ValueError, "the checkpoint lacks model.*; give the options"),
         (lambda c: c.pop(KEY), {}, ValueError, "was not written by cpt_lightning"),
-        (lambda c: None, {"backbone": Backbone("tiny")}, ValueError, "the checkpoint belongs to backbone.lora"),
+        (lambda c: None, {"backbone": Backbone("tiny")}, ValueError, "the checkpoint belongs to backbone.tuning=lora"),
         (lambda c: None, {"strict": False}, TypeError, "strict"),
         (lambda c: None, {"hparams_file": "hparams.yaml"}, TypeError, "hparams_file"),
     ],
