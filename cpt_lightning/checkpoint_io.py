@@ -143,7 +143,7 @@ def check_resumable(checkpoint: dict[str, Any], path: str | Path) -> None:
         )
 
 
-def record_of(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
+def record_of(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
     """What the callback ``ContinualLearning`` had recorded; ``None`` if there was none."""
     return checkpoint.get("callbacks", {}).get(RECORD)
 

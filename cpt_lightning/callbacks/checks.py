@@ -23,7 +23,9 @@ class ChecksFit(Callback):
             ValueError: Names what would stop the fit or spoil its results, and the mend.
         """
 
-    def check_resume(self, checkpoint: Mapping[str, Any], path: str | Path) -> None:
+    def check_resume(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any], path: str | Path
+    ) -> None:
         """Looks at the checkpoint that a fit is to go on from, whose weights need not be there.
 
         Raises:

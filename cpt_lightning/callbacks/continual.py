@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from cpt_lightning.callbacks.checks import ChecksFit, check_evaluated_at_ends
-from cpt_lightning.callbacks.continuation import check_answers, check_stream, new_to
+from cpt_lightning.callbacks.continuation import answers_of, check_answers, check_stream, new_to
 from cpt_lightning.checkpoint_io import RECORD, next_step, record_of
 from cpt_lightning.records.matrix import AccuracyMatrix, Scores, logged_cell
 from cpt_lightning.records.run import MATRIX
@@ -185,8 +185,7 @@ class ContinualLearning(ChecksFit):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self.fingerprints = {name: stream.fingerprint(name, stream.evaluate_on) for name in stream.asked}
-            if (sampling := getattr(pl_module, "evaluation", None)) is not None:
-                self.answers = {**asdict(sampling), "forced_prefix": getattr(pl_module, "forced_prefix", None)}
+            self.answers = answers_of(pl_module)
         self._stream = {"tasks": stream.task_names, "probes": stream.probe_names, "stages": stream.stages}
 
     def state_dict(self) -> dict:
@@ -203,8 +202,7 @@ class ContinualLearning(ChecksFit):
         self._resumed_step = next_step(checkpoint)
         if record is None or trainer.state.fn != TrainerFn.FITTING or trainer.fast_dev_run:
             return
-        check_stream(trainer, record)
-        check_answers(self.answers, record)
+        self.check_resume(trainer, pl_module, checkpoint, str(trainer.ckpt_path))
         new = new_to(trainer, record)
         if len(record["rows"]) == trainer.datamodule.num_stages:
             rank_zero_info(
@@ -216,6 +214,15 @@ class ContinualLearning(ChecksFit):
                 f"the stream was extended since the checkpoint, by {new}. Forgetting and worst dip count what was lost "
                 "since then, of what is new"
             )
+
+    def check_resume(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any], path: str | Path
+    ) -> None:
+        """Refuses one whose record is of another stream, or was measured otherwise."""
+        super().check_resume(trainer, pl_module, checkpoint, path)
+        if (record := record_of(checkpoint)) is not None:
+            check_stream(trainer, record)
+            check_answers(pl_module, record)
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Goes on with the record of a checkpoint."""

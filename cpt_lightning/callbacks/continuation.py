@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 
 from cpt_lightning.checkpoint_io import record_of
 
@@ -39,18 +40,21 @@ def check_stream(trainer: Trainer, record: Mapping[str, Any]) -> None:
             )
 
 
-def check_answers(answers: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-    """Refuses to go on where answers are drawn otherwise than those of a record.
+def answers_of(pl_module: LightningModule) -> dict[str, Any]:
+    """How evaluations draw answers, an entry per option; none of a module that does not say."""
+    if (sampling := getattr(pl_module, "evaluation", None)) is None:
+        return {}
+    return {**asdict(sampling), "forced_prefix": getattr(pl_module, "forced_prefix", None)}
 
-    Args:
-        answers: How evaluations draw them now, an entry per option.
-        record: Of an earlier checkpoint, which may not say how.
+
+def check_answers(pl_module: LightningModule, record: Mapping[str, Any]) -> None:
+    """Refuses to go on where answers are drawn otherwise than those of a record; earlier ones do not say how.
 
     Raises:
         ValueError: Names the option.
     """
     before = record.get("answers", {})
-    for name, now in answers.items():
+    for name, now in answers_of(pl_module).items():
         if before.get(name, now) != now:
             option = name if name == "forced_prefix" else f"evaluation.{name}"
             raise ValueError(
@@ -67,19 +71,15 @@ def new_to(trainer: Trainer, record: Mapping[str, Any]) -> str:
     return " and ".join(f"{kind}{'s' * (len(names) > 1)} {', '.join(names)}" for kind, names in kinds.items() if names)
 
 
-def unmeasured(trainer: Trainer, checkpoint: dict[str, Any]) -> list[str]:
+def unmeasured(trainer: Trainer, checkpoint: Mapping[str, Any]) -> list[str]:
     """Tasks and probes that the model of a checkpoint is to be asked before ``fit`` goes on from it.
 
     They are those that came to the stream later, if the checkpoint stands at the end of a stage that is not the last.
     Within one there are none, for its end asks everything.
-
-    Raises:
-        ValueError: The checkpoint belongs to another stream.
     """
     record = record_of(checkpoint)
     if record is None:
         return []
-    check_stream(trainer, record)
     num_learned, stream = len(record["rows"]), trainer.datamodule
     if not checkpoint["epoch"] < num_learned < stream.num_stages:
         return []

@@ -28,6 +28,7 @@ NOISE = (
 
 LIBRARY_NOISE = (
     "`isinstance.treespec, LeafSpec.` is deprecated",  # lightning 2.6 and torch
+    "TypedStorage is deprecated",  # torch 2.9 and 2.10, which write shards with it
     "Be aware that when using `ckpt_path`, callbacks used to create",  # there is nothing to lose in test and predict
     "It is recommended to use `self.log.*sync_dist=True",  # our metrics are reduced before
     "The number of training batches .* is smaller than the logging interval",

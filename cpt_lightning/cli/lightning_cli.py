@@ -314,7 +314,7 @@ class CPTCLI(LightningCLI):
             if isinstance(callback, ChecksFit):
                 callback.check_fit(self.trainer, self.model)
                 if self.checkpoint is not None:
-                    callback.check_resume(self.checkpoint, path)
+                    callback.check_resume(self.trainer, self.model, self.checkpoint, path)
         names = self.datamodule.asked
         if self.checkpoint is not None:
             names = unmeasured(self.trainer, self.checkpoint)

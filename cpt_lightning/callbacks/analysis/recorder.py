@@ -63,9 +63,11 @@ class Recorder(ChecksFit):
         self._check_settings(state_dict)
         self.measurements = list(state_dict["measurements"])
 
-    def check_resume(self, checkpoint: Mapping[str, Any], path: str | Path) -> None:
+    def check_resume(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any], path: str | Path
+    ) -> None:
         """Refuses one that was measured otherwise."""
-        super().check_resume(checkpoint, path)
+        super().check_resume(trainer, pl_module, checkpoint, path)
         if (state := checkpoint["callbacks"].get(self.state_key)) is not None:
             self._check_settings(state)
 

@@ -40,9 +40,11 @@ class KeptWeights(ChecksFit):
             raise ValueError(f"{type(self).__name__}: {trainer.ckpt_path} remembers other weights: {error}") from error
         self._resumed = None
 
-    def check_resume(self, checkpoint: Mapping[str, Any], path: str | Path) -> None:
+    def check_resume(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any], path: str | Path
+    ) -> None:
         """Refuses one that was written without this callback."""
-        super().check_resume(checkpoint, path)
+        super().check_resume(trainer, pl_module, checkpoint, path)
         if self.state_key not in checkpoint.get("callbacks", {}):
             self._refuse(path)
 
