@@ -26,7 +26,7 @@ def listed_texts(text: str) -> list | None:
             values = read(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-        if isinstance(values, list):
+        if isinstance(values, list) and not any(isinstance(value, list) for value in values):
             return values
     return None
 
