@@ -196,7 +196,10 @@ def broken_off(tmp_path_factory) -> Path:
         (["--model.backbone.tuning=lora"], "belongs to backbone.tuning=full, now it is lora; restore it, or begin a n"),
         (["--model.kl_coef=0.1"], "was written with kl_coef=0, now it is 0.1: it does not hold the reference"),
         (["--trainer.callbacks=EWC"], "EWC: .*last.ckpt was written without this callback"),
-        (["--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.1"], "middle of a task by another optimizer than SGD"),
+        (
+            ["--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.1"],
+            "middle of a task by another optimizer than SGD",
+        ),
         (["--seed_everything=3"], "in the middle of a stage with seed_everything=0, now it is 3; restore it"),
         (["--data.steps=2"], "after 2 of the 3 batches of a stage, which now has no more than 2"),
     ],

@@ -144,7 +144,7 @@ def test_a_run_begins_with_its_folder_and_ends_with_what_it_came_to_and_what_to_
     text = "".join(lines)  # a narrow terminal breaks long commands
     for command in (f"tensorboard --logdir {folder}", f"cpt export {folder}", f"--ckpt_path {folder}/last.ckpt"):
         assert command in text
-    assert "learned and lost" in text and re.search(r"took \d:\d\d, 8 rows", text)
+    assert "learned and lost" in text and re.search(r"8 rows\b.* in all; this command took \d:\d\d", text)
     assert ("32 rollouts" in text) == (where == "screen")  # 8 rows x 2 learned from, 4 rows x 2 of two tasks judged
     assert text.count("3.0 of 3.0 million parameters are trained") == 1
 
