@@ -240,7 +240,9 @@ def test_a_task_whose_file_is_missing_is_reported_and_the_others_inspected(tmp_p
     assert all("rows.json' does not exist" in split["error"] for split in charts_report["splits"])
     assert facts["splits"][2]["num_rows"] == 2
     assert [problem.split(":")[0] for problem in report_of(tmp_path)["problems"]] == ["task charts, train, test"]
-    assert "train, val, test cannot be opened" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "train, val, test cannot be opened" in said
+    assert said.count("tokens: min · median · p95 · max") == 1  # of the other's table: nothing to explain in this one
 
 
 def test_the_bar_says_which_set_is_being_opened():

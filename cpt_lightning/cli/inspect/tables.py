@@ -75,7 +75,8 @@ def _beginnings(prefixes: Mapping[str, str]) -> list[tuple[str, str]]:
 
 def split_table(splits: Sequence[SplitReport]) -> Table:
     """Numbers of a task's splits, a column for each."""
-    table = Table(show_edge=False, pad_edge=False, caption=CAPTION, caption_justify="left")
+    legend = CAPTION if any(split.error is None for split in splits) else None
+    table = Table(show_edge=False, pad_edge=False, caption=legend, caption_justify="left")
     table.add_column("", no_wrap=True)
     for split in splits:
         table.add_column(split.split, justify="right", overflow="fold")
