@@ -400,3 +400,13 @@ def test_a_tasks_licence_is_shown_where_it_is_known(licence, capsys):
     console().print(task_section(report))
     shown = capsys.readouterr().out
     assert ("licence" in shown) == (licence is not None) and (licence or "") in shown
+
+
+def test_at_a_glance_numbers_are_whole_on_a_narrow_terminal(config, capsys, monkeypatch):
+    """80 columns; a style and a kind of answer with long names are folded instead."""
+    monkeypatch.setattr("cpt_lightning.cli.inspect.tables.MIN_WIDTH", 80)
+    monkeypatch.setenv("COLUMNS", "80")
+    inspect("-c", config, "--data.tasks.word2.reward.kind=letter_or_short_answer", "--data.style=think_boxed")
+    said = capsys.readouterr().out.split("at a glance")[1]
+    assert "longest" in said and "one answer" in said and "…" not in said
+    assert [line for line in said.splitlines() if "%" in line and len(line) == 80 and "word2" in line]

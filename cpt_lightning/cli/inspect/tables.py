@@ -198,21 +198,19 @@ def shown_panel(shown: Shown, prefixes: Mapping[str, str]) -> Panel:
 
 
 def overview(report: Report) -> Table:
-    """A line for each task and probe, of the split that is evaluated."""
+    """A line for each task and probe, of the split that is evaluated; numbers are whole on a narrow terminal too."""
     table = Table(title=f"at a glance: the {report.evaluate_on} split", title_justify="left", title_style="bold")
     table.add_column("task", no_wrap=True)
     for column in ("rows", "longest\nprompt", "longest\ntarget", "always\none answer"):
-        table.add_column(column, justify="right")
-    table.add_column("asked")
-    table.add_column("graded")
-    table.add_column("fingerprint", no_wrap=True)
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("asked", overflow="fold")
+    table.add_column("graded", overflow="fold")
     roles = [task.role for task in report.tasks]
     for task, following in zip(report.tasks, [*roles[1:], roles[-1]], strict=True):
         split = next((split for split in task.splits if split.split == report.evaluate_on), None)
         label = Text(task.name) if task.role == "task" else Text.assemble(("probe ", "dim"), task.name)
         kind = task.reward.split(" ")[0]
-        row = [*_glance(split), task.prompt["style"], kind, (split and split.fingerprint) or "-"]
-        table.add_row(label, *row, end_section=following != task.role)
+        table.add_row(label, *_glance(split), task.prompt["style"], kind, end_section=following != task.role)
     return table
 
 
