@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from cpt_lightning.cli import main
+from cpt_lightning.cli.export import _parser as export_parser
 from cpt_lightning.cli.study import parsing
 from cpt_lightning.cli.study.arms import Study
 from cpt_lightning.cli.study.runner import DONE, Runner, is_finished
@@ -44,6 +45,14 @@ def test_an_arm_finds_the_folder_of_another_and_its_own(tmp_path):
     assert run.needs == {"grpo"} and run.seed == 1
     assert run.commands[0][2] == str(tmp_path / "out/grpo/seed_1/last.ckpt")
     assert run.commands[1][2] == str(tmp_path / "out/more/seed_1/r") and "--run_dir" not in run.commands[0]
+
+
+def test_an_arm_may_export_what_another_learned_as_the_help_says(tmp_path):
+    """`cpt export` draws nothing, and knows no seed."""
+    grpo, run = study(tmp_path, {"grpo": "fit -c g.yaml", "more": ["export {grpo} --output {run}/base", "fit"]}).runs()
+    options = export_parser().parse_args(run.commands[0][1:])
+    assert (options.run, options.output) == (str(grpo.folder), str(run.folder / "base"))
+    assert run.commands[1][1:3] == ("--seed_everything", "0")
 
 
 def test_a_grid_runs_an_arm_for_each_of_its_values_and_the_others_once(tmp_path):
