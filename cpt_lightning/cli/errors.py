@@ -20,7 +20,6 @@ LONGEST_VALUE = 60
 _NO_OPTIONS = "Unexpected config: "
 _LINKED = "Call to compute_fn of link "
 _NO_ALTERNATIVE = "Expected a <class 'NoneType'>"
-_OF_A_CLASS = "Problem with given class_path "
 
 
 def refusal(error: Exception) -> str:
@@ -33,15 +32,15 @@ def refusal(error: Exception) -> str:
     'size=1: 2 or more'
     >>> refusal(ValueError("No\nErrors:\n  - No\n    Errors:\n      - Problem with given class_path 'A':\n"
     ...                    "        size=1: 2 or more\n    Given value: 1\n  - Expected a <class 'NoneType'>"))
-    'size=1: 2 or more'
+    "Problem with given class_path 'A':\nsize=1: 2 or more"
     """
     lines = [line.strip().removeprefix("- ") for line in str(error).splitlines()]
     end = next((number for number, line in enumerate(lines) if line.startswith("Given value")), len(lines))
     if "Errors:" not in lines[:end]:
         return str(error)
     begin = max(number for number, line in enumerate(lines[:end]) if line == "Errors:")
-    said = [line for line in lines[begin + 1 : end] if line != _NO_ALTERNATIVE and not line.startswith(_OF_A_CLASS)]
-    return "\n".join(filter(None, said)) or str(error)
+    said = [line for line in lines[begin + 1 : end] if line not in ("", _NO_ALTERNATIVE)]
+    return "\n".join(said) or str(error)
 
 
 def shortened(message: str) -> str:
