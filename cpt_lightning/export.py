@@ -75,6 +75,7 @@ def export(
         config,
         backbone.lora.along_stream,
         prefixes_of(config["model"]["init_args"]),
+        backbone.quantization if backbone.tuning == "qlora" else None,
     )
     save_folder(model, backbone.load_processor(), folder, backbone.path, card, overwrite=overwrite)
     return folder

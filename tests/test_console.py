@@ -144,7 +144,7 @@ def test_a_run_begins_with_its_folder_and_ends_with_what_it_came_to_and_what_to_
     text = "".join(lines)  # a narrow terminal breaks long commands
     for command in (f"tensorboard --logdir {folder}", f"cpt export {folder}", f"--ckpt_path {folder}/last.ckpt"):
         assert command in text
-    assert "learned and lost" in text and re.search(r"took \d:\d\d, 8 rows", text)
+    assert "learned and lost" in text and re.search(r"8 rows\b.* in all; this command took \d:\d\d", text)
     assert ("32 rollouts" in text) == (where == "screen")  # 8 rows x 2 learned from, 4 rows x 2 of two tasks judged
     assert text.count("3.0 of 3.0 million parameters are trained") == 1
 
@@ -203,3 +203,16 @@ def test_noise_is_dropped_and_messages_are_printed_as_they_are(capsys):
         Messages().emit(logging.LogRecord("library", logging.INFO, "", 0, text, None, None))
     say("and this")
     assert capsys.readouterr().err == "run directory: runs/demo\nand this\n"
+
+
+@pytest.mark.parametrize(
+    "message, is_shown",
+    [
+        ("Detected out of order event.step likely caused by a TensorFlow restart. Purging 70 scalars", False),
+        ("filter: runs/a/filter/word2.jsonl: 3 of 4 rows are kept", True),
+    ],
+)
+def test_what_tensorboard_says_of_a_run_that_went_back_is_not_shown(message, is_shown, capsys):
+    """Its reader takes it for a mishap; a run that goes on from an earlier checkpoint means it."""
+    Messages().emit(logging.makeLogRecord({"msg": message, "levelno": logging.WARNING}))
+    assert (message in capsys.readouterr().err) == is_shown

@@ -19,8 +19,11 @@ from cpt_lightning.checkpoint_io import read_checkpoint
 from cpt_lightning.cli import main
 from cpt_lightning.export import export, push
 from cpt_lightning.models import Backbone, Lora
+from cpt_lightning.models.folders import save_folder
 from cpt_lightning.models.processor import TINY
+from cpt_lightning.models.quantization import Quantization, settle_quantized
 from cpt_lightning.modules import SFT
+from cpt_lightning.report.summary import what_next
 from cpt_lightning.rollouts import Sampling
 from cpt_lightning.rollouts.prefixes import prefixes_of
 from cpt_lightning.sharded_checkpoints import save_shards
@@ -333,6 +336,8 @@ def test_a_renewed_adapter_alone_is_not_passed_off_as_the_model(streams, tmp_pat
         main(["export", str(streams["renewed"]), "--task", "bars2", "--output", str(tmp_path / "second")])
     assert "2_bars2.ckpt: adapters were merged into the weights" in (said := capsys.readouterr().err)
     assert "--merge exports it" in said
+    assert f"  cpt export {streams['renewed']} --merge" in what_next(streams["renewed"])
+    assert f"  cpt export {streams['per_task']}" in what_next(streams["per_task"])
     export(streams["renewed"], task="word2", output=tmp_path / "first")
     refused = SFT(backbone=Backbone(tuning="lora", lora=Lora(along_stream="renewed")))
     with pytest.raises(ValueError, match="along_stream=renewed .* set export.merge to true"):
@@ -401,3 +406,22 @@ def test_shards_are_exported_as_the_file_is(runs, tmp_path):
         ]
         one, other = ((folder / weights).read_bytes() for folder in exported)
         assert one == other
+
+
+def test_the_card_of_a_qlora_adapter_loads_its_base_in_four_bits(mixed_prompts, tmp_path):
+    """As it was scored: over the base as it is the same adapter gives other logits, by a half."""
+    backbone = Backbone(tuning="qlora", quantization=Quantization(compute_dtype="float32"))
+    model = backbone.load_model()
+    card = model_card("a", "adapter", "tiny", "float32", ["word2"], quantization=backbone.quantization)
+    save_folder(model, backbone.load_processor(), tmp_path / "a", "tiny", card)
+    names = {"FOLDER": str(tmp_path / "a")}
+    exec(card.split("```python\n")[1].split("```")[0], names)
+    settle_quantized(names["model"])  # some CPUs would multiply otherwise
+    expected = logits(model, mixed_prompts)
+    torch.testing.assert_close(logits(names["model"], mixed_prompts), expected, atol=1e-4, rtol=0)
+    whole = PeftModel.from_pretrained(plain(tmp_path / "a" / "base"), tmp_path / "a")
+    assert (logits(whole, mixed_prompts) - expected).abs().max() > 0.5
+    merged = model_card("a", "merged", "tiny", "float32", ["word2"], quantization=backbone.quantization)
+    assert (
+        "in four bits (nf4), and is merged into the base as it is: answers differ from those that were scored" in merged
+    )

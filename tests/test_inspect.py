@@ -240,7 +240,9 @@ def test_a_task_whose_file_is_missing_is_reported_and_the_others_inspected(tmp_p
     assert all("rows.json' does not exist" in split["error"] for split in charts_report["splits"])
     assert facts["splits"][2]["num_rows"] == 2
     assert [problem.split(":")[0] for problem in report_of(tmp_path)["problems"]] == ["task charts, train, test"]
-    assert "train, val, test cannot be opened" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "train, val, test cannot be opened" in said
+    assert said.count("tokens: min · median · p95 · max") == 1  # of the other's table: nothing to explain in this one
 
 
 def test_the_bar_says_which_set_is_being_opened():
@@ -398,3 +400,13 @@ def test_a_tasks_licence_is_shown_where_it_is_known(licence, capsys):
     console().print(task_section(report))
     shown = capsys.readouterr().out
     assert ("licence" in shown) == (licence is not None) and (licence or "") in shown
+
+
+def test_at_a_glance_numbers_are_whole_on_a_narrow_terminal(config, capsys, monkeypatch):
+    """80 columns; a style and a kind of answer with long names are folded instead."""
+    monkeypatch.setattr("cpt_lightning.cli.inspect.tables.MIN_WIDTH", 80)
+    monkeypatch.setenv("COLUMNS", "80")
+    inspect("-c", config, "--data.tasks.word2.reward.kind=letter_or_short_answer", "--data.style=think_boxed")
+    said = capsys.readouterr().out.split("at a glance")[1]
+    assert "longest" in said and "one answer" in said and "…" not in said
+    assert [line for line in said.splitlines() if "%" in line and len(line) == 80 and "word2" in line]

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from cpt_lightning.cli import main
+from cpt_lightning.cli.export import _parser as export_parser
 from cpt_lightning.cli.study import parsing
 from cpt_lightning.cli.study.arms import Study
 from cpt_lightning.cli.study.runner import DONE, Runner, is_finished
@@ -44,6 +45,14 @@ def test_an_arm_finds_the_folder_of_another_and_its_own(tmp_path):
     assert run.needs == {"grpo"} and run.seed == 1
     assert run.commands[0][2] == str(tmp_path / "out/grpo/seed_1/last.ckpt")
     assert run.commands[1][2] == str(tmp_path / "out/more/seed_1/r") and "--run_dir" not in run.commands[0]
+
+
+def test_an_arm_may_export_what_another_learned_as_the_help_says(tmp_path):
+    """`cpt export` draws nothing, and knows no seed."""
+    grpo, run = study(tmp_path, {"grpo": "fit -c g.yaml", "more": ["export {grpo} --output {run}/base", "fit"]}).runs()
+    options = export_parser().parse_args(run.commands[0][1:])
+    assert (options.run, options.output) == (str(grpo.folder), str(run.folder / "base"))
+    assert run.commands[1][1:3] == ("--seed_everything", "0")
 
 
 def test_a_grid_runs_an_arm_for_each_of_its_values_and_the_others_once(tmp_path):
@@ -255,6 +264,30 @@ def test_sigterm_ends_what_runs_and_begins_nothing(tmp_path, monkeypatch, capsys
     assert "a, seed 0: stopped by a signal" in capsys.readouterr().out
     assert (tmp_path / "out/a/seed_0/study.log").read_text().count("$ cpt") == 1
     assert not (tmp_path / "out/b").exists()
+
+
+def test_ctrl_c_in_a_command_s_last_moment_does_not_begin_the_next(tmp_path, monkeypatch, capsys):
+    """It ends as if nothing had been, for it came too late to stop it; the person has pressed Ctrl-C all the same."""
+    program = tmp_path / "cpt_lightning.py"
+    program.write_text("import os, signal, time\nos.kill(os.getppid(), signal.SIGINT)\ntime.sleep(0.2)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        Runner()(list(study(tmp_path, {"a": ["fit -c x", "fit -c y"], "b": "fit -c x"}).runs()))
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "a, seed 0: stopped by a signal" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out/a/seed_0" / DONE).read_text())["commands"][0][:3] == ["fit", "-c", "x"]
+    assert (tmp_path / "out/a/seed_0/study.log").read_text().count("fit -c y") == 0
+    assert not (tmp_path / "out/b").exists()
+
+
+@pytest.mark.parametrize("status", [-signal.SIGTERM, -signal.SIGINT, 143, 130])
+def test_what_a_signal_ended_is_not_said_to_have_failed(tmp_path, monkeypatch, capsys, status):
+    """Also where nothing caught it, as in `export`, or in `fit` before its first batch."""
+    monkeypatch.setattr(Runner, "_execute", lambda runner, command, log, gpu: int(status))
+    assert len(Runner()(list(study(tmp_path, {"a": "fit"}).runs()))) == 1
+    assert "a, seed 0: stopped by a signal" in capsys.readouterr().out
 
 
 # -- the shipped studies -----------------------------------------------------------------------------------------------

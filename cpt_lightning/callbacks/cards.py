@@ -11,6 +11,7 @@ import yaml
 
 from cpt_lightning import __version__
 from cpt_lightning.models.adapters import AlongStream
+from cpt_lightning.models.quantization import KEPT_WHOLE, Quantization
 from cpt_lightning.records.matrix import AccuracyMatrix
 from cpt_lightning.rollouts.prefixes import USES
 
@@ -30,6 +31,14 @@ ADAPTERS = {
 }
 """What became of the adapters, where it was not one that learned all tasks."""
 
+FOUR_BITS = {
+    "adapter": "It was learned, and scored, over the base's language model in four bits ({quant_type}), as it is "
+    "loaded here.",
+    "merged": "The adapter was learned, and scored, over the base's language model in four bits ({quant_type}), and is "
+    "merged into the base as it is: answers differ from those that were scored.",
+}
+"""What scores of QLoRA are those of."""
+
 LIBRARIES = ("torch", "transformers", "peft", "lightning")
 
 LOADING = {
@@ -44,6 +53,21 @@ from peft import PeftModel
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 base = Qwen2_5_VLForConditionalGeneration.from_pretrained({base}, dtype="{dtype}")
+model = PeftModel.from_pretrained(base, FOLDER, autocast_adapter_dtype=False)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+""",
+    "adapter of four bits": """\
+from peft import PeftModel
+from transformers import AutoTokenizer, BitsAndBytesConfig, Qwen2_5_VLForConditionalGeneration
+
+four_bits = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="{quantization.quant_type}",
+    bnb_4bit_use_double_quant={quantization.double_quant},
+    bnb_4bit_compute_dtype="{quantization.compute_dtype}",
+    llm_int8_skip_modules={kept_whole},
+)
+base = Qwen2_5_VLForConditionalGeneration.from_pretrained({base}, dtype="{dtype}", quantization_config=four_bits)
 model = PeftModel.from_pretrained(base, FOLDER, autocast_adapter_dtype=False)
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 """,
@@ -67,6 +91,7 @@ def model_card(
     config: dict | None = None,
     along_stream: AlongStream = "shared",
     prefixes: Mapping[str, str] | None = None,
+    quantization: Quantization | None = None,
 ) -> str:
     """The text of the card.
 
@@ -81,6 +106,7 @@ def model_card(
         config: The run's configuration, if it has one.
         along_stream: What became of adapters from task to task.
         prefixes: What replies were made to begin with, as ``prefixes_of`` tells.
+        quantization: How the base was stored while an adapter was learned over it; ``None`` where it was as it is.
     """
     is_adapter = kind == "adapter"
     header = {
@@ -90,13 +116,15 @@ def model_card(
     }
     if base.count("/") == 1 and not base.startswith("."):  # else the hub would refuse the name
         header["base_model"] = base
-    code = LOADING["adapter" if is_adapter else "whole"].format(base=_base_in_code(base), dtype=dtype)
+    loading = LOADING["whole" if not is_adapter else "adapter" if quantization is None else "adapter of four bits"]
+    code = loading.format(base=_base_in_code(base), dtype=dtype, quantization=quantization, kept_whole=KEPT_WHOLE)
     lines = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
         f"# {name}",
         f"{WHAT[kind]} `{base}` (weights in {dtype}), by continual post-training with cpt_lightning {__version__}.",
         f"Learned, in this order: {_learned(stages, within)}.",
         *([ADAPTERS[along_stream]] if along_stream in ADAPTERS else []),
+        *([FOUR_BITS[kind].format(quant_type=quantization.quant_type)] if quantization is not None else []),
         *([_begun(prefixes)] if prefixes else []),
         f"```python\n{code}```",
         "## Scores\n\n" + ("Not measured at this point." if within else _scores(matrix, len(stages))),

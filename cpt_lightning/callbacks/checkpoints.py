@@ -189,7 +189,7 @@ class TaskCheckpoint(ModelCheckpoint):
         return (
             f"go on with --ckpt_path {last}"
             if standing(last).exists()
-            else "there is no checkpoint yet: start it again"
+            else f"there is no checkpoint yet: --run_dir {last.parent} --ckpt_path last begins anew in that folder"
         )
 
     def state_dict(self) -> dict:

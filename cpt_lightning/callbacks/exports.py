@@ -86,8 +86,19 @@ class TaskExport(ChecksFit, Checkpoint):
         record = next((each for each in trainer.callbacks if isinstance(each, ContinualLearning)), None)
         matrix = None if record is None else record.matrix(trainer)
         dtype = str(model.dtype).removeprefix("torch.")
-        base, along_stream = lasting_name(backbone.path), backbone.lora.along_stream
-        card = model_card(name, kind, base, dtype, names, None, matrix, config_of(run), along_stream, module.prefixes)
+        card = model_card(
+            name,
+            kind,
+            lasting_name(backbone.path),
+            dtype,
+            names,
+            None,
+            matrix,
+            config_of(run),
+            backbone.lora.along_stream,
+            module.prefixes,
+            backbone.quantization if backbone.tuning == "qlora" else None,
+        )
         folder = run / EXPORTS / name
         save_folder(model, module.processor, folder, backbone.path, card, weights, overwrite=True)
         rank_zero_info(f"exported: {folder}")

@@ -22,6 +22,7 @@ NOISE = (
     "Restoring states from the checkpoint path",  # and again when it is done
     "Initializing distributed: ",
     "-----",  # around the number of processes, which the line of the model has
+    "Detected out of order event.step likely",  # tensorboard 2.21, of a run that went back to an earlier checkpoint
     "Failed to load CPU gemm_4bit_forward",  # bitsandbytes 0.50, imported by peft whether used or not
 )
 """How messages of libraries begin that tell nothing which a person could use."""

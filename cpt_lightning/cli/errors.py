@@ -25,20 +25,22 @@ _NO_ALTERNATIVE = "Expected a <class 'NoneType'>"
 def refusal(error: Exception) -> str:
     r"""The complaint of the class whose constructor raised.
 
-    Where an option may be of several types, jsonargparse (4.53) lists what each of them said, and then the whole value.
+    Where an option may be of several types, jsonargparse (4.53) lists what each of them said, and then the whole value;
+    of a class within a class that is within the list.
 
     >>> refusal(ValueError("Does not validate ...\nErrors:\n  - size=1: 2 or more\n  - Expected a <class 'NoneType'>"))
     'size=1: 2 or more'
+    >>> refusal(ValueError("No\nErrors:\n  - No\n    Errors:\n      - Problem with given class_path 'A':\n"
+    ...                    "        size=1: 2 or more\n    Given value: 1\n  - Expected a <class 'NoneType'>"))
+    "Problem with given class_path 'A':\nsize=1: 2 or more"
     """
-    lines = str(error).splitlines()
-    if "Errors:" not in lines:
+    lines = [line.strip().removeprefix("- ") for line in str(error).splitlines()]
+    end = next((number for number, line in enumerate(lines) if line.startswith("Given value")), len(lines))
+    if "Errors:" not in lines[:end]:
         return str(error)
-    said: list[str] = []
-    for line in lines[lines.index("Errors:") + 1 :]:
-        if line.startswith("Given value"):
-            break
-        said.append(line.strip().removeprefix("- "))
-    return "\n".join(line for line in said if line and line != _NO_ALTERNATIVE) or str(error)
+    begin = max(number for number, line in enumerate(lines[:end]) if line == "Errors:")
+    said = [line for line in lines[begin + 1 : end] if line not in ("", _NO_ALTERNATIVE)]
+    return "\n".join(said) or str(error)
 
 
 def shortened(message: str) -> str:

@@ -143,6 +143,13 @@ def _differences(before: Mapping[str, str], now: Mapping[str, str], changed: Ite
     >>> _differences({"trainer.callbacks[0].class_path": "cpt_lightning.callbacks.EWC"}, {"trainer.callbacks": "null"},
     ...              ["trainer.callbacks", "trainer.callbacks[0].class_path"])
     ['trainer.callbacks EWC -> none']
+
+    Options that one class has and the other has not are not named beside them.
+
+    >>> _differences({"model.class_path": "SFT", "model.init_args.lr": "1"},
+    ...              {"model.class_path": "RFT", "model.init_args.lr": "2", "model.init_args.clip_low": "null"},
+    ...              ["model.class_path", "model.init_args.lr", "model.init_args.clip_low"])
+    ['model.class_path SFT -> RFT', 'model.init_args.lr 1 -> 2']
     """
     known, left = ({_owner(name) for name in options} for options in (before, now))
     callbacks = [_callbacks(options) for options in (before, now)]
@@ -151,11 +158,19 @@ def _differences(before: Mapping[str, str], now: Mapping[str, str], changed: Ite
         if name.startswith("trainer.callbacks") and callbacks[0] != callbacks[1]
         else f"{_owner(name)} is new" if _owner(name) not in known
         else f"{_owner(name)} is gone" if _owner(name) not in left
-        else f"{name} {before.get(name)} -> {now.get(name)}"
+        else " ".join([name, before.get(name, "none") or "''", "->", now.get(name, "none") or "''"])
         for name in changed
         if not any(other.startswith((f"{name}.", f"{name}[")) for other in (*before, *now))  # it was, or is now, empty
+        and not _is_of_a_class(name, before, now)
     )  # fmt: skip
     return list(dict.fromkeys(said))
+
+
+def _is_of_a_class(name: str, before: Mapping[str, str], now: Mapping[str, str]) -> bool:
+    """Whether an option is one of a class that is new or gone, and the other class has none of that name."""
+    parts = name.split(".init_args.")
+    paths = (".init_args.".join(parts[:depth]) + ".class_path" for depth in range(1, len(parts)))
+    return (name in before) != (name in now) and any(path in now and now[path] != before.get(path) for path in paths)
 
 
 def _owner(option: str) -> str:

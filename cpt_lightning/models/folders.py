@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cpt_lightning.models.adapter_folders import base_of, save_adapter
+from cpt_lightning.models.adapter_folders import BASE_BESIDE, base_of, save_adapter
 from cpt_lightning.models.adapters import has_adapters
 
 if TYPE_CHECKING:
@@ -107,11 +107,20 @@ def refuse_filled(folder: Path, overwrite: bool) -> None:
     entries = list(folder.iterdir()) if folder.is_dir() else []
     if entries and not overwrite:
         raise FileExistsError(f"{folder} exists already; --overwrite replaces it, --output names another folder")
-    if entries and (MODEL_CONFIGS.isdisjoint(entry.name for entry in entries) or any(map(Path.is_dir, entries))):
+    if entries and not _is_model_alone(folder):
         raise FileExistsError(
             f"{folder} is not the folder of a model alone, and all that is in it would be lost; --output names another "
             "folder"
         )
+
+
+def _is_model_alone(folder: Path) -> bool:
+    """Whether a model is in the folder and no folder is, but the embedded base's beside its adapter."""
+    entries = list(folder.iterdir())
+    folders = [entry for entry in entries if entry.is_dir()]
+    return not MODEL_CONFIGS.isdisjoint(entry.name for entry in entries) and all(
+        entry.name == BASE_BESIDE and _is_model_alone(entry) for entry in folders
+    )
 
 
 @contextmanager

@@ -58,11 +58,11 @@ def summary_table(matrix: AccuracyMatrix) -> Table:
 
 
 def spent(folder: Path, seconds: float) -> str:
-    """Time of the command, as on a clock; rows and rollouts of the whole run, as far as they were logged."""
+    """Rows and rollouts of the whole run, as far as they were logged; time of the command, as on a clock."""
     figures = figures_of(RunFolder(folder))
     counts = {name: figures[name] for name in ("rows", "rollouts")}
     said = [f"{1000 * count:,.0f} {name}" for name, count in counts.items() if count]
-    return ", ".join([f"took {clock(seconds)}", *said])
+    return "; ".join([*([", ".join(said) + " in all"] if said else []), f"this command took {clock(seconds)}"])
 
 
 def what_next(folder: Path) -> list[str]:
@@ -71,5 +71,12 @@ def what_next(folder: Path) -> list[str]:
     lines = [f"{folder}: all that the run left", "next:", f"  cpt report {folder}"]
     lines += [f"  tensorboard --logdir {folder}"] if any(folder.glob("events.out.tfevents.*")) else []
     if config.exists() and last.exists():
-        lines += [f"  cpt test -c {config} --ckpt_path {last}", f"  cpt export {folder}"]
+        merge = " --merge" if _is_renewed(RunFolder(folder)) else ""
+        lines += [f"  cpt test -c {config} --ckpt_path {last}", f"  cpt export {folder}{merge}"]
     return lines
+
+
+def _is_renewed(run: RunFolder) -> bool:
+    """Whether adapters were merged along the stream: no single one is the model."""
+    backbone = (run.config or {}).get("model", {}).get("init_args", {}).get("backbone", {})
+    return backbone.get("lora", {}).get("along_stream") == "renewed"

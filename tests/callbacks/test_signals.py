@@ -116,6 +116,20 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, whole, caplog):
     assert f"go on with --ckpt_path {tmp_path / 'last.ckpt'}" in caplog.text
 
 
+@pytest.mark.usefixtures("interruptible")
+def test_before_the_first_checkpoint_the_folder_is_named_in_which_to_begin_anew(tmp_path, whole, caplog):
+    """What is judged lies there; as it was typed the run would begin in another. The second Ctrl-C stops at once."""
+
+    class Impatient(Callback):
+        def on_train_epoch_start(self, *_):
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with caplog.at_level("INFO"), pytest.raises(SystemExit):
+        run(tmp_path, Impatient())
+    assert f"no checkpoint yet: --run_dir {tmp_path} --ckpt_path last begins anew" in caplog.text
+
+
 def test_a_checkpoint_that_is_refused_is_not_recommended(tmp_path, whole, caplog):
     stream = number_stream(stages=["a", "c", "b"])
     trainer = make_trainer(tmp_path, stream, checkpoint=TaskCheckpoint(dirpath=str(whole[0])))

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, GenerationConfig, Qwen2_5_VLForCondition
 from cpt_lightning.models import Backbone, Lora
 from cpt_lightning.models.adapter_folders import WEIGHTS_FILE, merge_and_unload
 from cpt_lightning.models.decoder import use_patterns
-from cpt_lightning.models.folders import load_weights, save_folder, whole_folder
+from cpt_lightning.models.folders import load_weights, refuse_filled, save_folder, whole_folder
 from cpt_lightning.models.processor import PromptProcessor
 from cpt_lightning.models.vision import use_fast_vision
 
@@ -249,3 +249,15 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(FileExistsError, match="all that is in it would be lost"), whole_folder(folder, overwrite=True):
         pass
     assert [path.name for path in folder.iterdir()] == ["two"]
+
+
+def test_an_adapter_with_the_embedded_base_beside_it_is_the_folder_of_a_model_alone(tmp_path):
+    """And may be replaced by the next export; with any other folder in it, or in the base, it may not."""
+    base = tmp_path / "out" / "base"
+    base.mkdir(parents=True)
+    (base / "config.json").write_text("")
+    (tmp_path / "out" / "adapter_config.json").write_text("")
+    refuse_filled(tmp_path / "out", overwrite=True)
+    (base / "mine").mkdir()
+    with pytest.raises(FileExistsError, match="all that is in it would be lost"):
+        refuse_filled(tmp_path / "out", overwrite=True)

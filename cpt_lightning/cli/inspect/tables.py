@@ -75,7 +75,8 @@ def _beginnings(prefixes: Mapping[str, str]) -> list[tuple[str, str]]:
 
 def split_table(splits: Sequence[SplitReport]) -> Table:
     """Numbers of a task's splits, a column for each."""
-    table = Table(show_edge=False, pad_edge=False, caption=CAPTION, caption_justify="left")
+    legend = CAPTION if any(split.error is None for split in splits) else None
+    table = Table(show_edge=False, pad_edge=False, caption=legend, caption_justify="left")
     table.add_column("", no_wrap=True)
     for split in splits:
         table.add_column(split.split, justify="right", overflow="fold")
@@ -197,21 +198,19 @@ def shown_panel(shown: Shown, prefixes: Mapping[str, str]) -> Panel:
 
 
 def overview(report: Report) -> Table:
-    """A line for each task and probe, of the split that is evaluated."""
+    """A line for each task and probe, of the split that is evaluated; numbers are whole on a narrow terminal too."""
     table = Table(title=f"at a glance: the {report.evaluate_on} split", title_justify="left", title_style="bold")
     table.add_column("task", no_wrap=True)
     for column in ("rows", "longest\nprompt", "longest\ntarget", "always\none answer"):
-        table.add_column(column, justify="right")
-    table.add_column("asked")
-    table.add_column("graded")
-    table.add_column("fingerprint", no_wrap=True)
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("asked", overflow="fold")
+    table.add_column("graded", overflow="fold")
     roles = [task.role for task in report.tasks]
     for task, following in zip(report.tasks, [*roles[1:], roles[-1]], strict=True):
         split = next((split for split in task.splits if split.split == report.evaluate_on), None)
         label = Text(task.name) if task.role == "task" else Text.assemble(("probe ", "dim"), task.name)
         kind = task.reward.split(" ")[0]
-        row = [*_glance(split), task.prompt["style"], kind, (split and split.fingerprint) or "-"]
-        table.add_row(label, *row, end_section=following != task.role)
+        table.add_row(label, *_glance(split), task.prompt["style"], kind, end_section=following != task.role)
     return table
 
 

@@ -19,6 +19,8 @@ OWN = "run"
 """Stands for a run's own folder in its commands, as an arm's name stands for that arm's of the same seed."""
 CONFIGS = ("-c", "--config", "--model", "--data", "--trainer")
 """Options whose value is a file of options, which replaces what was said before."""
+UNSEEDED = ("export", "report", "study")
+"""Verbs that draw nothing, and have no such option."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,8 @@ class Study:
 
     def _filled(self, command: str, slots: Mapping[str, str], seed: int) -> tuple[str, ...]:
         words = [_with_slots_filled(word, slots) for word in shlex.split(command)]
-        words += ["--seed_everything", str(seed)]
+        if words[0] not in UNSEEDED:
+            words += ["--seed_everything", str(seed)]
         if words[0] == "fit":
             # After the configs, which would override them, and before what the arm says itself.
             configs = max((place + 2 for place, word in enumerate(words) if word in CONFIGS), default=1)

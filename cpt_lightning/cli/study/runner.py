@@ -24,8 +24,9 @@ from cpt_lightning.records.run import STUDY
 DONE = STUDY
 """In the folder of a run: those of its commands that have come to their end, and the seconds they took, but not
 what attempts took that were broken off."""
-STOPPED = {128 + number for number in (signal.SIGINT, signal.SIGTERM)}
-"""Statuses of a run that was asked to end, and can be gone on with."""
+STOPPED = {status for number in (signal.SIGINT, signal.SIGTERM) for status in (128 + number, -number)}
+"""Statuses of a run that was asked to end, and can be gone on with; the negative ones of what the signal itself ended,
+as whatever is still at its imports, or catches none."""
 LOG = "study.log"
 """What the commands printed."""
 
@@ -56,7 +57,7 @@ class Runner:
         waiting = [run for run in runs if not is_finished(run)]
         self.console.print(f"{len(runs)} runs, {len(runs) - len(waiting)} finished already, {self.jobs} at a time")
         lost: list[Run] = []
-        with self._passing_sigterm_on(), ThreadPoolExecutor(self.jobs) as pool:
+        with self._minding_signals(), ThreadPoolExecutor(self.jobs) as pool:
             running: dict[Future[bool], Run] = {}
             while waiting or running:
                 lost += [run for run in waiting if _needed(run, lost)]
@@ -94,6 +95,8 @@ class Runner:
         return True
 
     def _execute(self, command: Sequence[str], log: Path, gpu: str) -> int:
+        if self.is_stopped:
+            return 128 + signal.SIGTERM
         environment = dict(os.environ)
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.jobs)))
         if gpu:
@@ -102,8 +105,6 @@ class Runner:
             file.write(f"$ cpt {' '.join(command)}\n")
             file.flush()
             whole = [sys.executable, "-m", "cpt_lightning", *command]
-            if self.is_stopped:
-                return 128 + signal.SIGTERM
             with subprocess.Popen(whole, env=environment, stdout=file, stderr=subprocess.STDOUT) as process:
                 self.processes.add(process)
                 status = process.wait()
@@ -111,16 +112,21 @@ class Runner:
             return status
 
     @contextmanager
-    def _passing_sigterm_on(self) -> Iterator[None]:
+    def _minding_signals(self) -> Iterator[None]:
         """SIGTERM ends the runs too, which save what they learned; Ctrl-C reaches them by itself."""
-        before = signal.signal(signal.SIGTERM, self._stop)
+        before = {signal.SIGTERM: signal.signal(signal.SIGTERM, self._stop)}
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background ignores it
+            before[signal.SIGINT] = signal.signal(signal.SIGINT, self._stop)
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.is_stopped = True
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
         for process in list(self.processes):  # other threads add theirs
             process.send_signal(number)
         raise SystemExit(128 + number)
