@@ -20,7 +20,7 @@ from cpt_lightning.cli import main
 from cpt_lightning.data import TaskStream
 from cpt_lightning.models import Backbone, Lora
 from cpt_lightning.modules import RFT, SFT, MultiTask, OnPolicySFT, TaskSchedule
-from cpt_lightning.modules.resumable import KEY
+from cpt_lightning.modules.compatibility import KEY
 from cpt_lightning.rollouts import Sampling, completion_logprobs
 from cpt_lightning.sharded_checkpoints import save_shards
 from cpt_lightning.tasks import Task, ToyWorld

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import sys
 import textwrap
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from cpt_lightning.cli.console import rank
 
 _PACKAGE = str(Path(__file__).parents[1])
 _IN_A_WORKER = "DataLoader worker process"
@@ -77,6 +84,38 @@ class OptionParser(LightningArgumentParser):
 def is_debugged() -> bool:
     """Whether ``JSONARGPARSE_DEBUG`` asks for tracebacks."""
     return os.environ.get("JSONARGPARSE_DEBUG", "false") != "false"
+
+
+@contextmanager
+def saying_complaints(command: str) -> Iterator[None]:
+    """What is refused of the user's rows, files and options, when a run is on its way, is said in a line.
+
+    Args:
+        command: What was typed, without its options.
+
+    Raises:
+        SystemExit: With 1, after the line; with 143 where SIGTERM ended it.
+    """
+    try:
+        yield
+    except (ValueError, FloatingPointError, MisconfigurationException) as error:
+        said = complaint(error)
+        if said is None or is_debugged():
+            raise
+        shown = "(JSONARGPARSE_DEBUG=true shows where this was found.)"
+        print(f"{command}: error: {said}\n{shown}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except RuntimeError as error:
+        if not is_of_a_lost_rank(error) or is_debugged():
+            raise
+        print(
+            f"{command}: rank {rank()} ends, for another rank is gone: what that one said stands above; if it said "
+            "nothing it was killed, perhaps for memory",
+            file=sys.stderr,
+        )
+        raise SystemExit(1) from None
+    except SIGTERMException:  # of Lightning (2.6), where no callback of ours listens; its code is that of success
+        raise SystemExit(128 + signal.SIGTERM) from None
 
 
 def is_of_a_lost_rank(error: RuntimeError) -> bool:

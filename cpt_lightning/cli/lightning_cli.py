@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,7 +15,6 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from cpt_lightning.callbacks import (
     CompletionPanel,
@@ -37,12 +33,12 @@ from cpt_lightning.callbacks.continuation import unmeasured
 from cpt_lightning.checkpoint_io import check_resumable, next_step, read_checkpoint
 from cpt_lightning.cli import VERBS
 from cpt_lightning.cli.console import rank, tidy
-from cpt_lightning.cli.errors import OptionParser, complaint, is_debugged, is_of_a_lost_rank, refusal
+from cpt_lightning.cli.errors import OptionParser, is_debugged, refusal, saying_complaints
 from cpt_lightning.cli.run_directory import Claim, check_claimed, last_checkpoint, run_directory
 from cpt_lightning.cli.run_record import RunRecord
 from cpt_lightning.data import TRAINER_OPTIONS, TaskStream
 from cpt_lightning.modules import PostTraining  # its strategy registers itself as fsdp2
-from cpt_lightning.modules.resumable import check_ours
+from cpt_lightning.modules.compatibility import check_ours
 from cpt_lightning.report.summary import print_summary
 
 USAGE = "cpt {} -c CONFIG.yaml [--ckpt_path CHECKPOINT] [--OPTION VALUE ...]"
@@ -231,11 +227,12 @@ class CPTCLI(LightningCLI):
             self._refuse(refusal(error))
 
     def _refuse(self, why: str) -> NoReturn:
-        print(f"{self._command}: error: {why}", file=sys.stderr)
+        print(f"{self.command}: error: {why}", file=sys.stderr)
         raise SystemExit(2) from None
 
     @property
-    def _command(self) -> str:
+    def command(self) -> str:
+        """What was typed, without its options."""
         return " ".join(filter(None, [self.parser.prog, self.subcommand]))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -265,39 +262,11 @@ class CPTCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs a verb."""
-        with self.saying_complaints():
+        with saying_complaints(self.command):
             if self.checkpoint is not None:
                 where = f"checkpoint {self.config_init[subcommand].ckpt_path}"
                 self.model.check_checkpoint(where, self.checkpoint, is_fitting=subcommand == "fit")
             super()._run_subcommand(subcommand)
-
-    @contextmanager
-    def saying_complaints(self) -> Iterator[None]:
-        """What is refused of the user's rows, files and options, when a run is on its way, is said in a line.
-
-        Raises:
-            SystemExit: With 1, after the line; with 143 where SIGTERM ended it.
-        """
-        try:
-            yield
-        except (ValueError, FloatingPointError, MisconfigurationException) as error:
-            said = complaint(error)
-            if said is None or is_debugged():
-                raise
-            shown = "(JSONARGPARSE_DEBUG=true shows where this was found.)"
-            print(f"{self._command}: error: {said}\n{shown}", file=sys.stderr)
-            raise SystemExit(1) from None
-        except RuntimeError as error:
-            if not is_of_a_lost_rank(error) or is_debugged():
-                raise
-            print(
-                f"{self._command}: rank {rank()} ends, for another rank is gone: what that one said stands above; if "
-                "it said nothing it was killed, perhaps for memory",
-                file=sys.stderr,
-            )
-            raise SystemExit(1) from None
-        except SIGTERMException:  # of Lightning (2.6), where no callback of ours listens; its code is that of success
-            raise SystemExit(128 + signal.SIGTERM) from None
 
     # -- verbs -----------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from cpt_lightning.models.adapters import adapter_weights, adapters_off, adapter
 from cpt_lightning.models.qwen_vl import output_weight
 from cpt_lightning.models.sharding import gather, is_sharded, release, whole
 from cpt_lightning.modules.base import PostTraining
-from cpt_lightning.modules.resumable import KEY
+from cpt_lightning.modules.compatibility import KEY
 from cpt_lightning.rollouts import completion_hidden
 from cpt_lightning.rollouts.sampling import sampling_mode
 from cpt_lightning.types import Completions, Prompts

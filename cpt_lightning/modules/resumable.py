@@ -1,38 +1,29 @@
-"""What a checkpoint holds of a module, and which checkpoints it goes on from."""
+"""What a checkpoint holds of a module, and how a module goes on from it or is made from it alone."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
-from torch import Tensor
 
 from cpt_lightning.checkpoint_io import AtomicCheckpointIO, check_resumable, read_checkpoint
 from cpt_lightning.models import Backbone
 from cpt_lightning.models.fingerprint import frozen_fingerprint
+from cpt_lightning.modules.compatibility import KEY, check_backbone, check_frozen, check_ours, check_weights
+from cpt_lightning.modules.random_states import random_state, set_random_state
 
 if TYPE_CHECKING:
     from cpt_lightning.models.qwen_vl import QwenVL
 
 T = TypeVar("T")
-KEY = "cpt_lightning"
-"""Of what is added to a checkpoint here."""
-MAY_CHANGE = {"path", "dtype", "gradient_checkpointing", "min_pixels", "max_pixels", "cuda_graphs", "lora.dropout"}
-"""Options of the backbone that may differ from the checkpoint's; if path and dtype matter, the frozen weights tell."""
-UNUSED = {"full": ("lora.", "quantization."), "lora": ("quantization.",), "qlora": ()}
-"""By ``backbone.tuning``, how options begin that mean nothing then."""
-NAMED = 3
-"""How many names a complaint lists."""
 
 
 class Resumable(L.LightningModule):
@@ -147,7 +138,7 @@ class Resumable(L.LightningModule):
         check_ours(where, checkpoint)
         is_fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
         self.check_checkpoint(where, checkpoint, is_fitting)
-        self._check_frozen(where, checkpoint[KEY])
+        check_frozen(where, checkpoint[KEY], self.backbone, self._frozen_fingerprint)
         if "state_dict" in checkpoint:  # else the strategy has loaded the weights itself
             check_weights(where, checkpoint["state_dict"], self.without_frozen(self.state_dict()))
         if is_fitting:
@@ -165,14 +156,7 @@ class Resumable(L.LightningModule):
         Raises:
             ValueError: It is of another backbone; names the option, both values and the mend.
         """
-        before, now = (flattened(options) for options in (checkpoint[KEY]["backbone"], asdict(self.backbone)))
-        for name in sorted(now.keys() - MAY_CHANGE, key=lambda name: (name != "tuning", name)):
-            unused = name.startswith(UNUSED[self.backbone.tuning])
-            if not unused and before.get(name, now[name]) != now[name]:
-                raise ValueError(
-                    f"{where} belongs to backbone.{name}={before[name]}, now it is {now[name]}; restore it, or begin a "
-                    "new run from the model: `cpt export` it, and name the folder as backbone.path"
-                )
+        check_backbone(where, checkpoint[KEY]["backbone"], self.backbone)
 
     def on_train_start(self) -> None:
         """Goes on with the random numbers of the checkpoint; nothing draws any between here and the next step."""
@@ -186,80 +170,7 @@ class Resumable(L.LightningModule):
                 "(completions, dropout) and the order in which gradients are summed do not"
             )
 
-    def _check_frozen(self, where: str, saved: Mapping[str, Any]) -> None:
-        before, now = saved["backbone"], asdict(self.backbone)
-        if None not in (saved["frozen"], self._frozen_fingerprint) and saved["frozen"] != self._frozen_fingerprint:
-            raise ValueError(
-                f"{where} holds what was trained on other frozen weights: backbone.path={before['path']} with dtype "
-                f"{before['dtype']}, now it is {now['path']} with dtype {now['dtype']}"
-            )
-
-
-def check_ours(where: str, checkpoint: Mapping[str, Any]) -> None:
-    """Refuses a checkpoint that another program wrote with Lightning.
-
-    Raises:
-        ValueError: It is one.
-    """
-    if KEY not in checkpoint:
-        raise ValueError(f"{where} was not written by cpt_lightning, or by an early version that kept all weights")
-
-
-def flattened(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options in groups, by names with dots.
-
-    >>> flattened({"tuning": "lora", "lora": {"rank": 2}})
-    {'tuning': 'lora', 'lora.rank': 2}
-    """
-    found: dict[str, Any] = {}
-    for name, value in options.items():
-        inner = {f"{name}.{key}": part for key, part in flattened(value).items()} if isinstance(value, dict) else None
-        found |= {name: value} if inner is None else inner
-    return found
-
-
-def check_weights(where: str, saved: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Refuses weights of other names or shapes than are expected.
-
-    Raises:
-        ValueError: Names some of them.
-    """
-    if missing := sorted(expected.keys() - saved.keys()):
-        raise ValueError(f"{where} lacks {_some(missing)}; give the options of the model that wrote it")
-    if strange := sorted(saved.keys() - expected.keys()):
-        raise ValueError(
-            f"{where} holds {_some(strange)}, which the model does not have; give the options that wrote it"
-        )
-    for name, weight in expected.items():
-        if saved[name].shape != weight.shape:
-            raise ValueError(
-                f"{where}: {name} has the shape {list(saved[name].shape)}, the model's {list(weight.shape)}; it is of "
-                "another backbone"
-            )
-
 
 def _prefixes(name: str) -> set[str]:
     """``a``, ``a.b`` and ``a.b.c`` of ``a.b.c``."""
     return {name, *(name[:place] for place, character in enumerate(name) if character == ".")}
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more weights" if len(names) > NAMED else "")
-
-
-def random_state(device: torch.device) -> dict[str, Any]:
-    """The state of all global generators of this process, as plain values and tensors."""
-    numpy = np.random.get_state(legacy=False)  # noqa: NPY002 it is this global one that libraries draw from
-    numpy["state"]["key"] = numpy["state"]["key"].tolist()
-    state = {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Sets what :func:`random_state` gave."""
-    random.setstate(state["python"])
-    key = np.array(state["numpy"]["state"]["key"], dtype=np.uint32)
-    np.random.set_state({**state["numpy"], "state": {**state["numpy"]["state"], "key": key}})  # noqa: NPY002 as above
-    torch.set_rng_state(state["torch"].cpu())
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"].cpu(), device)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from cpt_lightning.models.adapted_layers import begin_adapters_anew, merge_earlier, merge_into_base
 from cpt_lightning.models.adapters import AlongStream, adapter_weights, adapters_replaced
-from cpt_lightning.modules.resumable import KEY, Resumable
+from cpt_lightning.modules.compatibility import KEY
+from cpt_lightning.modules.resumable import Resumable
 from cpt_lightning.rollouts.sampling import keyed_generator
 
 

@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader
 from cpt_lightning.models import Backbone
 from cpt_lightning.models.adapters import Lora
 from cpt_lightning.modules import RFT, SFT
-from cpt_lightning.modules.resumable import KEY, random_state, set_random_state
+from cpt_lightning.modules.compatibility import KEY
+from cpt_lightning.modules.random_states import random_state, set_random_state
 from tests.training import fit, sgd, weights, with_examples
 
 ADAPTERS = {"tuning": "lora", "lora": Lora(rank=2, dropout=0.2)}

@@ -11,6 +11,7 @@ from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 from cpt_lightning.cli.beforehand import BeforehandCLI, Sizes
+from cpt_lightning.cli.errors import saying_complaints
 from cpt_lightning.cli.inspect.tables import console
 from cpt_lightning.cli.plan.phases import Workload
 from cpt_lightning.cli.plan.tables import ADVICE, ADVICE_BY_PHASE, SFT_ADVICE
@@ -99,7 +100,7 @@ class RehearseCLI(BeforehandCLI):
             watch = Watch(say)
             trainer.callbacks.append(watch)
             try:
-                with self.saying_complaints():
+                with saying_complaints(self.command):
                     trainer.fit(module, datamodule=self._batches(workload, options.steps))
             except RuntimeError as error:
                 if not _is_out_of_memory(error):
