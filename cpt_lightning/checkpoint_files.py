@@ -6,8 +6,6 @@ import os
 import shutil
 from pathlib import Path
 
-from cpt_lightning.models.folders import MODEL_CONFIGS
-
 PART = ".part"
 """Ends the name of what is still being written; a later save of the same checkpoint replaces it."""
 ASIDE = ".old"
@@ -29,8 +27,6 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 def others_beside(path: Path) -> str:
     """A clause that names the checkpoints beside this one, or in it if it is a run's folder, the newest first."""
-    if any((path / name).is_file() for name in MODEL_CONFIGS):
-        return "; a model for transformers or PEFT is given as model.backbone.path"
     inside = checkpoints_in(path)
     found = inside or [other for other in checkpoints_in(path.parent) if other != path]
     where = "in" if inside else "beside"

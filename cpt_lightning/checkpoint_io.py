@@ -15,6 +15,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 
 from cpt_lightning.checkpoint_files import PART, others_beside, put_in_place, remove, standing
+from cpt_lightning.models.folders import MODEL_CONFIGS
 from cpt_lightning.sharded_checkpoints import PARTS, REST, fill, problem_of
 
 NEEDED_BY_A_RUN = ("loops", "callbacks", "optimizer_states", "lr_schedulers")
@@ -98,7 +99,9 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", parts: Collecti
             return _read_folder(found, parts)
         return _read_file(found, map_location, mmap=set(parts) < set(PARTS))
     except ValueError as error:
-        raise ValueError(f"{error}{others_beside(path)}") from error
+        is_model = any((path / name).is_file() for name in MODEL_CONFIGS)
+        mend = "; a model for transformers or PEFT is given as model.backbone.path" if is_model else others_beside(path)
+        raise ValueError(f"{error}{mend}") from error
 
 
 def _read_folder(folder: Path, parts: Collection[str]) -> dict[str, Any]:

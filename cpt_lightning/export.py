@@ -15,7 +15,7 @@ from cpt_lightning.checkpoint_files import checkpoints_in
 from cpt_lightning.checkpoint_io import read_checkpoint, record_of
 from cpt_lightning.models import Backbone
 from cpt_lightning.models.adapters import has_adapters
-from cpt_lightning.models.folders import lasting_name, load_weights, refuse_filled, save_folder
+from cpt_lightning.models.folders import load_weights, refuse_filled, save_folder
 from cpt_lightning.records.matrix import AccuracyMatrix
 from cpt_lightning.records.run import MATRIX
 from cpt_lightning.rollouts.prefixes import prefixes_of
@@ -68,14 +68,12 @@ def export(
     card = model_card(
         f"{run.resolve().name}/{folder.name}",
         kind,
-        lasting_name(backbone.path),
+        backbone,
         str(model.dtype).removeprefix("torch."),
         *learned_stages(path, checkpoint, matrix),
         matrix,
         config,
-        backbone.lora.along_stream,
         prefixes_of(config["model"]["init_args"]),
-        backbone.quantization if backbone.tuning == "qlora" else None,
     )
     save_folder(model, backbone.load_processor(), folder, backbone.path, card, overwrite=overwrite)
     return folder

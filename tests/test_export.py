@@ -171,7 +171,7 @@ def test_a_card_says_what_was_learned_and_how_well(runs):
     ],
 )
 def test_a_card_says_in_words_what_replies_were_made_to_begin_with(prefixes, said):
-    assert said in model_card("x", "full", "tiny", "float32", ["a"], prefixes=prefixes)
+    assert said in model_card("x", "full", Backbone(), "float32", ["a"], prefixes=prefixes)
     in_config = {"sampling": None, "evaluation": {"prefix": ""}}
     in_config |= {option.removesuffix(".prefix"): {"prefix": text} for option, text in prefixes.items()}
     in_module = {option: given and Sampling(**given) for option, given in in_config.items()}
@@ -412,7 +412,7 @@ def test_the_card_of_a_qlora_adapter_loads_its_base_in_four_bits(mixed_prompts, 
     """As it was scored: over the base as it is the same adapter gives other logits, by a half."""
     backbone = Backbone(tuning="qlora", quantization=Quantization(compute_dtype="float32"))
     model = backbone.load_model()
-    card = model_card("a", "adapter", "tiny", "float32", ["word2"], quantization=backbone.quantization)
+    card = model_card("a", "adapter", backbone, "float32", ["word2"])
     save_folder(model, backbone.load_processor(), tmp_path / "a", "tiny", card)
     names = {"FOLDER": str(tmp_path / "a")}
     exec(card.split("```python\n")[1].split("```")[0], names)
@@ -421,7 +421,7 @@ def test_the_card_of_a_qlora_adapter_loads_its_base_in_four_bits(mixed_prompts, 
     torch.testing.assert_close(logits(names["model"], mixed_prompts), expected, atol=1e-4, rtol=0)
     whole = PeftModel.from_pretrained(plain(tmp_path / "a" / "base"), tmp_path / "a")
     assert (logits(whole, mixed_prompts) - expected).abs().max() > 0.5
-    merged = model_card("a", "merged", "tiny", "float32", ["word2"], quantization=backbone.quantization)
+    merged = model_card("a", "merged", backbone, "float32", ["word2"])
     assert (
         "in four bits (nf4), and is merged into the base as it is: answers differ from those that were scored" in merged
     )

@@ -16,6 +16,7 @@ from cpt_lightning.callbacks.continuation import unmeasured
 from cpt_lightning.checkpoint_io import read_checkpoint
 from cpt_lightning.cli import main
 from cpt_lightning.data import Replay
+from cpt_lightning.models import Backbone
 from cpt_lightning.pictures.comparison import task_curves
 from cpt_lightning.pictures.probes import probe_curves
 from cpt_lightning.records import AccuracyMatrix, RunFolder
@@ -165,9 +166,9 @@ def test_cells_that_are_missing_are_absent_in_the_file_and_blank_or_dashes_elsew
     assert [line for line in lines if line[:1] == ["c"]] == [["c", "-", "-", "40.0", "±9.4", "60.0", "±9.4"],
                                                              ["c", "60.0", "60.0", "0.0"]]  # fmt: skip
     assert rows["q"][2:] == ["50.0", "40.0"], "of its best, and no score of the base"
-    card = model_card("x", "full", "base", "float32", ["a", "b", "c"], matrix=EXTENDED)
+    card = model_card("x", "full", Backbone(), "float32", ["a", "b", "c"], matrix=EXTENDED)
     assert "| c | 60.0 |  | 100 |" in card and "| a | 70.0 | 20.0 | 100 |" in card
-    assert "| c |" not in model_card("x", "full", "base", "float32", ["a"], matrix=EXTENDED)
+    assert "| c |" not in model_card("x", "full", Backbone(), "float32", ["a"], matrix=EXTENDED)
 
 
 def test_arms_with_cells_that_are_missing_are_drawn_and_averaged_by_what_they_have():

@@ -154,6 +154,7 @@ def test_the_package_and_its_lower_layers_import_without_transformers_or_lightni
     code = """
 import sys
 steps = {"cpt_lightning": ["torch", "transformers", "lightning", "datasets", "numpy"],
+         "cpt_lightning.checkpoint_files": ["torch", "transformers", "lightning", "datasets", "numpy"],
          "cpt_lightning.rewards": ["transformers", "lightning", "datasets"],
          "cpt_lightning.tasks": ["transformers", "lightning", "datasets", "sklearn"],
          "cpt_lightning.functional": ["transformers", "lightning", "beartype"],

@@ -10,8 +10,9 @@ from typing import Literal
 import yaml
 
 from cpt_lightning import __version__
-from cpt_lightning.models.adapters import AlongStream
-from cpt_lightning.models.quantization import KEPT_WHOLE, Quantization
+from cpt_lightning.models import Backbone
+from cpt_lightning.models.folders import lasting_name
+from cpt_lightning.models.quantization import KEPT_WHOLE
 from cpt_lightning.records.matrix import AccuracyMatrix
 from cpt_lightning.rollouts.prefixes import USES
 
@@ -83,32 +84,29 @@ SHOWN = {
 def model_card(
     name: str,
     kind: Kind,
-    base: str,
+    backbone: Backbone,
     dtype: str,
     stages: list[str],
     within: str | None = None,
     matrix: AccuracyMatrix | None = None,
     config: dict | None = None,
-    along_stream: AlongStream = "shared",
     prefixes: Mapping[str, str] | None = None,
-    quantization: Quantization | None = None,
 ) -> str:
     """The text of the card.
 
     Args:
         name: Of the export.
         kind: What the folder holds.
-        base: What training began from, by a name that lasts.
+        backbone: What training began from, and how it was tuned.
         dtype: Precision of the weights.
         stages: Names of the stages that were learned, in order.
         within: Name of the stage that had begun.
         matrix: The run's record up to the last of them; ``None`` where it has none.
         config: The run's configuration, if it has one.
-        along_stream: What became of adapters from task to task.
         prefixes: What replies were made to begin with, as ``prefixes_of`` tells.
-        quantization: How the base was stored while an adapter was learned over it; ``None`` where it was as it is.
     """
-    is_adapter = kind == "adapter"
+    base, along_stream, four_bits = lasting_name(backbone.path), backbone.lora.along_stream, backbone.quantization
+    is_adapter, is_quantized = kind == "adapter", backbone.tuning == "qlora"
     header = {
         "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": "image-text-to-text",
@@ -116,15 +114,15 @@ def model_card(
     }
     if base.count("/") == 1 and not base.startswith("."):  # else the hub would refuse the name
         header["base_model"] = base
-    loading = LOADING["whole" if not is_adapter else "adapter" if quantization is None else "adapter of four bits"]
-    code = loading.format(base=_base_in_code(base), dtype=dtype, quantization=quantization, kept_whole=KEPT_WHOLE)
+    loading = LOADING["whole" if not is_adapter else "adapter of four bits" if is_quantized else "adapter"]
+    code = loading.format(base=_base_in_code(base), dtype=dtype, quantization=four_bits, kept_whole=KEPT_WHOLE)
     lines = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
         f"# {name}",
         f"{WHAT[kind]} `{base}` (weights in {dtype}), by continual post-training with cpt_lightning {__version__}.",
         f"Learned, in this order: {_learned(stages, within)}.",
         *([ADAPTERS[along_stream]] if along_stream in ADAPTERS else []),
-        *([FOUR_BITS[kind].format(quant_type=quantization.quant_type)] if quantization is not None else []),
+        *([FOUR_BITS[kind].format(quant_type=four_bits.quant_type)] if is_quantized else []),
         *([_begun(prefixes)] if prefixes else []),
         f"```python\n{code}```",
         "## Scores\n\n" + ("Not measured at this point." if within else _scores(matrix, len(stages))),

@@ -18,7 +18,7 @@ from cpt_lightning.callbacks.continual import ContinualLearning
 from cpt_lightning.models.adapted_layers import merge_earlier
 from cpt_lightning.models.adapter_folders import merge_and_unload
 from cpt_lightning.models.adapters import has_adapters
-from cpt_lightning.models.folders import lasting_name, load_weights, save_folder
+from cpt_lightning.models.folders import load_weights, save_folder
 from cpt_lightning.models.sharding import all_whole
 
 if TYPE_CHECKING:
@@ -86,19 +86,7 @@ class TaskExport(ChecksFit, Checkpoint):
         record = next((each for each in trainer.callbacks if isinstance(each, ContinualLearning)), None)
         matrix = None if record is None else record.matrix(trainer)
         dtype = str(model.dtype).removeprefix("torch.")
-        card = model_card(
-            name,
-            kind,
-            lasting_name(backbone.path),
-            dtype,
-            names,
-            None,
-            matrix,
-            config_of(run),
-            backbone.lora.along_stream,
-            module.prefixes,
-            backbone.quantization if backbone.tuning == "qlora" else None,
-        )
+        card = model_card(name, kind, backbone, dtype, names, None, matrix, config_of(run), module.prefixes)
         folder = run / EXPORTS / name
         save_folder(model, module.processor, folder, backbone.path, card, weights, overwrite=True)
         rank_zero_info(f"exported: {folder}")

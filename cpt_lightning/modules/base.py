@@ -112,9 +112,10 @@ class PostTraining(Accounted, Evaluating, ClippedGradients):
         super().check_checkpoint(where, checkpoint, is_fitting)
         if not is_fitting or not is_within_task(checkpoint):
             return
-        # What an optimizer is can be told by the options of its parameters; versions of torch add some.
+        # What an optimizer is can be told by the options of its parameters; versions of torch add some. Some take
+        # matrices alone.
         before = checkpoint["optimizer_states"][0]["param_groups"][0].keys()
-        optimizer = self.make_optimizer([nn.Parameter(torch.zeros(1))])
+        optimizer = self.make_optimizer([nn.Parameter(torch.zeros(1, 1))])
         now = optimizer.param_groups[0].keys()
         if now - before and before - now - {"initial_lr"}:
             raise ValueError(

@@ -223,3 +223,15 @@ def test_adapters_and_the_reference_of_the_tasks_start_go_on_from_a_checkpoint(t
     kept = [ends[0][name] for name in ends[0] if name.startswith("reference.adapters.")]
     assert sum(float(weight.abs().sum()) for weight in kept) > 0
     assert {tuple(weight.shape) for weight in kept} == {tuple(weight.shape) for weight in adapters}
+
+
+def test_an_optimizer_that_takes_matrices_alone_goes_on_within_a_task(tmp_path, batch, small_folder):
+    """Muon, of adapters; and AdamW does not go on with what it left."""
+    options = {"backbone": Backbone(small_folder, **ADAPTERS)}
+    module = SFT(optimizer=lambda parameters: torch.optim.Muon(parameters, lr=1e-3), **options)
+    fit(module, [batch]).save_checkpoint(tmp_path / "muon.ckpt")
+    saved = torch.load(tmp_path / "muon.ckpt", weights_only=True)
+    saved["loops"]["fit_loop"]["state_dict"]["combined_loader"] = [{"step": 1, "num_steps": 2}]
+    module.check_checkpoint("muon.ckpt", saved, is_fitting=True)
+    with pytest.raises(ValueError, match="middle of a task by another optimizer than AdamW"):
+        SFT(**options).check_checkpoint("muon.ckpt", saved, is_fitting=True)
