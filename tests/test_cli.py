@@ -175,7 +175,8 @@ def broken_off(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("broken_off")
     (folder / "parts").mkdir()
     (folder / "parts" / "stream.yaml").write_text(STREAM.replace("steps: 2", "steps: 3"))
-    (folder / "config.yaml").write_text(CONFIG.format(folder=folder))
+    every_row = "filter: {mode: solvable, lowest: 0, completions_per_row: 2}\n"
+    (folder / "config.yaml").write_text(CONFIG.format(folder=folder) + every_row)
 
     evaluate = CPTCLI.before_fit
 
@@ -198,6 +199,7 @@ def broken_off(tmp_path_factory) -> Path:
         (["--trainer.callbacks=EWC"], "EWC: .*last.ckpt was written without this callback"),
         (["--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=1"], "the middle of a task by another optimizer"),
         (["--model.evaluation.max_new_tokens=9"], "evaluation.max_new_tokens is 9, in the checkpoint it is"),
+        (["--filter.lowest=1"], "stands within stage 'word2', .* filter.lowest=0, now it is 1; restore it"),
         (["--seed_everything=3"], "in the middle of a stage with seed_everything=0, now it is 3; restore it"),
         (["--data.steps=2"], "after 2 of the 3 batches of a stage, which now has no more than 2"),
     ],

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from cpt_lightning.callbacks.checkpoints import TaskCheckpoint
@@ -18,6 +19,7 @@ from cpt_lightning.callbacks.display.meter import row_meter
 from cpt_lightning.callbacks.filter.choice import Choice, Mode, kept_rows, shortage
 from cpt_lightning.callbacks.filter.judge import Judge
 from cpt_lightning.callbacks.filter.verdicts import Verdict, VerdictFile
+from cpt_lightning.checkpoint_io import is_within_task
 from cpt_lightning.models.fingerprint import model_fingerprint
 from cpt_lightning.rollouts import Sampling
 from cpt_lightning.types import Batch
@@ -155,6 +157,27 @@ class RolloutFilter(ChecksFit):
         """Which rows were kept of every stage so far, and by which options."""
         return {"stages": self._stages}
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Has a checkpoint that ``fit`` goes on from checked."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.fast_dev_run:
+            self.check_resume(trainer, pl_module, checkpoint, str(trainer.ckpt_path))
+
+    def check_resume(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any], path: str | Path
+    ) -> None:
+        """Refuses other options within a stage whose rows were chosen; one that began with all rows ends with them."""
+        super().check_resume(trainer, pl_module, checkpoint, path)
+        stage, chosen = checkpoint["epoch"], checkpoint.get("callbacks", {}).get(self.state_key, {}).get("stages", {})
+        if not is_within_task(checkpoint) or stage not in chosen:
+            return
+        for option, before in chosen[stage]["options"].items():
+            if before != (now := self._options[option]):
+                raise ValueError(
+                    f"the checkpoint stands within stage '{trainer.datamodule.stage_names[stage]}', whose rows were "
+                    f"chosen with filter.{option}={before}, now it is {now}; restore it, or resume from a checkpoint "
+                    "at the end of a task"
+                )
+
     def load_state_dict(self, state_dict: dict) -> None:
         """Goes on with the rows of a checkpoint."""
         self._stages = dict(state_dict["stages"])
@@ -168,8 +191,6 @@ class RolloutFilter(ChecksFit):
             if progress.started > stage:
                 return None
             self._stages[stage] = self._choose(trainer, stage)
-        elif progress.started > stage >= progress.processed:
-            self._check_unchanged(trainer, stage)
         return self._stages[stage]["kept"]
 
     def _choose(self, trainer: Trainer, stage: int) -> dict[str, Any]:
@@ -250,18 +271,9 @@ class RolloutFilter(ChecksFit):
 
     @property
     def _options(self) -> dict[str, Any]:
-        return {**asdict(self.choice), **asdict(self.judge)}
+        return {**asdict(self.choice), **asdict(self.judge), "mode": self.choice.mode if self.is_on else None}
 
     # -- refusals --------------------------------------------------------------------------------------------------
-
-    def _check_unchanged(self, trainer: Trainer, stage: int) -> None:
-        for option, before in self._stages[stage]["options"].items():
-            if before != (now := self._options[option]):
-                raise ValueError(
-                    f"the checkpoint stands within stage '{trainer.datamodule.stage_names[stage]}', whose rows were "
-                    f"chosen with filter.{option}={before}, now it is {now}; restore it, or resume from a checkpoint "
-                    "at the end of a task"
-                )
 
     def _check_enough(self, trainer: Trainer, stage: int, verdicts: Sequence[Verdict], file: VerdictFile) -> None:
         stream = trainer.datamodule

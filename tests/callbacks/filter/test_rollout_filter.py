@@ -211,7 +211,7 @@ def test_other_options_within_a_task_are_refused(tmp_path):
         run(tmp_path, callbacks=[KillAt(1, batch=1)])
     with pytest.raises(ValueError, match="within stage 'b', .* filter.lowest=1, now it is 2; restore it"):
         run(tmp_path, checkpoint="last.ckpt", filter_options={"lowest": 2})
-    with pytest.raises(ValueError, match="middle of a stage with sizes"):
+    with pytest.raises(ValueError, match="within stage 'b', .* filter.mode=solvable, now it is None; restore it"):
         run(tmp_path, checkpoint="last.ckpt", filter_options={"mode": None})
 
 
