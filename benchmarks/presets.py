@@ -1,7 +1,7 @@
 """The models that benchmarks run: the embedded base, Qwen2.5-VL of 6 M and 100 M parameters, and the 3B and 7B shapes.
 
 All but the embedded base have random weights, the same for the same seed. All speak with the embedded base's
-tokenizer, whose ids lie within every vocabulary.
+tokenizer, whose ids lie within every vocabulary; of a larger one the other tokens are called by their numbers.
 """
 
 from __future__ import annotations
@@ -99,8 +99,12 @@ class PresetBackbone(Backbone):
     seed: int = 0
 
     def load_processor(self) -> EndlessProcessor:
-        """The processor of all presets."""
-        return EndlessProcessor.load("tiny", min_pixels=28 * 28, max_pixels=2**24)
+        """The processor of all presets, with a text for every token that the preset may sample."""
+        processor = EndlessProcessor.load("tiny", min_pixels=28 * 28, max_pixels=2**24)
+        # Without texts of their own most completions would be empty, of equal reward, and nothing to learn from.
+        vocabulary = SHAPES[self.path][0].get("vocab_size", 0) if self.path in SHAPES else 0
+        processor.tokenizer.add_tokens([f"<{token}>" for token in range(len(processor.tokenizer), vocabulary)])
+        return processor
 
     def load_model(self, on_meta: bool = False) -> QwenVL:
         """The preset's model, in train mode, tuned as the other options say."""

@@ -19,6 +19,7 @@ SHORTEST, LONGEST = 40, 320
 def ragged_rows(folder: Path, num_rows: int, processor: PromptProcessor) -> list[Example]:
     """Rows whose lengths are spread evenly on a logarithmic scale, in mixed order."""
     pairs = real_pairs(folder) or toy_pairs()
+    pairs *= 1 + 4 * num_rows // len(pairs)  # enough of every length, some more than once
     examples = [
         Example("text", f"row {number}", [{"role": "user", "content": question}], answer, no_reward, target=answer)
         for number, (question, answer) in enumerate(pairs)

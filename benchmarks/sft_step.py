@@ -1,6 +1,6 @@
 """How many tokens a second SFT learns from, and in how much memory: ours and TRL's SFTTrainer, on ragged text.
 
-    python benchmarks/sft_step.py [--data FOLDER] [--prompts 8] [--repeats 3] ...
+    python benchmarks/sft_step.py [--data FOLDER] [--prompts 8] [--arms ours trl] [--repeats 3] ...
 
 Whole steps, optimizer included. The rows of a batch vary 1:8 in length; their tokens are counted without padding. The
 text is real if ``--data`` holds JSON files of chats, else the toy world's. TRL runs in its default setting, and once
@@ -41,14 +41,17 @@ def main() -> None:
     """Measures, prints the table, writes the record."""
     options = step_parser(__doc__, __file__, prompts=8)
     options.add_argument("--data", type=Path, default=DATA, help="folder of JSON files of chats")
+    options.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     add_peak_option(options)
     options = options.parse_args()
+    if find_spec("trl") is None and options.arms != ["ours"]:
+        print("TRL is not installed: measured without it")
+        options.arms = ["ours"]
     setup = Setup.of(options)
     processor = setup.backbone.load_processor()
     rows = ragged_rows(options.data, setup.prompts, processor)
     lengths = lengths_of(rows, processor)
-    arms = ARMS if find_spec("trl") else {"ours": ours.sft}
-    runs = {arm: partial(in_fresh_process, step, setup, rows, threads=options.threads) for arm, step in arms.items()}
+    runs = {arm: partial(in_fresh_process, ARMS[arm], setup, rows, threads=options.threads) for arm in options.arms}
     results = {"setup": vars(setup), "row_tokens": lengths, **compare(in_turn(runs, options.repeats))}
     print_table(results)
     print_operations(results, peak_tflops(options))
@@ -58,7 +61,7 @@ def main() -> None:
 def print_table(results: dict) -> None:
     """A line per arm: tokens a second, the step, memory, the loss, and the ratios to ours."""
     setup, num_tokens = results["setup"], sum(results["row_tokens"])
-    loss = results["medians"]["ours"]["first_loss"]
+    loss = next(iter(results["medians"].values()))["first_loss"]
     print(f"{setup['preset']}, rows of {results['row_tokens']} tokens")
     print("                       tokens/s       step   peak above model   first loss   step/ours")
     for arm, figures in results["medians"].items():
@@ -67,7 +70,7 @@ def print_table(results: dict) -> None:
         ratios = results["ratios"].get(f"{arm}/ours")
         print(f"   {show_ratio(ratios['step_s'])}, CPU {show_ratio(ratios['cpu_s'])}" if ratios else "")
         if abs(figures["first_loss"] / loss - 1) > LOSS_TOLERANCE[setup["dtype"]]:
-            print("  ^ another loss than ours, so not the same computation")
+            print("  ^ another loss than in the first line, so not the same computation")
 
 
 if __name__ == "__main__":

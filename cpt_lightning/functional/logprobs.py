@@ -14,10 +14,13 @@ from torch.autograd.function import once_differentiable
 
 CHUNK_LOGITS = 2**24
 """Logits held at once (64 MB in float32)."""
+ROWS_PER_WIDTH = 1 / 4
+"""Positions held at once at least, as a share of the hidden size: about half the memory of the matrix's gradient, whose
+sum every chunk reads and writes, and enough products for each reading of the matrix."""
 
 
 def token_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, chunk_logits: int = CHUNK_LOGITS
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, chunk_logits: int | None = None
 ) -> Tensor:
     """Log-probability of each target token.
 
@@ -29,7 +32,7 @@ def token_logprobs(
         weight: ``[V, H]`` output matrix.
         targets: ``[M]`` token ids.
         temperature: Divides the logits.
-        chunk_logits: How many logits may exist at once.
+        chunk_logits: How many logits may exist at once; by default ``CHUNK_LOGITS``, of wide models more.
 
     Returns:
         ``[M]`` log-probabilities in nats (float32, differentiable in ``hidden`` and ``weight``).
@@ -39,7 +42,15 @@ def token_logprobs(
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
     with torch.autocast(device, enabled=False):
         scaled = hidden.to(dtype) / temperature if temperature != 1.0 else hidden.to(dtype)
-        return _TokenLogprobs.apply(scaled, weight.to(dtype), targets, max(1, chunk_logits // len(weight)))
+        return _TokenLogprobs.apply(scaled, weight.to(dtype), targets, _chunk_rows(weight, chunk_logits))
+
+
+def _chunk_rows(weight: Tensor, chunk_logits: int | None) -> int:
+    """How many positions a chunk has."""
+    num_logits, width = weight.shape
+    if chunk_logits is None:
+        return max(CHUNK_LOGITS // num_logits, int(width * ROWS_PER_WIDTH))
+    return max(1, chunk_logits // num_logits)
 
 
 class _TokenLogprobs(torch.autograd.Function):

@@ -15,6 +15,7 @@ import pytest
 import sft_step
 import startup
 import torch
+from presets import PresetBackbone
 from workload import Workload
 
 from cpt_lightning.rollouts import completion_logprobs
@@ -53,6 +54,13 @@ def test_grpo_step_compares_ours_with_the_naive_way(run, capsys):
     rate = result["medians"]["ours"]["equivalent_flops"] / result["medians"]["naive"]["step_s"] / 1e12
     assert f"naive {rate:.3g} TFLOP/s ({rate / 2:.1%} of the peak)" in printed
     assert record["commit"] is not None and record["versions"]["torch"] == version("torch")
+
+
+def test_every_token_of_a_large_vocabulary_has_a_text_for_rewards_to_tell_apart():
+    processor = PresetBackbone("qwen2.5-vl-7b").load_processor()
+    texts = processor.tokenizer.batch_decode([[812], [152_063], [812, 152_063]])
+    assert texts == ["<812>", "<152063>", "<812><152063>"]
+    assert len(processor.tokenizer) == 152_064
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cpt_lightning.functional.logprobs import token_logprobs
+from cpt_lightning.functional.logprobs import _chunk_rows, token_logprobs
 
 
 @pytest.mark.parametrize("chunk_logits", [1, 130, 10_000], ids=["a row a chunk", "ragged chunks", "one chunk"])
@@ -45,3 +45,8 @@ def test_under_autocast_the_product_is_bfloat16_and_the_softmax_float32():
     expected = logits.log_softmax(dim=-1).gather(1, targets[:, None]).squeeze(1)
     assert logps.dtype == torch.float32
     torch.testing.assert_close(logps, expected)
+
+
+@pytest.mark.parametrize("width, rows", [(256, 110), (3584, 896)], ids=["64 MB of logits", "a quarter of the width"])
+def test_chunks_of_wide_models_are_longer_for_each_adds_to_the_gradient_of_the_whole_matrix(width: int, rows: int):
+    assert _chunk_rows(torch.empty(151_936, width, device="meta"), None) == rows
