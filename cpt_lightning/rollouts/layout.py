@@ -10,9 +10,14 @@ from torch import Tensor
 from cpt_lightning.models.attention import Pattern, causal_attention
 from cpt_lightning.types import Prompts, PromptState
 
+ALIKE = 0.8
+"""Share of the longest's length down to which sequences are attended to together."""
+
 
 class CausalRow(Pattern):
     """Separate sequences, one after the other in a row of L tokens; each is causal and sees no other.
+
+    A GPU, which a short sequence does not fill, attends to those of about one length together.
 
     Args:
         lengths: Tokens of each sequence.
@@ -26,11 +31,15 @@ class CausalRow(Pattern):
         ends = torch.tensor(self.lengths).cumsum(dim=0)
         counts = torch.tensor(self.num_wanted)
         before_end = counts.cumsum(dim=0).repeat_interleave(counts) - torch.arange(int(counts.sum()))
-        self.wanted = (ends.repeat_interleave(counts) - before_end).to(device)
+        self.wanted = (ends.repeat_interleave(counts) - before_end).to(device, non_blocking=True)
+        self._together = None if device.type == "cpu" else _Together(self.lengths, device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """``[1, heads, Q, D]`` for queries of all L tokens, or of the wanted ones."""
-        asking = self.lengths if query.shape[2] == sum(self.lengths) else self.num_wanted
+        is_whole = query.shape[2] == sum(self.lengths)
+        if is_whole and self._together is not None:
+            return self._together.attend(query[0], key[0], value[0])[None]
+        asking = self.lengths if is_whole else self.num_wanted
         parts = zip(query.split(asking, 2), key.split(self.lengths, 2), value.split(self.lengths, 2), strict=True)
         return torch.cat([causal_attention(*part) for part in parts], dim=2)
 
@@ -114,6 +123,38 @@ class GroupBranches(Pattern):
         return layer[number, :, layer.shape[2] - self.prompt_lengths[number] :]
 
 
+class _Together:
+    """Sequences of a row, those of about one length as one batch: padding on the right is no past of any token.
+
+    Args:
+        lengths: Of the sequences.
+        device: Where the row lives.
+    """
+
+    def __init__(self, lengths: list[int], device: torch.device) -> None:
+        order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+        batches: list[list[int]] = []
+        for number in order:
+            if not batches or lengths[number] < ALIKE * batches[-1][0]:
+                batches.append([])
+            batches[-1].append(lengths[number])
+        self._batches = [_Ragged(batch, device) for batch in batches]
+        self._sorted = self._back = None
+        if order != list(range(len(lengths))):
+            tokens = torch.arange(sum(lengths)).split(lengths)
+            places = torch.cat([tokens[number] for number in order])
+            self._sorted, self._back = (each.to(device, non_blocking=True) for each in (places, places.argsort()))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """``[heads, L, D]``, every sequence causal, from queries, keys and values of all L tokens."""
+        sizes = [len(batch) for batch in self._batches]
+        by_length = (row if self._sorted is None else row.index_select(1, self._sorted) for row in (query, key, value))
+        parts = zip(self._batches, *(row.split(sizes, dim=1) for row in by_length), strict=True)
+        heads = [batch.unpad(causal_attention(*map(batch.pad, rows))) for batch, *rows in parts]
+        row = heads[0] if len(heads) == 1 else torch.cat(heads, dim=1)
+        return row if self._back is None else row.index_select(1, self._back)
+
+
 class _Ragged:
     """G pieces of a row, and the same padded to the longest, T.
 
@@ -130,8 +171,10 @@ class _Ragged:
             counts = torch.tensor(lengths)[:, None]
             steps = torch.arange(self.longest)
             # Behind its end a shorter piece repeats a token that exists; what that gives is dropped again.
-            self._places = (counts.cumsum(dim=0) - counts + steps).clamp(max=len(self) - 1).flatten().to(device)
-            self._kept = (steps < counts).flatten().nonzero().squeeze(1).to(device)
+            self._places = (
+                (counts.cumsum(dim=0) - counts + steps).clamp(max=len(self) - 1).flatten().to(device, non_blocking=True)
+            )
+            self._kept = (steps < counts).flatten().nonzero().squeeze(1).to(device, non_blocking=True)
 
     def __len__(self) -> int:
         return sum(self.lengths)

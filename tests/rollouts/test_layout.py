@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from cpt_lightning.models.attention import DenseMask
+from cpt_lightning.rollouts import layout
 from cpt_lightning.rollouts.layout import CausalRow, GroupBranches
 from cpt_lightning.types import PromptState
+from tests.pretend_gpu import pretended_gpu
 
 PROMPT_LENGTHS = [2, 3]
 
@@ -26,6 +28,27 @@ def test_a_causal_row_is_block_diagonal_and_wants_the_ends():
     expected = DenseMask(allowed[None, None]).attend(0, query, key, value)
     torch.testing.assert_close(row.attend(0, query, key, value), expected)
     torch.testing.assert_close(row.attend(0, query[:, :, row.wanted], key, value), expected[:, :, row.wanted])
+
+
+@pytest.mark.parametrize(
+    "lengths, calls", [([9, 2, 10, 5, 8, 4], 3), ([6, 6, 6], 1), ([7], 1)], ids=["10 9 8 | 5 4 | 2", "equal", "one"]
+)
+def test_a_gpu_attends_to_sequences_of_about_one_length_in_one_call(lengths, calls, monkeypatch):
+    """And outputs and gradients are those of sequence by sequence."""
+    query, key, value = (heads(sum(lengths), count).requires_grad_() for count in (4, 2, 2))
+    upstream = heads(sum(lengths), 4)
+
+    def attended(device: str) -> list[torch.Tensor]:
+        row = CausalRow(lengths, [1] * len(lengths), torch.device(device))
+        output = row.attend(0, *(each.to(device) for each in (query, key, value)))
+        return [each.cpu() for each in (output, *torch.autograd.grad(output, (query, key, value), upstream.to(device)))]
+
+    expected, called = attended("cpu"), []
+    attend = layout.causal_attention
+    monkeypatch.setattr(layout, "causal_attention", lambda *rows: called.append(rows) or attend(*rows))
+    with pretended_gpu():
+        torch.testing.assert_close(attended("cuda"), expected)
+    assert len(called) == calls
 
 
 def test_where_the_tokens_of_two_groups_stand():
