@@ -171,7 +171,7 @@ def test_the_last_lines_say_why_each_run_is_lost(tmp_path, capsys, monkeypatch):
         main(["study", str(path), "--arms", "c"])
     assert capsys.readouterr().err.splitlines() == [
         "cpt study: 3 of 3 runs did not get to their end:",
-        f"  a, seed 0: failed, see {tmp_path}/out/a/seed_0/study.log",
+        f"  a, seed 0: failed or was stopped, see {tmp_path}/out/a/seed_0/study.log",
         "  b, seed 0: not begun, for it needs a, seed 0",
         "  c, seed 0: not begun, for it needs b, seed 0",
     ]

@@ -154,7 +154,7 @@ def why_lost(run: Run, lost: Sequence[Run]) -> str:
     """Why one of the lost runs is among them, for people."""
     if before := _needed(run, lost):
         return f"not begun, for it needs {before[0].name}"
-    return f"failed, see {run.folder / LOG}"
+    return f"failed or was stopped, see {run.folder / LOG}"
 
 
 def _done(run: Run) -> tuple[int, float]:
