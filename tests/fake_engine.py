@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from dataclasses import replace
 from itertools import count
+from multiprocessing.shared_memory import SharedMemory
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -118,6 +120,17 @@ class FakeVLLM(VLLM):
 
 class Idle:
     """Does nothing."""
+
+
+class Littering:
+    """Leaves a temporary file, and shared memory."""
+
+    def __init__(self) -> None:
+        self.memory = SharedMemory(create=True, size=8)
+        self.file = tempfile.mkstemp()[1]
+
+    def sleep(self, level):
+        return [self.file, f"/dev/shm/{self.memory.name}"]
 
 
 class Counting:

@@ -22,6 +22,7 @@ from cpt_lightning.models import Backbone
 from cpt_lightning.records.environment import read_starts
 from cpt_lightning.records.logged import Logged
 from cpt_lightning.tasks.splits import check_fractions
+from tests.callbacks.display.test_loggers import FakeMLFlow
 from tests.fakes import KillAt, Killed
 
 STREAM = """
@@ -496,6 +497,45 @@ def test_a_run_is_in_its_folder_whatever_the_loggers_are(config, tmp_path, capsy
     main(["fit", "-c", config, *logger, "--ckpt_path=last", "--data.steps=2"])
     assert not (tmp_path / "run_2").exists()
     assert len(read_starts(tmp_path / "run" / "environment.json")) == 2
+
+
+class Unconnected(FakeMLFlow):
+    """MLflow's logger, ended by the Trainer after each of its methods, and begun anew by none."""
+
+    _log_model = False
+
+    def log_metrics(self, metrics, step=None):
+        assert self.recorder.status == "RUNNING" or "train/loss" not in metrics
+
+    def finalize(self, status):
+        self.recorder.status = "FINISHED"
+
+
+def test_a_tensorboard_logger_of_ones_own_takes_back_what_is_logged_again(config, tmp_path):
+    """Two tasks of two steps, and the second one again; beside MLflow's, for which a run that learns is running."""
+    board = {"save_dir": str(tmp_path / "run"), "name": "", "version": ""}
+    loggers = [{"class_path": "TensorBoardLogger", "init_args": board}, {"class_path": f"{__name__}.Unconnected"}]
+    (tmp_path / "loggers.yaml").write_text(yaml.safe_dump({"trainer": {"logger": loggers}}))
+    command = ["fit", "-c", config, "-c", str(tmp_path / "loggers.yaml")]
+    main(command)
+    main([*command, f"--ckpt_path={tmp_path / 'run' / '1_word2.ckpt'}"])
+    assert len(Logged.load(tmp_path / "run").values["train/loss"]) == 4
+
+
+def test_names_that_a_logger_cannot_tell_apart_are_refused_before_weights_are_loaded(config, tmp_path, capsys):
+    """Lightning makes one of them for MLflow, and of their curves one curve."""
+    task = "{source: {class_path: cpt_lightning.tasks.ToyWorld, init_args: {family: word2}}, num_test: 3}"
+    options = [f"--trainer.logger={__name__}.Unconnected", f"--data.tasks={{größe: {task}, grüße: {task}}}"]
+    assert "of 'grüße' that is 'gre', as of 'größe'" in refusal(["fit", "-c", config, *options], capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_whoever_listens_to_sys_exit_hears_that_a_command_failed(config, capsys, monkeypatch):
+    """As W&B (0.31) does, which took a run for finished that an exception had ended."""
+    codes, leave = [], sys.exit
+    monkeypatch.setattr(sys, "exit", lambda code=0: (codes.append(code), leave(code)))
+    refusal(["test", "-c", config, "--ckpt_path=last"], capsys)
+    assert codes == [2]
 
 
 @pytest.mark.parametrize("verb", ["test", "validate", "predict"])

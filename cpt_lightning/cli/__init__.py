@@ -72,7 +72,9 @@ def main(args: list[str] | None = None) -> None:
         _run(*args)
     except KeyboardInterrupt:
         print(f"cpt {args[0]}: stopped by Ctrl-C", file=sys.stderr)
-        raise SystemExit(130) from None
+        sys.exit(130)
+    except SystemExit as end:
+        sys.exit(end.code)  # W&B (0.31) learns of a failure by this call, and not by the exception
 
 
 def _run(verb: str, *args: str) -> None:

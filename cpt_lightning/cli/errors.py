@@ -26,7 +26,7 @@ LONGEST_VALUE = 60
 """Characters of what was given, for it to be said again."""
 _NO_OPTIONS = "Unexpected config: "
 _LINKED = "Call to compute_fn of link "
-_NO_ALTERNATIVE = "Expected a <class 'NoneType'>"
+_NO_ALTERNATIVE = re.compile(r"Expected a <class '[\w.]+'>")
 
 
 def refusal(error: Exception) -> str:
@@ -37,6 +37,8 @@ def refusal(error: Exception) -> str:
 
     >>> refusal(ValueError("Does not validate ...\nErrors:\n  - size=1: 2 or more\n  - Expected a <class 'NoneType'>"))
     'size=1: 2 or more'
+    >>> refusal(ValueError("No\nErrors:\n  - no such server\n  - Expected a <class 'collections.abc.Iterable'>"))
+    'no such server'
     >>> refusal(ValueError("No\nErrors:\n  - No\n    Errors:\n      - Problem with given class_path 'A':\n"
     ...                    "        size=1: 2 or more\n    Given value: 1\n  - Expected a <class 'NoneType'>"))
     "Problem with given class_path 'A':\nsize=1: 2 or more"
@@ -46,7 +48,7 @@ def refusal(error: Exception) -> str:
     if "Errors:" not in lines[:end]:
         return str(error)
     begin = max(number for number, line in enumerate(lines[:end]) if line == "Errors:")
-    said = [line for line in lines[begin + 1 : end] if line not in ("", _NO_ALTERNATIVE)]
+    said = [line for line in lines[begin + 1 : end] if line and not _NO_ALTERNATIVE.fullmatch(line)]
     return "\n".join(said) or str(error)
 
 

@@ -30,6 +30,7 @@ from cpt_lightning.callbacks import (
 )
 from cpt_lightning.callbacks.checks import ChecksFit
 from cpt_lightning.callbacks.continuation import unmeasured
+from cpt_lightning.callbacks.display.loggers import check_names
 from cpt_lightning.checkpoint_io import check_resumable, next_step, read_checkpoint
 from cpt_lightning.cli import VERBS
 from cpt_lightning.cli.console import rank, tidy
@@ -242,9 +243,7 @@ class CPTCLI(LightningCLI):
         if options.default_root_dir is None:
             kwargs["default_root_dir"] = config.run_dir
         if options.logger is None and not options.fast_dev_run:
-            # What a killed run logged after its last checkpoint, or before its first one, is taken back.
-            purge_step = self.first_step if self.subcommand == "fit" else None
-            kwargs["logger"] = TensorBoardLogger(config.run_dir, name="", version="", purge_step=purge_step)
+            kwargs["logger"] = TensorBoardLogger(config.run_dir, name="", version="")
         if options.max_epochs is None:
             kwargs["max_epochs"] = self.datamodule.num_stages
         own = options.callbacks or []
@@ -258,6 +257,11 @@ class CPTCLI(LightningCLI):
             rank_zero_info(f"run directory: {config.run_dir}")
         trainer = super().instantiate_trainer(callbacks=own, **kwargs)
         trainer.run_dir = config.run_dir
+        check_names(trainer.loggers, [*self.datamodule.task_names, *self.datamodule.probe_names])
+        for logger in trainer.loggers:
+            if self.subcommand == "fit" and isinstance(logger, TensorBoardLogger):
+                # What a killed run logged after its last checkpoint, or before its first one, is taken back.
+                logger._kwargs["purge_step"] = self.first_step
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:

@@ -15,7 +15,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
-from cpt_lightning.callbacks.display.loggers import log_hparams, log_text, logged_step
+from cpt_lightning.callbacks.display.loggers import log_hparams, log_text, logged_step, mark_running
 from cpt_lightning.cli.hparams import METRICS, NUMBERS, TEXTS, hparams_of
 from cpt_lightning.records import RunFolder
 from cpt_lightning.records.environment import Device, Start, cpu_name, record_start, surroundings
@@ -80,6 +80,7 @@ class RunRecord(SaveConfigCallback):
             self._renew(logged_step(trainer))
         config = (self.folder / self.config_filename).read_text(encoding="utf-8")
         step = logged_step(trainer)
+        mark_running(trainer)
         log_text(trainer, "config", f"```yaml\n{config}\n```", step)
         log_text(trainer, "environment", _table(self.start), step)
         log_hparams(trainer, hparams_of(self.config), list(NUMBERS), list(TEXTS), METRICS)

@@ -27,6 +27,7 @@ def cautions(arms: Sequence[Arm]) -> list[str]:
     return [
         *_unfinished(runs),
         *_changed(runs),
+        *_uncounted(runs),
         *_extended(scored),
         *_streams(scored),
         *_asked(scored),
@@ -57,6 +58,16 @@ def _changed(runs: Sequence[tuple[str, RunFolder]]) -> Iterator[str]:
             yield (
                 f"{run.path} went on with other options at step {', '.join(map(str, steps))}; those named here are its "
                 "last."
+            )
+
+
+def _uncounted(runs: Sequence[tuple[str, RunFolder]]) -> Iterator[str]:
+    for _, run in runs:
+        logger = ((run.config or {}).get("trainer") or {}).get("logger")
+        if logger is not None and not run.logged.values:
+            yield (
+                f"{run.path} holds no TensorBoard events, for its loggers were others: rows, rollouts, tokens and "
+                "memory that it took are not known here."
             )
 
 

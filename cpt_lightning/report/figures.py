@@ -123,7 +123,8 @@ def _distances(run: RunFolder) -> Figures:
 def _costs(run: RunFolder) -> Figures:
     logged = run.logged
     filtered = sum(judged.num_completions for judged in run.verdicts.values())
-    rollouts = (logged.total("perf/rollouts") or 0.0) + filtered + run.num_collected
+    drawn = logged.total("perf/rollouts")  # unknown where other loggers have it: the rest alone would mislead
+    rollouts = None if drawn is None else drawn + filtered + run.num_collected
     seconds = logged.seconds if run.seconds is None else run.seconds
     return {
         "rows": _thousands(logged.total("perf/rows")),

@@ -77,6 +77,16 @@ def test_completions_of_a_filter_and_of_a_collection_are_counted(run):
     assert figures_of(RunFolder(run))["rollouts"] == pytest.approx(0.384 + 0.016 + 0.024)
 
 
+def test_completions_that_were_logged_elsewhere_are_not_counted_as_none(run):
+    """No event files: those of the filter alone would pass for all."""
+    for file in run.glob("events.out.tfevents.*"):
+        file.unlink()
+    (run / "filter").mkdir()
+    lines = [json.dumps(line) for line in ({"completions_per_row": 8}, {"refused": None, "pass_count": 0})]
+    (run / "filter" / "a.jsonl").write_text("\n".join(lines) + "\n")
+    assert figures_of(RunFolder(run))["rollouts"] is None
+
+
 def test_a_run_without_probes_or_base_has_no_such_figure(run):
     matrix = AccuracyMatrix.load(run / MATRIX)
     matrix.zero_shot = None

@@ -292,6 +292,17 @@ def test_cautions_name_what_does_not_compare(tmp_path):
     assert any("began from another base" in line for line in cautions(arms_of([str(runs[0]), str(base)])))
 
 
+def test_a_run_that_logged_elsewhere_says_that_its_costs_are_not_known(tmp_path):
+    """With TensorBoard beside the other logger they are."""
+    run = made_run(tmp_path / "x")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, "trainer": {"logger": {"class_path": "WandbLogger"}}}))
+    said = [line for line in cautions(arms_of([str(run)])) if "TensorBoard" in line]
+    assert len(said) == 1 and "tokens and memory that it took are not known" in said[0]
+    log(run, perf_rows=[16.0])
+    assert not any("TensorBoard" in line for line in cautions(arms_of([str(run)])))
+
+
 def test_what_arms_were_told_and_where_they_ran(tmp_path):
     arms = arms_of([str(made_run(tmp_path / name, lr=lr)) for name, lr in (("x", 0.1), ("y", 0.2))])
     assert differing_options(arms) == {"model.init_args.lr": ["0.1", "0.2"]}

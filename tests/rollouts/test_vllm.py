@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 from functools import partial
 
 import pytest
@@ -302,6 +304,51 @@ def test_an_engine_that_fails_is_reported_with_its_last_words_and_leaves_nothing
     with pytest.raises(RuntimeError, match=said):
         sampler.sample(small_model, processor, mixed_prompts, 1, GREEDY)
     assert pids and is_gone(pids[0])
+
+
+def begin_littering(found) -> None:
+    begun = Begun(fake_engine.Littering, {}, {}, is_shared=False)
+    engine = EngineProcess(begun.address, 120, begun)
+    litter = engine.call("sleep", 1)
+    assert all(map(os.path.exists, litter))
+    found.put([engine.pid, begun.address.folder, *litter])
+    kept.append(engine)
+    time.sleep(600)
+
+
+def test_nothing_is_left_of_an_engine_whose_training_is_killed():
+    """Its temporary files lie in its folder; shared memory is removed by a process that outlives both."""
+    context = forked()
+    found = context.Queue()
+    process = context.Process(target=begin_littering, args=(found,))
+    process.start()
+    pid, *left = found.get(timeout=120)
+    process.kill()
+    process.join()
+    wait_until_gone(pid, left)
+
+
+@pytest.mark.parametrize("ends", ["by itself", "killed"])
+def test_nothing_is_left_of_an_engine_that_ends_while_the_training_goes_on(server, ends):
+    begun = Begun(fake_engine.Littering, {}, {}, is_shared=False)
+    engine = EngineProcess(begun.address, 120, begun)
+    left = [begun.address.folder, *engine.call("sleep", 1)]
+    assert all(map(os.path.exists, left))
+    if ends == "killed":
+        os.kill(engine.pid, signal.SIGKILL)
+        with pytest.raises(RuntimeError, match="it died, exit code -9"):
+            engine.call("sleep", 1)
+    else:
+        engine.close()
+    wait_until_gone(engine.pid, left)
+
+
+def wait_until_gone(pid: int, paths: list[str], seconds: float = 20) -> None:
+    """Of a process and what it left."""
+    end = time.monotonic() + seconds
+    while (not is_gone(pid) or any(map(os.path.exists, paths))) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert is_gone(pid) and not [path for path in paths if os.path.exists(path)]
 
 
 def begin_and_leave(pids) -> None:

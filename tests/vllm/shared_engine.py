@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
@@ -59,6 +60,12 @@ def alive_in_group(leader: int) -> list[int]:
     return found
 
 
+def shared_memory(leader: int) -> list[Path]:
+    """Files in memory that an engine and its workers share."""
+    maps = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in alive_in_group(leader))
+    return sorted({Path(path) for path in re.findall(r"/dev/shm/psm_\w+$", maps, flags=re.MULTILINE)})
+
+
 def main(folder: Path, rank: int) -> None:
     torch.manual_seed(rank)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=2)
@@ -81,6 +88,9 @@ def main(folder: Path, rank: int) -> None:
 
     distributed.barrier()
     engine = sampler.engine
+    memory = shared_memory(engine.pid)
+    assert memory
+    distributed.barrier()
     if rank == 1:
         engine.call("spoil")
         seen["complaints"] = [hand_over(engine, model, sampler._buffer, torch.float32, 2) for _ in range(2)]
@@ -94,9 +104,13 @@ def main(folder: Path, rank: int) -> None:
         seen["error"] = str(error)
     seen["seconds"] = time.monotonic() - start
     distributed.barrier()
-    while alive_in_group(engine.pid) and time.monotonic() < start + 60:
+
+    def left() -> list:
+        return [*alive_in_group(engine.pid), *(path for path in memory if path.exists())]
+
+    while left() and time.monotonic() < start + 60:
         time.sleep(0.1)  # what was killed takes a moment to go
-    seen["left"] = alive_in_group(engine.pid)
+    seen["left"] = left()
     torch.save(seen, folder / f"{rank}.pt")
 
 

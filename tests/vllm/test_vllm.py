@@ -275,10 +275,11 @@ def test_a_hand_over_that_goes_wrong_is_caught(tiny, processor, mixed_prompts, m
 )
 def test_an_engine_that_is_killed_or_hangs_is_reported(tiny, processor, mixed_prompts, sampler, number, said):
     sampler.sample(tiny, processor, mixed_prompts, 1, GREEDY)
-    pid = sampler.engine.pid
+    pid, folder = sampler.engine.pid, Path(sampler.engine._begun.address.folder)
+    assert list(folder.glob("vllm_dist_*"))
     os.kill(pid, number)
     sampler.engine.time_limit_s = 3
     with pytest.raises(RuntimeError, match=f"{said}(.|\n)*last lines of its log:(.|\n)*vllm|INFO"):
         sampler.sample(tiny, processor, mixed_prompts, 1, GREEDY)
-    assert is_gone(pid)
+    assert is_gone(pid) and not folder.exists()
     assert not sampler.engine.is_open

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from lightning import Trainer
-from lightning.pytorch.loggers import CometLogger, MLFlowLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CometLogger, Logger, MLFlowLogger, TensorBoardLogger
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,7 +49,7 @@ def log_image(trainer: Trainer, name: str, image: Image, step: int) -> None:
             case CometLogger():
                 logger.experiment.log_image(image, name=name, step=step)
             case MLFlowLogger():
-                logger.experiment.log_image(logger.run_id, image, key=name, step=step)
+                logger.experiment.log_image(logger.run_id, image, key=_in_mlflow(name), step=step)
             case LogsImages():
                 logger.log_image(name, [image], step=step)
 
@@ -95,10 +95,14 @@ def log_hparams(
         metrics: Scalars that are compared.
     """
     for logger in _loggers(trainer):
-        if isinstance(logger, TensorBoardLogger):
-            _write_hparams(logger, hparams, dict.fromkeys(numbers, True) | dict.fromkeys(texts, False), metrics)
-        else:
-            logger.log_hyperparams(dict(hparams))
+        match logger:
+            case TensorBoardLogger():
+                _write_hparams(logger, hparams, dict.fromkeys(numbers, True) | dict.fromkeys(texts, False), metrics)
+            case MLFlowLogger():
+                known = logger.experiment.get_run(logger.run_id).data.params  # it refuses to change any
+                logger.log_hyperparams({name: value for name, value in hparams.items() if name not in known})
+            case _:
+                logger.log_hyperparams(dict(hparams))
 
 
 def log_charts(trainer: Trainer, category: str, charts: Mapping[str, Sequence[str]]) -> None:
@@ -113,6 +117,41 @@ def log_charts(trainer: Trainer, category: str, charts: Mapping[str, Sequence[st
     for logger in _loggers(trainer):
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_custom_scalars(layout)
+
+
+def mark_running(trainer: Trainer) -> None:
+    """Has MLflow know that the run goes on: Lightning (2.6) ends it with the evaluation before ``fit``.
+
+    Args:
+        trainer: Whose loggers; on ranks other than the first nothing happens.
+    """
+    for logger in _loggers(trainer):
+        if isinstance(logger, MLFlowLogger):
+            logger.experiment.update_run(logger.run_id, status="RUNNING")
+
+
+def check_names(loggers: Iterable[Logger], names: Sequence[str]) -> None:
+    """Refuses names of tasks that a logger has no different names for.
+
+    Args:
+        loggers: Of a run.
+        names: Of all tasks and probes.
+
+    Raises:
+        ValueError: Names the task.
+    """
+    if not any(isinstance(logger, MLFlowLogger) for logger in loggers):
+        return
+    taken: dict[str, str] = {}
+    for name in names:
+        left = _in_mlflow(name)
+        if not left or left in taken:
+            like = f"as of {taken[left]!r}" if left else "and a name needs one"
+            raise ValueError(
+                f"MLFlowLogger keeps ASCII letters, digits, '_', '-' and spaces: of {name!r} that is {left!r}, "
+                f"{like}; give the task another name, or the run another logger"
+            )
+        taken[left] = name
 
 
 def shows_images(trainer: Trainer) -> bool:
@@ -143,6 +182,11 @@ def logged_step(trainer: Trainer) -> int:
 
 def _loggers(trainer: Trainer) -> Sequence[Any]:
     return trainer.loggers if trainer.is_global_zero else ()
+
+
+def _in_mlflow(name: str) -> str:
+    """What Lightning (2.6) makes of the name of a scalar; MLflow refuses others, of pictures too."""
+    return re.sub("[^a-zA-Z0-9_/. -]+", "", name)
 
 
 def _write_image(logger: TensorBoardLogger, name: str, image: Image, step: int) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import tempfile
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -111,7 +113,10 @@ def _devices_from(device: torch.device, place: int, size: int) -> list[str]:
 
 def environment(devices: list[str]) -> dict[str, str]:
     """Variables of the engine's process: it sees the devices of its ranks alone, and schedules in its own process."""
+    # Its temporary files go with it, but for what it has compiled.
+    compiled = Path(tempfile.gettempdir()) / f"torchinductor_engine_{os.getuid()}"
     chosen = {
+        "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(compiled)),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",

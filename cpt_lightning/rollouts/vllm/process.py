@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import shutil
 import signal
 import socket
 import tempfile
@@ -13,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
@@ -40,7 +42,7 @@ class Address:
     """Where an engine is.
 
     Args:
-        folder: Of its socket and its log.
+        folder: Of its socket, its log and its temporary files.
         pid: Of its process, which leads a process group that its workers are in too.
         node: Name of its machine.
     """
@@ -63,14 +65,14 @@ class Begun:
     def __init__(
         self, make_engine: Callable[..., Any], options: dict[str, Any], environment: dict[str, str], is_shared: bool
     ) -> None:
-        folder = tempfile.TemporaryDirectory(prefix="cpt_engine_")
+        folder = tempfile.TemporaryDirectory(prefix="cpt_engine_", ignore_cleanup_errors=True)
         log, listener = Path(folder.name) / "log", socket.socket(socket.AF_UNIX)
         log.touch()
         listener.bind(str(Path(folder.name) / "socket"))
         listener.listen()  # now, so that whoever reads the address can connect
         # Not a daemon of multiprocessing, which could not have workers.
         self.process = multiprocessing.get_context("spawn").Process(
-            target=serve, args=(listener, make_engine, options, environment, str(log)), name="sampling engine"
+            target=serve, args=(listener, make_engine, options, environment, folder.name), name="sampling engine"
         )
         self.process.start()
         listener.close()
@@ -195,24 +197,43 @@ def serve(
     make_engine: Callable[..., Any],
     options: dict[str, Any],
     environment: dict[str, str],
-    log: str,
+    folder: str,
 ) -> None:
     """Answers calls until no rank is connected any more, or the process that began this one is gone."""
-    os.setpgid(0, 0)
-    with open(log, "a") as file:
+    with open(Path(folder) / "log", "a") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
+    _track_memory()
+    os.setpgid(0, 0)
     for name in RANK_VARIABLES:
         os.environ.pop(name, None)
-    os.environ.update(environment)
+    os.environ.update({**environment, "TMPDIR": folder})
+    tempfile.tempdir = None  # asks the variable again
     ignore_stop_signals()
-    threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_follow, args=(os.getppid(), folder), daemon=True).start()
     reception = Reception(listener)
     try:
         reception.serve(make_engine(**options))
     except Exception as error:  # whatever it is, all ranks have to hear of it
         traceback.print_exc(limit=-4)  # all of vLLM's would hide in the log's last lines what was said before
         reception.give_up(f"{type(error).__name__}: {error}")
+    _leave(folder)
+
+
+def _track_memory() -> None:
+    """Has a process look after the shared memory of the engine and its workers, which removes what a kill leaves.
+
+    Spawned, an engine has that of the training (Python 3.11 to 3.13), which waits for the training's end. This one is
+    begun outside of the engine's process group, so that it is not killed with it.
+    """
+    tracker: Any = resource_tracker._resource_tracker
+    tracker._fd = tracker._pid = None
+    resource_tracker.ensure_running()
+
+
+def _leave(folder: str) -> None:
+    """Ends all of the engine, and what it has written, which nobody else may be there to remove."""
+    shutil.rmtree(folder, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)  # vLLM's workers would take their time
 
 
@@ -222,7 +243,7 @@ def ignore_stop_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _follow(parent: int) -> None:
+def _follow(parent: int, folder: str) -> None:
     while os.getppid() == parent:
         time.sleep(PARENT_CHECK_S)
-    os.killpg(0, signal.SIGKILL)
+    _leave(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +17,16 @@ from tensorboard.context import RequestContext
 from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
 
-from cpt_lightning.callbacks.display.loggers import drawn, log_charts, log_hparams, log_image, log_text, shows_images
+from cpt_lightning.callbacks.display.loggers import (
+    check_names,
+    drawn,
+    log_charts,
+    log_hparams,
+    log_image,
+    log_text,
+    mark_running,
+    shows_images,
+)
 
 PICTURE = Image.fromarray(
     np.stack(np.meshgrid(8 * np.arange(30), 12 * np.arange(20)) * 2, axis=2)[..., :3].astype("uint8")
@@ -71,13 +81,39 @@ class FakeComet(CometLogger):
     log_hyperparams = Plain.log_hyperparams
 
 
+class MlflowClient(Recorder):
+    """Refuses what MLflow's own (3.17) does; its run was ended, as Lightning ends it after ``validate``."""
+
+    def __init__(self):
+        super().__init__()
+        self.params, self.status = {}, "FINISHED"
+
+    def log_image(self, run_id, image, *, key, step):
+        if not re.fullmatch(r"[\w./ -]+", key, re.ASCII):
+            raise ValueError("The `key` parameter may only contain alphanumerics, ...")
+        self.calls.append(("log_image", (run_id, image), {"key": key, "step": step}))
+
+    def get_run(self, run_id):
+        return SimpleNamespace(data=SimpleNamespace(params=dict(self.params)))
+
+    def log_params(self, params):
+        if changed := [name for name, value in params.items() if self.params.get(name, str(value)) != str(value)]:
+            raise RuntimeError(f"Changing param values is not allowed. {changed}")
+        self.params |= {name: str(value) for name, value in params.items()}
+
+    def update_run(self, run_id, status):
+        self.status = status
+
+
 class FakeMLFlow(MLFlowLogger):
     def __init__(self):
-        self.recorder = Recorder()
+        self.recorder = MlflowClient()
 
     experiment = property(lambda self: self.recorder)
     run_id = "7"
-    log_hyperparams = Plain.log_hyperparams
+
+    def log_hyperparams(self, params):
+        self.recorder.log_params(params)
 
 
 def trainer_with(*loggers, is_global_zero=True):
@@ -151,7 +187,41 @@ def test_other_loggers_are_called_as_they_name_it():
         ("log_image", ("7", PICTURE), {"key": "stream/curves", "step": 5}),
         ("log_text", ("7", "a *text*", "config.md"), {}),
     ]
-    assert all(logger.hparams == {"lr": 0.1, "objective": "SFT"} for logger in (wandb, comet, mlflow))
+    assert all(logger.hparams == {"lr": 0.1, "objective": "SFT"} for logger in (wandb, comet))
+    assert mlflow.recorder.params == {"lr": "0.1", "objective": "SFT"}
+
+
+def test_pictures_have_the_names_in_mlflow_that_lightning_gives_to_scalars_there():
+    mlflow = FakeMLFlow()
+    log_image(trainer_with(mlflow), "completions/größe (A:B)", PICTURE, 5)
+    assert mlflow.recorder.calls == [("log_image", ("7", PICTURE), {"key": "completions/gre AB", "step": 5})]
+
+
+def test_options_that_mlflow_has_of_a_run_stay_when_it_goes_on_with_others():
+    """It refuses another value; what is new is added."""
+    mlflow = FakeMLFlow()
+    log_hparams(trainer_with(mlflow), {"steps": 2.0}, ["steps"], [], METRICS)
+    log_hparams(trainer_with(mlflow), {"steps": 3.0, "objective": "SFT"}, ["steps"], ["objective"], METRICS)
+    assert mlflow.recorder.params == {"steps": "2.0", "objective": "SFT"}
+
+
+def test_a_run_that_learns_is_running_in_mlflow(tmp_path):
+    mlflow = FakeMLFlow()
+    mark_running(trainer_with(mlflow, LikeWandb(), is_global_zero=False))
+    assert mlflow.recorder.status == "FINISHED"
+    mark_running(trainer_with(mlflow, LikeWandb(), CSVLogger(tmp_path)))
+    assert mlflow.recorder.status == "RUNNING"
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [(["a", "größe", "grüße"], "'grüße' that is 'gre', as of 'größe'"), (["a", "数独"], "that is ''")],
+)
+def test_names_that_mlflow_has_no_different_names_for_are_refused(names, said):
+    check_names([LikeWandb(), FakeComet()], names)
+    check_names([FakeMLFlow()], names[:2] if said.startswith("'gr") else names[:1])
+    with pytest.raises(ValueError, match=re.escape(said)):
+        check_names([LikeWandb(), FakeMLFlow()], names)
 
 
 def test_loggers_without_pictures_or_texts_stay_silent(tmp_path):
