@@ -33,11 +33,12 @@ def by_torchrun(node: int, port: int) -> tuple[list[str], dict[str, str]]:
 
 
 def by_slurm(node: int, port: int) -> tuple[list[str], dict[str, str]]:
-    """What ``srun`` sets for each of its tasks."""
-    names = {"JOB_ID": port, "JOB_NAME": "cpt", "NTASKS": 2, "NTASKS_PER_NODE": 1, "NNODES": 2, "NODELIST": "127.0.0.1",
-             "PROCID": node, "NODEID": node, "LOCALID": 0}  # fmt: skip
+    """What ``srun`` (22.05) sets for each of its tasks, within ``salloc``, whose first node is not one of this call."""
+    names = {"JOB_ID": port, "JOB_NAME": "interactive", "NTASKS": 2, "NNODES": 2, "NODELIST": "elsewhere[1-3]",
+             "PROCID": node, "NODEID": node, "LOCALID": 0, "STEP_ID": 1, "STEP_NUM_NODES": 2, "STEP_NUM_TASKS": 2,
+             "STEP_TASKS_PER_NODE": "1(x2)", "STEP_NODELIST": "127.0.0.1"}  # fmt: skip
     variables = {f"SLURM_{name}": str(value) for name, value in names.items()}
-    return [sys.executable, "-m", "cpt_lightning"], {**variables, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [sys.executable, "-m", "cpt_lightning"], {**variables, "MASTER_PORT": str(port)}
 
 
 @pytest.fixture(scope="module")

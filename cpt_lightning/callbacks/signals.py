@@ -34,9 +34,8 @@ class StopSignals:
         signals = [signal.SIGTERM]
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background ignores it
             signals.append(signal.SIGINT)
-        environment = trainer._accelerator_connector.cluster_environment
-        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
-            signals.append(environment.requeue_signal)
+        if (warning := _warning_of_slurm(trainer)) is not None:
+            signals.append(warning)
         for number in signals:
             trainer._signal_connector._register_signal(number, self._note)
 
@@ -63,6 +62,14 @@ class StopSignals:
             requeue()
         # A rank that Lightning started and that ends with an error would have the first one killed.
         raise Stopped(128 + number if trainer.is_global_zero else 0)
+
+
+def _warning_of_slurm(trainer: Trainer) -> signal.Signals | None:
+    """The signal that says that the time of the job is nearly up, whoever began the processes in it."""
+    environment = trainer._accelerator_connector.cluster_environment
+    if isinstance(environment, SLURMEnvironment):
+        return environment.requeue_signal if environment.auto_requeue else None
+    return signal.SIGUSR1 if "SLURM_JOB_ID" in os.environ else None
 
 
 def requeue() -> None:

@@ -82,6 +82,14 @@ def _run(verb: str, *args: str) -> None:
     from cpt_lightning.cli.console import tidy
 
     tidy()
+    if verb in ("inspect", "plan", "study", "report", "export"):
+        from cpt_lightning.cli.launched import check_alone
+
+        try:
+            check_alone(verb)
+        except ValueError as error:
+            print(f"cpt {verb}: error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
     if verb == "inspect":
         from cpt_lightning.cli.inspect.command import InspectCLI
 

@@ -15,6 +15,7 @@ PACKAGE = str(Path(__file__).parents[1])
 
 NOISE = (
     "Seed set to",  # lightning 2.6; config.yaml has the seed, and the line of the model the device
+    "[rank: 0] Seed set to",  # where a launcher says which rank it is
     "GPU available: ",
     "TPU available: ",
     "💡 Tip: ",
@@ -33,6 +34,7 @@ LIBRARY_NOISE = (
     "Be aware that when using `ckpt_path`, callbacks used to create",  # there is nothing to lose in test and predict
     "It is recommended to use `self.log.*sync_dist=True",  # our metrics are reduced before
     "The number of training batches .* is smaller than the logging interval",
+    "The `srun` command is available on your system but is not used",  # cli/launched.py says where it is needed
     "The '.*dataloader' does not have many workers",  # whole batches are loaded ahead; data.num_workers says how many
 )
 """Warnings of libraries about libraries, and advice that does not fit this program."""

@@ -35,6 +35,7 @@ from cpt_lightning.checkpoint_io import check_resumable, next_step, read_checkpo
 from cpt_lightning.cli import VERBS
 from cpt_lightning.cli.console import rank, tidy
 from cpt_lightning.cli.errors import OptionParser, is_debugged, refusal, saying_complaints
+from cpt_lightning.cli.launched import check_launched, tell_lightning
 from cpt_lightning.cli.run_directory import Claim, check_claimed, last_checkpoint, run_directory
 from cpt_lightning.cli.run_record import RunRecord
 from cpt_lightning.data import TRAINER_OPTIONS, TaskStream
@@ -221,7 +222,10 @@ class CPTCLI(LightningCLI):
             SystemExit: With 2, after the line. ``JSONARGPARSE_DEBUG=true`` shows where the error came from instead.
         """
         try:
+            tell_lightning()
             super().instantiate_classes()
+            if self.trainer is not None:
+                check_launched(self.trainer.num_nodes, self.trainer.num_devices)
         except (ValueError, MisconfigurationException) as error:
             if is_debugged():
                 raise

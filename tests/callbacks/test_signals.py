@@ -140,8 +140,9 @@ def test_a_checkpoint_that_is_refused_is_not_recommended(tmp_path, whole, caplog
 
 @pytest.mark.parametrize("array", [False, True])
 @pytest.mark.parametrize("accepted", [True, False])
-def test_slurm_is_asked_to_start_the_job_anew(tmp_path, whole, monkeypatch, array, accepted):
-    """A stand-in for `scontrol` writes down what it was asked."""
+@pytest.mark.parametrize("by_srun", [True, False])
+def test_slurm_is_asked_to_start_the_job_anew(tmp_path, whole, monkeypatch, array, accepted, by_srun):
+    """A stand-in for `scontrol` writes down what it was asked; Lightning or torchrun may have begun the processes."""
     tools, asked = tmp_path / "tools", tmp_path / "asked"
     tools.mkdir()
     (tools / "scontrol").write_text(f"#!/bin/sh\necho $@ > {asked}\nexit {0 if accepted else 1}\n")
@@ -154,6 +155,8 @@ def test_slurm_is_asked_to_start_the_job_anew(tmp_path, whole, monkeypatch, arra
         "SLURM_PROCID": "0",
         "SLURM_LOCALID": "0",
     }
+    if not by_srun:
+        del job["SLURM_NTASKS"]
     job |= {"SLURM_NODEID": "0"} | ({"SLURM_ARRAY_JOB_ID": "11", "SLURM_ARRAY_TASK_ID": "6"} if array else {})
     for name, value in job.items():
         monkeypatch.setenv(name, value)
