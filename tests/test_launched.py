@@ -6,6 +6,7 @@ The variables are those that SLURM 22.05 was seen to set, on two nodes.
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -127,3 +128,23 @@ def test_the_work_of_one_process_is_not_done_twice(job, capsys, verb):
     with pytest.raises(SystemExit, match="2"):
         main([verb, str(Path("runs") / "a")])
     assert f"srun began 2 processes, and cpt {verb} is the work of one" in capsys.readouterr().err
+
+
+SCRIPT = Path(__file__).parents[1] / "configs" / "slurm" / "preemptible.sbatch"
+
+
+@pytest.mark.parametrize(("status", "requeued"), [(0, ""), (1, ""), (143, "requeue 17")])
+def test_the_batch_script_has_its_job_begun_again_where_sigterm_stopped_the_run(tmp_path, status, requeued):
+    for name, body in {"srun": f"exit {status}", "scontrol": ""}.items():
+        (tmp_path / name).write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/{name}.said\n{body}\n')
+        (tmp_path / name).chmod(0o755)
+    job = {"JOB_ID": "17", "JOB_NAME": "mine", "NNODES": "2", "NTASKS_PER_NODE": "8", "CPUS_PER_TASK": "4"}
+    variables = {f"SLURM_{name}": value for name, value in job.items()} | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", str(SCRIPT), "-c", "a b.yaml"], env=variables)
+    assert done.returncode == status
+    assert (tmp_path / "srun.said").read_text() == (
+        "--cpus-per-task 4 --kill-on-bad-exit=1 cpt fit -c a b.yaml --run_dir runs/mine --ckpt_path last "
+        "--trainer.num_nodes 2 --trainer.devices 8\n"
+    )
+    said = tmp_path / "scontrol.said"
+    assert (said.read_text().strip() if said.exists() else "") == requeued

@@ -29,9 +29,13 @@ def commands() -> list[str]:
     return sorted({command for command in found if command and "|" not in command and "..." not in command})
 
 
+BATCH_SCRIPT = "sbatch configs/slurm/preemptible.sbatch "
+"""Hands its arguments on to ``cpt fit``."""
+
+
 def test_every_form_of_command_is_checked_below():
     """A new kind of command needs a test here first."""
-    known = ("make ", "cpt ", "python benchmarks/", "pip install -e '.[", "srun cpt ", "torchrun ")
+    known = ("make ", "cpt ", "python benchmarks/", "pip install -e '.[", BATCH_SCRIPT, "torchrun ")
     unknown = [command for command in commands() if not command.startswith(known)]
     assert unknown == []
     assert any(command.startswith("cpt fit") for command in commands())
@@ -56,7 +60,8 @@ def test_benchmarks_that_are_named_exist_with_their_options():
             assert all(f'"{name}"' in "".join(sources) for name in arguments if name.startswith("--"))
 
 
-CPT = [re.sub(r"^(srun cpt|torchrun .* -m cpt_lightning) ", "cpt ", command) for command in commands()]
+STARTED = [command.replace(BATCH_SCRIPT, "cpt fit ") for command in commands()]
+CPT = [re.sub(r"^torchrun .* -m cpt_lightning ", "cpt ", command) for command in STARTED]
 
 
 @pytest.mark.parametrize("command", [command for command in CPT if command.startswith("cpt ")])
