@@ -12,14 +12,13 @@ are the same in all arms, and activations.
 from __future__ import annotations
 
 from functools import partial
-from importlib.util import find_spec
 
 import naive
 import ours
 from measure import compare, in_fresh_process, in_turn, show_ratio
 from operations import add_peak_option, peak_tflops, print_operations
 from record import write_record
-from workload import Workload, rollout_parser
+from workload import Workload, rollout_parser, without_missing_trl
 
 
 def trl(workload: Workload) -> dict[str, float]:
@@ -41,13 +40,11 @@ def main() -> None:
     options = options.parse_args()
     if options.micro_prompts and options.prompts % options.micro_prompts:
         raise SystemExit(f"--micro_prompts {options.micro_prompts} does not divide --prompts {options.prompts}")
-    if "trl" in options.arms and find_spec("trl") is None:
-        print("TRL is not installed: measured without it")
-        options.arms.remove("trl")
+    arms = without_missing_trl(options.arms)
     results = []
     for prompt_tokens in options.prompt_tokens:
         workload = Workload.of(options, prompt_tokens=prompt_tokens)
-        runs = {arm: partial(in_fresh_process, ARMS[arm], workload, threads=options.threads) for arm in options.arms}
+        runs = {arm: partial(in_fresh_process, ARMS[arm], workload, threads=options.threads) for arm in arms}
         results.append({"workload": vars(workload), **compare(in_turn(runs, options.repeats))})
         print_table(workload.title, results[-1])
         print_operations(results[-1], peak_tflops(options))

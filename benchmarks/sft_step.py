@@ -12,7 +12,6 @@ FlashAttention, because rows then see each other.
 from __future__ import annotations
 
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import ours
@@ -20,7 +19,7 @@ from measure import compare, in_fresh_process, in_turn, show_ratio
 from operations import add_peak_option, peak_tflops, print_operations
 from record import write_record
 from sft_rows import lengths_of, ragged_rows
-from workload import Setup, step_parser
+from workload import Setup, step_parser, without_missing_trl
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "real_text"
 LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-3}
@@ -44,14 +43,12 @@ def main() -> None:
     options.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     add_peak_option(options)
     options = options.parse_args()
-    if find_spec("trl") is None and options.arms != ["ours"]:
-        print("TRL is not installed: measured without it")
-        options.arms = ["ours"]
+    arms = without_missing_trl(options.arms)
     setup = Setup.of(options)
     processor = setup.backbone.load_processor()
     rows = ragged_rows(options.data, setup.prompts, processor)
     lengths = lengths_of(rows, processor)
-    runs = {arm: partial(in_fresh_process, ARMS[arm], setup, rows, threads=options.threads) for arm in options.arms}
+    runs = {arm: partial(in_fresh_process, ARMS[arm], setup, rows, threads=options.threads) for arm in arms}
     results = {"setup": vars(setup), "row_tokens": lengths, **compare(in_turn(runs, options.repeats))}
     print_table(results)
     print_operations(results, peak_tflops(options))
@@ -61,13 +58,14 @@ def main() -> None:
 def print_table(results: dict) -> None:
     """A line per arm: tokens a second, the step, memory, the loss, and the ratios to ours."""
     setup, num_tokens = results["setup"], sum(results["row_tokens"])
-    loss = next(iter(results["medians"].values()))["first_loss"]
+    first = next(iter(results["medians"]))
+    loss = results["medians"][first]["first_loss"]
     print(f"{setup['preset']}, rows of {results['row_tokens']} tokens")
-    print("                       tokens/s       step   peak above model   first loss   step/ours")
+    print("                       tokens/s       step   peak above model   first loss   step/first arm's")
     for arm, figures in results["medians"].items():
         print(f"  {arm:18}{num_tokens / figures['step_s']:11,.0f}{figures['step_s']:9.3f} s", end="")
         print(f"{figures['peak_bytes'] / 1e6:16,.0f} MB{figures['first_loss']:13.5f}", end="")
-        ratios = results["ratios"].get(f"{arm}/ours")
+        ratios = results["ratios"].get(f"{arm}/{first}")
         print(f"   {show_ratio(ratios['step_s'])}, CPU {show_ratio(ratios['cpu_s'])}" if ratios else "")
         if abs(figures["first_loss"] / loss - 1) > LOSS_TOLERANCE[setup["dtype"]]:
             print("  ^ another loss than in the first line, so not the same computation")

@@ -6,6 +6,7 @@ import argparse
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Self
 
@@ -166,6 +167,21 @@ def step_parser(doc: str | None, script: str, prompts: int = Setup.prompts) -> a
     options.add_argument("--repeats", type=int, default=3, help="rounds; in each every arm has a fresh process")
     options.add_argument("--out", type=Path, default=path.resolve().parent / "results" / f"{path.stem}.json")
     return options
+
+
+def without_missing_trl(arms: Sequence[str]) -> list[str]:
+    """The arms that can run here: TRL's only where it is installed.
+
+    Raises:
+        SystemExit: There are no others.
+    """
+    others = [arm for arm in arms if not arm.startswith("trl")]
+    if len(others) == len(arms) or find_spec("trl") is not None:
+        return list(arms)
+    if not others:
+        raise SystemExit("TRL is not installed, and --arms names no other")
+    print("TRL is not installed: measured without it")
+    return others
 
 
 def rollout_parser(doc: str | None, script: str) -> argparse.ArgumentParser:

@@ -50,7 +50,9 @@ def execute(notebook: NotebookNode, folder: Path, timeout: float) -> None:
     with tempfile.TemporaryDirectory() as sockets:
         connection = {"transport": "ipc", "connection_file": f"{sockets}/kernel.json"}
         manager = AsyncKernelManager(kernel_spec_manager=ThisPython(), **connection)
-        client = NotebookClient(notebook, km=manager, timeout=timeout, resources=where, record_timing=False)
+        # A slow machine sends what is printed in several parts.
+        options = {"resources": where, "record_timing": False, "coalesce_streams": True}
+        client = NotebookClient(notebook, km=manager, timeout=timeout, **options)
         client.execute(env=environment, cleanup_kc=True)  # else a kernel of a given manager lives on
 
 

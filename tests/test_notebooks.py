@@ -7,7 +7,6 @@ import base64
 import copy
 import importlib
 import tempfile
-from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -34,9 +33,8 @@ def source_of(cell) -> str:
 
 
 def kinds_of(cell) -> list:
-    """What a cell shows: streams by their name, results by their forms; a slow machine sends a stream in parts."""
-    kinds = [output.get("name") or sorted(output.data) for output in cell.outputs]
-    return [kind for kind, _ in groupby(kinds)]
+    """What a cell shows: streams by their name, results by their forms."""
+    return [output.get("name") or sorted(output.data) for output in cell.outputs]
 
 
 def own_run(folder: Path) -> Path:

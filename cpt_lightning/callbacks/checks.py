@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 
 class ChecksFit(Callback):
     """A callback that refuses settings before a fit begins.
 
     It is asked before weights are loaded; by ``cpt fit``, and in its own time, before the base is evaluated. About a
-    checkpoint it is asked then by ``cpt fit`` alone.
+    checkpoint it is asked then by ``cpt fit``, and by every Trainer when the checkpoint is read.
     """
 
     def check_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -37,6 +38,12 @@ class ChecksFit(Callback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self.check_fit(trainer, pl_module)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Has a checkpoint checked that ``fit`` goes on from."""
+        # Not in on_fit_start: under fsdp2 the checkpoint is read after that.
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.fast_dev_run:
+            self.check_resume(trainer, pl_module, checkpoint, str(trainer.ckpt_path))
 
 
 def check_evaluated_at_ends(trainer: Trainer) -> None:

@@ -197,12 +197,11 @@ class ContinualLearning(ChecksFit):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Checks that a record that ``fit`` goes on with belongs to this stream, and says what is new, or left."""
-        # Not in on_fit_start: under fsdp2 the checkpoint is read after that.
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
         record = record_of(checkpoint)
         self._resumed_step = next_step(checkpoint)
         if record is None or trainer.state.fn != TrainerFn.FITTING or trainer.fast_dev_run:
             return
-        self.check_resume(trainer, pl_module, checkpoint, str(trainer.ckpt_path))
         new = new_to(trainer, record)
         if len(record["rows"]) == trainer.datamodule.num_stages:
             rank_zero_info(

@@ -15,6 +15,7 @@ import pytest
 import sft_step
 import startup
 import torch
+import workload
 from presets import PresetBackbone
 from workload import Workload
 
@@ -76,12 +77,14 @@ def test_trl_takes_the_same_steps(run):
 
 
 def test_sft_step_learns_from_rows_that_vary_eightfold_in_length_without_real_text_too(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(sft_step, "find_spec", lambda name: None)
+    monkeypatch.setattr(workload, "find_spec", lambda name: None)
 
     record = run(sft_step, "--preset", "tiny", "--prompts", "4", *SHORT, "--data", str(tmp_path / "none"))
 
     assert max(record["row_tokens"]) / min(record["row_tokens"]) == pytest.approx(8, rel=0.15)
     assert list(record["medians"]) == ["ours"]
+    with pytest.raises(SystemExit, match="TRL is not installed, and --arms names no other"):
+        run(sft_step, "--arms", "trl")
 
 
 def test_logprob_memory_gives_both_ways_the_same_loss(run):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from cpt_lightning.callbacks.checkpoints import TaskCheckpoint
@@ -156,11 +155,6 @@ class RolloutFilter(ChecksFit):
     def state_dict(self) -> dict:
         """Which rows were kept of every stage so far, and by which options."""
         return {"stages": self._stages}
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Has a checkpoint that ``fit`` goes on from checked."""
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.fast_dev_run:
-            self.check_resume(trainer, pl_module, checkpoint, str(trainer.ckpt_path))
 
     def check_resume(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any], path: str | Path
