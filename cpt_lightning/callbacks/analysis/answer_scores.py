@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from lightning import LightningModule, Trainer
@@ -15,6 +16,9 @@ from cpt_lightning.models.sharding import is_sharded
 from cpt_lightning.rollouts import completion_hidden
 from cpt_lightning.rollouts.sampling import sampling_mode
 from cpt_lightning.types import Completions
+
+if TYPE_CHECKING:
+    from cpt_lightning.models.qwen_vl import QwenVL
 
 MEANS = ("log_prob_change", "rise_fraction", "change_squared", "jacobian_squared", "lbk")
 """What :func:`change_of` finds for each answer."""
@@ -35,16 +39,30 @@ class AnswerScores:
     answers: Completions
 
 
-def scores_of(trainer: Trainer, module: LightningModule, name: str, asked: Asked) -> AnswerScores | None:
-    """Of the answers to a task or probe that this rank has, by the model as it is now."""
+def lasting_weight(model: QwenVL) -> Tensor:
+    """``[V, H]`` output matrix as it is now, whatever becomes of the model's."""
+    weight = output_weight(model)
+    # The optimizer changes a trained matrix itself, and one that was gathered goes back into shards.
+    return weight.clone() if weight.requires_grad or is_sharded(model) else weight
+
+
+def scores_of(
+    trainer: Trainer, module: LightningModule, name: str, asked: Asked, weight: Tensor
+) -> AnswerScores | None:
+    """Of the answers to a task or probe that this rank has, by the model as it is now.
+
+    Args:
+        trainer: Whose device it is.
+        module: Whose model.
+        name: Of the task or probe.
+        asked: The answers.
+        weight: ``[V, H]`` output matrix, for as long as the scores are looked at.
+    """
     if asked.prompts is None or asked.answers is None:
         return None
     model = module.model
     prompts, answers = (trainer.strategy.batch_to_device(each) for each in (asked.prompts, asked.answers))
     with sampling_mode(model), module.adapters_of(name):
-        weight = output_weight(model)
-        # The optimizer changes a trained matrix itself, and one that was gathered goes back into shards.
-        weight = weight.clone() if weight.requires_grad or is_sharded(model) else weight
         return AnswerScores(completion_hidden(model, prompts, answers), weight, answers)
 
 

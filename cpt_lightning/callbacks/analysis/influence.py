@@ -9,11 +9,18 @@ import torch
 from lightning import LightningModule, Trainer
 from torch.optim import Optimizer
 
-from cpt_lightning.callbacks.analysis.answer_scores import MEANS, AnswerScores, change_of, scores_of
+from cpt_lightning.callbacks.analysis.answer_scores import (
+    MEANS,
+    AnswerScores,
+    change_of,
+    lasting_weight,
+    scores_of,
+)
 from cpt_lightning.callbacks.analysis.base_model import BaseModel
 from cpt_lightning.callbacks.analysis.exact_influence import ExactInfluence
 from cpt_lightning.callbacks.analysis.learned import Learned
 from cpt_lightning.callbacks.analysis.measuring import Asked, Measuring
+from cpt_lightning.models.qwen_vl import output_weight
 from cpt_lightning.models.weights import Weights, copy_of
 from cpt_lightning.strategy import FSDP2
 
@@ -184,8 +191,9 @@ class Influence(Measuring):
             return
         self._update = update = Update(self._step, learned, gradient_squared, lr, self._seconds)
         with self.aside(trainer, module):
+            weight = lasting_weight(module.model)
             for name, asked in self._prior(trainer).items():
-                update.before[name] = scores_of(trainer, module, name, asked)
+                update.before[name] = scores_of(trainer, module, name, asked, weight)
         if self.exact:
             update.start = copy_of(module)
 
@@ -228,7 +236,8 @@ class Influence(Measuring):
     ) -> dict[str, float]:
         """The means over a task's or probe's answers on all ranks."""
         rows = torch.zeros(asked.num_rows, len(MEANS), dtype=torch.float64, device=module.device)
-        before, after = update.before[name], scores_of(trainer, module, name, asked)
+        before = update.before[name]
+        after = scores_of(trainer, module, name, asked, output_weight(module.model))
         if before is not None and after is not None:
             rows[asked.mine] = change_of(before, after, update.gradient_squared)
         # A row is one rank's, so that sums do not depend on their number.

@@ -177,6 +177,30 @@ def naive_influence(before, after, asked, gradient_squared: float, downhill: Ten
     return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
 
 
+class Held(L.Callback):
+    """Where the output matrices lie that an update is measured by, of each update that is about to be made."""
+
+    def __init__(self, influence: Influence) -> None:
+        self.influence = influence
+        self.matrices = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        update = self.influence._update
+        self.matrices.append({scores.weight.data_ptr() for scores in update.before.values()})
+        self.matrices[-1] |= {pl_module.model.get_output_embeddings().weight.data_ptr()}
+
+
+@pytest.mark.parametrize("tuning, num_copies", [("full", 1), ("lora", 0)])
+def test_all_that_is_scored_before_an_update_shares_a_copy_of_the_output_matrix(
+    tmp_path, small_folder, tuning, num_copies
+):
+    """A gigabyte each in a large model; one that is frozen needs no copy. The second task has two names behind it."""
+    influence = Influence(num_rows=2, max_new_tokens=2, every_n_steps=1)
+    held = Held(influence)
+    fit(tmp_path, sft(small_folder, tuning), [influence, held])
+    assert [len(matrices) for matrices in held.matrices] == [1 + num_copies] * 6
+
+
 class Compare(L.Callback):
     """At an update that is about to be made: its gradient against that of what Influence took for its objective."""
 
