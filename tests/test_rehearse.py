@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from cpt_lightning.callbacks import EWC, L2, Drift
+from cpt_lightning.callbacks.filter.judge import Judge
 from cpt_lightning.cli import main
 from cpt_lightning.cli.rehearse import watch
 from cpt_lightning.cli.rehearse.command import RehearseCLI
@@ -86,6 +88,73 @@ def test_nothing_is_written(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+FILTER = ["--filter.mode=solvable"]
+METHODS = [
+    "--trainer.callbacks+=EWC", "--trainer.callbacks.num_rows=2", "--trainer.callbacks+=Drift",
+    "--trainer.callbacks.num_rows=2", *FILTER,
+]  # fmt: skip
+
+
+@pytest.fixture
+def sampled(monkeypatch) -> list[tuple[int, ...]]:
+    """Of everything that is tried: prompts, attempts at each, and tokens of the shortest."""
+    seen = []
+    attempt = PostTraining.attempt
+
+    def noted(self, prompts, size, *rest):
+        result = attempt(self, prompts, size, *rest)
+        seen.append((len(prompts), size, int(result[0].lengths.min())))
+        return result
+
+    monkeypatch.setattr(PostTraining, "attempt", noted)
+    return seen
+
+
+def test_methods_measurements_and_filter_are_rehearsed_over_two_stages(sampled, capsys, tmp_path, monkeypatch):
+    """EWC remembers the first stage, so that its penalty is there in the second, before which nothing is judged.
+
+    Two evaluations of 3 rows, and 3 rows judged 8 times each, with all of the 6 tokens that training samples.
+    """
+    monkeypatch.chdir(tmp_path)
+    cli = rehearse("demo/grpo.yaml", *METHODS, *ROLLOUTS, "--run_dir=run")
+    said = capsys.readouterr().out
+    rows = [line.split("│")[1].strip() for line in said.splitlines() if line.startswith("│")]
+    assert rows == ["rollout", "reward", "update", "evaluation", "EWC, longest call", "Drift, longest call", "filter"]
+    assert "an evaluation of 3 x 4, EWC, Drift, filter, on 1 x cpu" in said
+    assert sampled == [(3, 1, 4), (3, 1, 4), (3, 8, 6)]
+    ewc, drift = (callback for callback in cli.beside if isinstance(callback, EWC | Drift))
+    assert set(ewc.kept) == {"precision", "anchor"} and "train/ewc" in cli.trainer.callback_metrics
+    assert {found["name"] for found in drift.measurements} == {*cli.datamodule.task_names, *cli.datamodule.probe_names}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_filter_that_takes_verdicts_over_judges_none(sampled):
+    rehearse("demo/grpo.yaml", *FILTER, *ROLLOUTS, "--filter_from=elsewhere")
+    assert sampled == [(3, 1, 4)]
+
+
+def test_a_callback_within_an_update_is_a_part_of_its_own(monkeypatch):
+    """It waits for 0.2 s and holds 200 MB in every optimizer step, and before training for no time at all."""
+    held = []
+
+    def heavy(self, *args):
+        held.append(torch.ones(50_000_000))
+        watch.time.sleep(0.2)
+        held.clear()
+
+    monkeypatch.setattr(L2, "on_before_optimizer_step", heavy)
+    cli = rehearse("demo/sft.yaml", "--trainer.callbacks+=L2", "--data.stages=[word2]")
+    (seen,) = (callback for callback in cli.trainer.callbacks if isinstance(callback, watch.Watch))
+    parts = {part.name: part for part in seen.parts(cli.trainer)}
+    assert list(parts) == ["update", "evaluation", "L2"]
+    assert parts["L2"].seconds > 0.2
+    assert parts["L2"].peak_bytes - parts["evaluation"].peak_bytes > 100e6 and not parts["L2"].is_of_step
+    assert (
+        duration_of(cli.datamodule, cli.model.processor, list(parts.values())).step_seconds == parts["update"].seconds
+    )
+    assert not any(name.startswith("on_") for callback in cli.beside for name in vars(callback))
+
+
 def test_a_part_has_the_memory_that_it_took_and_the_time_of_its_last_step(monkeypatch):
     """A step holds 200 MB in its update, and the second one waits for 0.2 s there."""
     waits = iter([0.0, 0.2])
@@ -119,10 +188,19 @@ def test_a_peak_is_forgotten():
 def test_how_long_a_run_takes_is_steps_and_evaluations_at_the_pace_of_the_largest(capsys):
     """Five stages of 60 steps at 1 + 2 s, and six evaluations: of ten tasks and probes 150 rows each, 64 at once."""
     cli = RehearseCLI(["-c", str(ROOT / "configs/demo/grpo.yaml")])
-    parts = [Part("rollout", 1.0, 0), Part("update", 2.0, 0), Part("evaluation", 0.5, 0)]
+    parts = [Part("rollout", 1.0, 0), Part("update", 2.0, 0), Part("evaluation", 0.5, 0, is_of_step=False)]
     duration = duration_of(cli.datamodule, cli.model.processor, parts)
     assert duration.training_s == 5 * 60 * 3.0
     assert duration.evaluation_s == 6 * 10 * 3 * 0.5
+    assert duration.filter_s == 0
+
+
+def test_a_filter_judges_every_training_row():
+    """Of two tasks 100 rows each, 64 at once."""
+    options = [f"--data.tasks.{name}.num_train=100" for name in ("word2", "bars2")]
+    cli = RehearseCLI(["-c", str(ROOT / "configs/demo/grpo.yaml"), "--data.stages=[word2, bars2]", *options])
+    parts = [Part("evaluation", 0.5, 0, is_of_step=False), Part("filter", 3.0, 0, is_of_step=False)]
+    assert duration_of(cli.datamodule, cli.model.processor, parts).filter_s == 2 * 2 * 3.0
 
 
 def test_data_may_be_missing(capsys, monkeypatch):
@@ -141,6 +219,8 @@ def test_data_may_be_missing(capsys, monkeypatch):
         ("grpo", (RFT, "evaluate"), "evaluation", "data.eval_prompts_per_step"),
         ("sft", (SFT, "training_step"), "update", "trainer.accumulate_grad_batches"),
         ("sft", (SFT, "load_model"), "loading", "trainer.strategy fsdp2"),
+        ("grpo", (Judge, "verdicts"), "filter", "filter.completions_per_row"),
+        ("grpo", (EWC, "fisher"), "EWC", "num_rows"),
     ],
 )  # fmt: skip
 def test_memory_that_does_not_suffice_is_said_with_the_part_and_the_mend(config, breaks, part, mend, monkeypatch):
@@ -149,7 +229,7 @@ def test_memory_that_does_not_suffice_is_said_with_the_part_and_the_mend(config,
 
     monkeypatch.setattr(*breaks, full)
     with pytest.raises(SystemExit) as stop:
-        rehearse(f"demo/{config}.yaml", *(ROLLOUTS if config == "grpo" else []))
+        rehearse(f"demo/{config}.yaml", *([*METHODS, *ROLLOUTS] if config == "grpo" else []))
     first, second = str(stop.value.code).splitlines()
     assert first == f"out of memory in the {part}: CUDA out of memory. Tried to allocate 2.00 GiB."
     assert mend in second

@@ -11,7 +11,7 @@ from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from cpt_lightning.cli.inspect.stream import Unopened
-from cpt_lightning.cli.lightning_cli import CPTCLI
+from cpt_lightning.cli.lightning_cli import CPTCLI, RunTrainer
 from cpt_lightning.cli.plan.phases import Workload
 from cpt_lightning.tasks import Task
 
@@ -89,8 +89,9 @@ class BeforehandCLI(CPTCLI):
                     unopened = f"{Unopened.__module__}.{Unopened.__qualname__}"
                     task.source = Namespace(class_path=unopened, init_args=Namespace(error=error))
 
-    def instantiate_trainer(self, **kwargs: Any) -> None:
-        """None is needed."""
+    def instantiate_trainer(self, **kwargs: Any) -> RunTrainer | None:
+        """None is needed, mostly."""
+        return None
 
     def workload(self, sizes: Sizes) -> Workload:
         """The largest batches of the run.

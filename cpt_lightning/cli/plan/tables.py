@@ -28,8 +28,13 @@ ADVICE_BY_PHASE = {
     "update": "micro_batch_prompts 1, backbone.gradient_checkpointing [vision_tower, language_model], or "
     "sampling.max_new_tokens",
     "evaluation": "data.eval_prompts_per_step or evaluation.max_new_tokens",
+    "filter": "data.eval_prompts_per_step, filter.completions_per_row or filter.sampling.max_new_tokens",
 }
 """The same for what a phase computes."""
+CALLBACK_ADVICE = (
+    "the callback's num_rows and max_new_tokens, if it has them; for what it keeps backbone.tuning lora, or "
+    "trainer.strategy fsdp2"
+)
 SFT_ADVICE = (
     "data.prompts_per_step with trainer.accumulate_grad_batches, or backbone.gradient_checkpointing "
     "[vision_tower, language_model]"

@@ -4,21 +4,80 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import lightning as L
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from cpt_lightning.cli.plan.phases import Workload
 from cpt_lightning.cli.plan.worst_batch import full_completions, longest_prompts
+from cpt_lightning.data import TaskStream
 from cpt_lightning.modules import PostTraining
-from cpt_lightning.types import Batch, Example
+from cpt_lightning.rewards import Reward
+from cpt_lightning.tasks import Row, Source, Split, Task
+from cpt_lightning.tasks.rows import LazySequence
+from cpt_lightning.types import Completions, Prompts
+
+NUM_EVALUATED = 10**6
+"""Rows that an evaluation could ask; the Trainer of a rehearsal stops behind the first batch."""
 
 
-class EveryOther:
+class LargestBatches(TaskStream):
+    """A stream with the names of another, each of whose batches is of the largest rows.
+
+    Args:
+        stream: The other.
+        stages: Names of its tasks, stage by stage.
+        workload: How large rows and batches are.
+        module: Whose model the rows are made for, once it is loaded.
+        num_steps: Batches of a stage.
+    """
+
+    def __init__(
+        self, stream: TaskStream, stages: list[list[str]], workload: Workload, module: PostTraining, num_steps: int
+    ) -> None:
+        # All rows of a task are one evaluation batch: so many the filter judges at once.
+        task = Task(_Rows(num_train=workload.eval_prompts_per_step), reward=EveryOther())
+        super().__init__(
+            tasks=dict.fromkeys(stream.task_names, task),
+            probes=dict.fromkeys(stream.probe_names, task),
+            prompts_per_step=workload.prompts_per_step,
+            steps=num_steps,
+            eval_prompts_per_step=workload.eval_prompts_per_step,
+            seed=stream.seed,
+        )
+        self.stages = stages
+        self.task_names = list(stream.task_names)  # those that no stage has are no probes
+        self.processor = LargestRows(module, workload)
+
+
+class LargestRows:
+    """In the place of a processor: makes the largest row of whatever it is given.
+
+    Args:
+        module: Whose model it is for.
+        workload: How large that is.
+    """
+
+    def __init__(self, module: PostTraining, workload: Workload) -> None:
+        self.module, self.workload = module, workload
+
+    def encode(self, messages: Sequence[list[dict]], images: Sequence[list], row_ids: Sequence[str]) -> Prompts:
+        """B prompts of the longest length, with images of noise."""
+        sizes, largest = self.workload, self.module.backbone.max_pixels
+        prompts = longest_prompts(self.module.model, len(messages), sizes.prompt_tokens, largest, sizes.num_images)
+        if prompts.pixel_values is not None:
+            prompts.pixel_values = torch.rand(prompts.pixel_values.shape)
+        return prompts
+
+    def encode_targets(
+        self, texts: Sequence[str], ids: Sequence[list[int] | None], row_ids: Sequence[str]
+    ) -> Completions:
+        """B targets of the longest length."""
+        return full_completions(self.module.model, len(texts), self.workload.target_tokens)
+
+
+class EveryOther(Reward):
     """A reward for every other completion, whatever it says: then every group has something to teach."""
 
-    def __init__(self) -> None:
-        self.count = 0
+    count = 0
 
     def __call__(self, completion: str, gold: str | list[str]) -> dict[str, float]:
         """1 or 0."""
@@ -26,62 +85,17 @@ class EveryOther:
         return {"total": self.count % 2, "accuracy": self.count % 2}
 
 
-class LargestBatches(L.LightningDataModule):
-    """One stage of the largest batches, and one such batch to evaluate.
+class _Rows(Source):
+    """Rows that say nothing.
 
     Args:
-        task_names: Tasks of the stream.
-        learned: Those whose batches are learned, one kind after the other.
-        workload: How large they are.
-        num_batches: Of each kind.
+        num_train: How many are learned from.
     """
 
-    def __init__(self, task_names: Sequence[str], learned: Sequence[str], workload: Workload, num_batches: int) -> None:
-        super().__init__()
-        self.task_names = list(task_names)
-        self.learned = list(learned)
-        self.workload = workload
-        self.num_batches = num_batches
+    def __init__(self, num_train: int) -> None:
+        self.num_train = num_train
 
-    @property
-    def stages(self) -> list[list[str]]:
-        """As of a stream."""
-        return [self.learned]
-
-    def train_dataloader(self) -> DataLoader:
-        """``num_batches`` of each kind."""
-        kinds = [task for task in self.learned for _ in range(self.num_batches)]
-        return self._loader(kinds, self.workload.prompts_per_step)
-
-    def val_dataloader(self) -> DataLoader:
-        """One batch."""
-        return self._loader(self.learned[:1], self.workload.eval_prompts_per_step)
-
-    def _loader(self, kinds: list[str], num_prompts: int) -> DataLoader:
-        assert self.trainer is not None
-        module = self.trainer.lightning_module
-        share = -(-num_prompts // self.trainer.world_size)
-        return DataLoader(_Batches(module, kinds, share, self.workload), batch_size=None)
-
-
-class _Batches(Dataset):
-    """Batches of a device, each made when its turn comes."""
-
-    def __init__(self, module: PostTraining, kinds: list[str], num_prompts: int, workload: Workload) -> None:
-        self.module, self.kinds, self.num_prompts, self.workload = module, kinds, num_prompts, workload
-
-    def __len__(self) -> int:
-        return len(self.kinds)
-
-    def __getitem__(self, index: int) -> Batch:
-        sizes, model = self.workload, self.module.model
-        largest = self.module.backbone.max_pixels
-        prompts = longest_prompts(model, self.num_prompts, sizes.prompt_tokens, largest, sizes.num_images)
-        if prompts.pixel_values is not None:
-            prompts.pixel_values = torch.rand(prompts.pixel_values.shape)
-        task, reward = self.kinds[index], EveryOther()
-        prompts.examples = [
-            Example(task, f"largest/{index}/{row}", [{"role": "user", "content": "?"}], gold="?", reward=reward)
-            for row in range(self.num_prompts)
-        ]
-        return Batch(prompts, full_completions(model, self.num_prompts, sizes.target_tokens))
+    def split(self, split: Split) -> Sequence[Row]:
+        """As many as there may be."""
+        num_rows = self.num_train if split == "train" else NUM_EVALUATED
+        return LazySequence(num_rows, lambda index: Row(f"largest/{split}/{index}", question="?", answer="?"))

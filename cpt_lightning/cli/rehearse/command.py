@@ -5,37 +5,40 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from tempfile import TemporaryDirectory
 
 import torch
-from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 from cpt_lightning.cli.beforehand import BeforehandCLI, Sizes
 from cpt_lightning.cli.errors import saying_complaints
 from cpt_lightning.cli.inspect.tables import console
-from cpt_lightning.cli.plan.phases import Workload
-from cpt_lightning.cli.plan.tables import ADVICE, ADVICE_BY_PHASE, SFT_ADVICE
+from cpt_lightning.cli.lightning_cli import RunTrainer
+from cpt_lightning.cli.plan.tables import ADVICE, ADVICE_BY_PHASE, CALLBACK_ADVICE, SFT_ADVICE
 from cpt_lightning.cli.rehearse.batches import LargestBatches
+from cpt_lightning.cli.rehearse.beside import rehearsed
 from cpt_lightning.cli.rehearse.duration import duration_of
 from cpt_lightning.cli.rehearse.memory import DeviceMemory
 from cpt_lightning.cli.rehearse.tables import duration_lines, part_table, room_line, what_is_rehearsed
-from cpt_lightning.cli.rehearse.watch import UPDATE, Watch
+from cpt_lightning.cli.rehearse.watch import LOADING, UPDATE, Watch
 from cpt_lightning.data import TRAINER_OPTIONS
 from cpt_lightning.modules import MultiTask, OnPolicySFT, PostTraining
 from cpt_lightning.modules.group_rollouts import GroupRollouts
 
 DESCRIPTION = """\
 Runs the largest steps that a run may have, on its devices and with its strategy: prompts of the longest length with
-images as large as they may be, completions that use up all their tokens, every group with something to learn, and an
-evaluation batch of the same. Says what each part takes of time and memory, and how long the run will take at most.
-What is learned is thrown away, and nothing is written. Ends with 1 if memory does not suffice.
+images as large as they may be, completions that use up all their tokens, every group with something to learn, an
+evaluation batch of the same, and what methods and measurements (EWC, Drift, ...) and the rollout filter do with such
+rows. Says what each part takes of time and memory, and how long the run will take at most. What is learned is thrown
+away, and nothing is written. Ends with 1 if memory does not suffice.
 
-So a run does not end after a day at its first batch of large images. Callbacks (EWC, Drift, ...) and the rollout filter
-are not rehearsed, and the data need not be there yet. `cpt plan` says what memory is needed without a GPU.
+So a run does not end after a day at its first batch of large images. Callbacks of your own are not rehearsed, and the
+data need not be there yet. `cpt plan` says what memory is needed without a GPU.
 
 for example:
   cpt rehearse -c configs/demo/grpo.yaml --rehearse.prompt_tokens 75
   cpt rehearse -c configs/qwen2_5_vl_7b/grpo.yaml -c configs/strategy/fsdp2.yaml
+  cpt rehearse -c configs/demo/sft.yaml -c configs/methods/ewc.yaml --rehearse.prompt_tokens 75
   srun cpt rehearse -c configs/qwen2_5_vl_7b/grpo.yaml -c configs/strategy/fsdp2.yaml --trainer.num_nodes 2
 """
 
@@ -69,16 +72,18 @@ class RehearseCLI(BeforehandCLI):
     """Makes what ``cpt fit`` would, and runs the largest batches in the place of the stream's."""
 
     verb, options, description = "rehearse", Rehearsal, DESCRIPTION
-    trainer: Trainer
+    trainer: RunTrainer
     model: PostTraining
 
-    def instantiate_trainer(self, **kwargs) -> Trainer:
+    def instantiate_trainer(self, **kwargs) -> RunTrainer:
         """The Trainer of the run, which leaves nothing behind."""
         given = self.config_init.trainer
-        return Trainer(
+        own = given.callbacks or []
+        self.beside = rehearsed(own if isinstance(own, list) else [own], self.config_init.filter)
+        return RunTrainer(
             **{name: getattr(given, name) for name in AS_IN_THE_RUN if getattr(given, name) is not None},
-            **TRAINER_OPTIONS, max_epochs=1, logger=False, enable_checkpointing=False, enable_model_summary=False,
-            enable_progress_bar=False,
+            **TRAINER_OPTIONS, max_epochs=len(self.stages), limit_val_batches=1, callbacks=list(self.beside),
+            logger=False, enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
         )  # fmt: skip
 
     def rehearse(self) -> None:
@@ -94,14 +99,16 @@ class RehearseCLI(BeforehandCLI):
             self.parser.error(str(error))
         out, trainer, module = console(), self.trainer, self.model
         if trainer.is_global_zero:
-            out.print(what_is_rehearsed(module, workload, options.steps, trainer), soft_wrap=True)
+            out.print(what_is_rehearsed(module, workload, options.steps, trainer, self.beside), soft_wrap=True)
         make_endless(module)
-        with _saying() as say:
-            watch = Watch(say)
+        num_batches = options.steps * workload.accumulate_grad_batches
+        with TemporaryDirectory(prefix="cpt_rehearse_") as trainer.run_dir, _saying() as say:  # for measurements
+            watch = Watch(say, self.beside)
             trainer.callbacks.append(watch)
             try:
                 with saying_complaints(self.command):
-                    trainer.fit(module, datamodule=self._batches(workload, options.steps))
+                    batches = LargestBatches(self.datamodule, self.stages, workload, module, num_batches)
+                    trainer.fit(module, datamodule=batches)
             except RuntimeError as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -112,13 +119,16 @@ class RehearseCLI(BeforehandCLI):
             out.print(part_table(parts, memory))
             out.print(room_line(parts, memory), *duration_lines(duration), sep="\n", soft_wrap=True)
 
-    def _batches(self, workload: Workload, steps: int) -> LargestBatches:
+    @property
+    def stages(self) -> list[list[str]]:
+        """A task of each objective; where callbacks remember tasks, the last one behind all others."""
         names = self.datamodule.task_names
-        learned = names[:1]
-        if isinstance(self.model, MultiTask):  # a task of each objective
+        if isinstance(self.model, MultiTask):
             objectives = {self.model.objectives.get(name, self.model.objective): name for name in reversed(names)}
-            learned = list(objectives.values())
-        return LargestBatches(names, learned, workload, steps * workload.accumulate_grad_batches)
+            return [[name] for name in objectives.values()]
+        if self.beside and self.datamodule.num_stages > 1:
+            return [names[:-1] or names, names[-1:]]
+        return [names[:1]]
 
 
 def make_endless(module: PostTraining) -> None:
@@ -138,7 +148,7 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def _no_room(module: PostTraining, part: str, error: RuntimeError) -> str:
-    mend = ADVICE_BY_PHASE.get(part, ADVICE["weights"])  # while loading
+    mend = ADVICE["weights"] if part == LOADING else ADVICE_BY_PHASE.get(part, CALLBACK_ADVICE)
     if part == UPDATE and not isinstance(module, GroupRollouts):
         mend = SFT_ADVICE
     return f"out of memory in the {part}: {str(error).splitlines()[0]}\nwhat makes it smaller: {mend}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cpt_lightning.cli.rehearse.beside import FILTER
 from cpt_lightning.cli.rehearse.watch import EVALUATION, Part
 from cpt_lightning.data import TaskStream
 from cpt_lightning.models.processor import PromptProcessor
@@ -20,6 +21,8 @@ class Duration:
         num_evaluations: Before, between and after the stages.
         num_batches: Of an evaluation.
         batch_seconds: Of such a batch.
+        num_judged: Batches that the filter judges, of all stages.
+        judged_seconds: Of such a batch.
         unknown: Why the numbers are not known, if they are not.
     """
 
@@ -28,6 +31,8 @@ class Duration:
     num_evaluations: int
     num_batches: int
     batch_seconds: float
+    num_judged: int = 0
+    judged_seconds: float = 0.0
     unknown: str = ""
 
     @property
@@ -40,17 +45,27 @@ class Duration:
         """Of all evaluations."""
         return self.num_evaluations * self.num_batches * self.batch_seconds
 
+    @property
+    def filter_s(self) -> float:
+        """Of all that is judged."""
+        return self.num_judged * self.judged_seconds
+
 
 def duration_of(stream: TaskStream, processor: PromptProcessor, parts: Sequence[Part]) -> Duration:
     """What the stream takes if every batch is as large as those of ``parts``."""
     seconds = {part.name: part.seconds for part in parts}
-    batch_seconds = seconds.pop(EVALUATION)
+    step_seconds = sum(part.seconds for part in parts if part.is_of_step)
+    stages = range(stream.num_stages)
     stream.processor = processor
-    num_steps = num_batches = 0
+    num_steps = num_batches = num_judged = 0
     unknown = ""
     try:
-        num_steps = sum(stream.num_steps(stage) for stage in range(stream.num_stages))
+        num_steps = sum(map(stream.num_steps, stages))
         num_batches = len(stream.val_dataloader())
+        num_judged = sum(len(stream.rows_to_judge(stage, {})) for stage in stages) if FILTER in seconds else 0
     except (ValueError, OSError) as error:
         unknown = str(error)
-    return Duration(num_steps, sum(seconds.values()), stream.num_stages + 1, num_batches, batch_seconds, unknown)
+    return Duration(
+        num_steps, step_seconds, stream.num_stages + 1, num_batches, seconds[EVALUATION],
+        num_judged, seconds.get(FILTER, 0.0), unknown,
+    )  # fmt: skip
