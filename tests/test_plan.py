@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
 
+from cpt_lightning.callbacks import EWC, L2, Drift, GradientRisk, ModelMerging, WeightChange, WeightDistance
+from cpt_lightning.callbacks.analysis import base_model
 from cpt_lightning.cli import main
+from cpt_lightning.cli.plan.command import PlanCLI
 from cpt_lightning.cli.plan.devices import Devices, gpu_bytes
 from cpt_lightning.cli.plan.memory import make_plan
 from cpt_lightning.cli.plan.phases import Plan, Workload
 from cpt_lightning.cli.plan.weights import weightless_model
 from cpt_lightning.cli.plan.worst_batch import full_completions, longest_prompts
+from cpt_lightning.cli.rehearse.command import RehearseCLI
+from cpt_lightning.data import TaskStream
 from cpt_lightning.models import Backbone
 from cpt_lightning.models.memory import LiveBytes
 from cpt_lightning.models.processor import PromptProcessor
 from cpt_lightning.modules import RFT, SFT, OnPolicySFT, PostTraining
 from cpt_lightning.rollouts import Sampling, Selection
+from cpt_lightning.tasks import Task, ToyWorld
 from cpt_lightning.types import Batch
+from tests.fakes import make_trainer
 from tests.training import fit, with_examples
 
 PARTS = ["vision_tower", "language_model"]
@@ -202,3 +210,92 @@ def test_a_gpu_is_a_size_or_a_name():
     assert gpu_bytes("a100-40") == gpu_bytes("40GB") == gpu_bytes("40") == 40 * 10**9
     with pytest.raises(ValueError, match=r"plan.gpu='big'"):
         gpu_bytes("big")
+
+
+# -- beside steps and evaluations --------------------------------------------------------------------------------------
+
+KEEPERS = {
+    "EWC": lambda: EWC(num_rows=2, max_new_tokens=4),
+    "EWC of targets": lambda: EWC(num_rows=2, completions="targets"),
+    "L2": L2,
+    "merging": ModelMerging,
+    "merging from the base": lambda: ModelMerging(start="base"),
+    "risk": lambda: GradientRisk(num_rows=2, max_new_tokens=4),
+    "risk to tasks": lambda: GradientRisk(num_rows=2, max_new_tokens=4, with_probes=False),
+    "change": WeightChange,
+    "distance": lambda: WeightDistance(num_rows=2, max_new_tokens=4),
+    "distance alone": lambda: WeightDistance(num_rows=0),
+}
+
+
+@pytest.mark.parametrize("make", KEEPERS.values(), ids=KEEPERS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_a_callback_keeps_in_the_end_is_what_it_says(make, dtype, small_folder, tmp_path):
+    """After two tasks, with a probe; F is in float32 whatever the weights are."""
+    callback = make()
+    stream = TaskStream(
+        tasks={name: Task(ToyWorld(name), num_train=4, num_test=2) for name in ("bars2", "facts")},
+        probes={"colour": Task(ToyWorld("colour"), num_test=2)},
+        prompts_per_step=2,
+        steps=1,
+    )
+    module = SFT(backbone=Backbone(small_folder, dtype=dtype), evaluation=Sampling(2))
+    trainer = make_trainer(tmp_path, stream, callbacks=[callback])
+    trainer.validate(module, stream, verbose=False)
+    trainer.fit(module, stream)
+    own = getattr(torch, dtype)
+    kept = [{tensor.dtype for tensor in weights.values()} for weights in callback.kept.values()]
+    assert sorted(map(str, kept)) == sorted(str({dtype or own}) for dtype in callback.sets)
+
+
+FEW = ["--trainer.callbacks.num_rows=2"]
+MANY = ["--trainer.callbacks.num_rows=24", "--trainer.callbacks.max_new_tokens=12"]
+BESIDE = {
+    "EWC": ["--trainer.callbacks+=EWC", *FEW],
+    "EWC, targets": ["--trainer.callbacks+=EWC", *FEW, "--trainer.callbacks.completions=targets"],
+    "GradientRisk": ["--trainer.callbacks+=GradientRisk", *FEW],
+    "update, WeightDistance": ["--trainer.callbacks+=WeightDistance", *FEW],
+    "Drift": ["--trainer.callbacks+=Drift", *MANY],
+    "Influence": ["--trainer.callbacks+=Influence", *MANY, "--trainer.callbacks.every_n_steps=1"],
+    "filter": ["--filter.mode=solvable", "--filter.completions_per_row=64", "--data.eval_prompts_per_step=8"],
+}  # fmt: skip
+"""Options, by the phase that takes most."""
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_callbacks_and_filter_take_is_planned_as_it_is_rehearsed(name, monkeypatch):
+    """Where they take more than steps of one short completion a prompt; the peak of all live bytes of a rehearsal.
+
+    Without images, which callbacks have in main memory too, and that is the device here; with the probes of the demo.
+    """
+    # Weights are on the meta device for a moment while they are read, which LiveBytes takes for a plan.
+    monkeypatch.setattr(base_model, "_load", lambda _, module: deepcopy(module.model).requires_grad_(False))
+    args = [
+        "-c=configs/demo/grpo.yaml", "--data.stages=[word2, bars2]", "--data.prompts_per_step=1",
+        "--data.eval_prompts_per_step=1", "--model.group_size=2", "--model.sampling.max_new_tokens=4",
+        "--model.evaluation.max_new_tokens=4", "--model.backbone.freeze=[vision_tower, projector]", *BESIDE[name],
+    ]  # fmt: skip
+    sizes = ["prompt_tokens=150", "target_tokens=64", "images=0"]
+    cli = PlanCLI([*args, *(f"--plan.{each}" for each in sizes)])
+    plan = make_plan(cli.model, cli.workload(cli.config_init.plan), CPU, *cli.beside)
+    assert plan.peak.name == name.split(",")[0]
+    rehearsal = RehearseCLI([*args, *(f"--rehearse.{each}" for each in sizes)])
+    rehearsal.model.configure_model()
+    with LiveBytes() as live:
+        rehearsal.rehearse()
+    assert plan.peak.total - plan.peak.kinds["weights"] == pytest.approx(live.peak, rel=0.15)
+
+
+def test_what_callbacks_keep_is_in_shards_and_with_adapters_small():
+    """EWC keeps an anchor and F; Drift a frozen base, unless adapters can be switched off."""
+    callbacks = [EWC(num_rows=2), Drift()]
+    devices = Devices("fsdp2", world_size=2, foreach=False)
+    kinds = {phase.name: phase.kinds for phase in make_plan(SFT(), WORKLOAD, devices, callbacks).phases}
+    assert {name: found["callbacks"] for name, found in kinds.items()} == dict.fromkeys(kinds, 6 * NUM_WEIGHTS)
+    assert kinds["Drift"]["gathered weights"] == 2 * kinds["EWC"]["gathered weights"] == 8 * NUM_WEIGHTS
+    assert kinds["EWC"]["new estimate"] == 2 * NUM_WEIGHTS
+    assert kinds["EWC"]["gradients"] == kinds["update"]["gradients"]
+    adapters = make_plan(SFT(backbone=Backbone(tuning="lora")), WORKLOAD, devices, callbacks)
+    (drift,) = (phase.kinds for phase in adapters.phases if phase.name == "Drift")
+    assert drift["callbacks"] == (4 + 4) * adapters.num_trainable // 2
+    assert drift["gathered weights"] == adapters.phases[0].kinds["gathered weights"]

@@ -122,7 +122,7 @@ def test_methods_measurements_and_filter_are_rehearsed_over_two_stages(sampled, 
     assert rows == ["rollout", "reward", "update", "evaluation", "EWC, longest call", "Drift, longest call", "filter"]
     assert "an evaluation of 3 x 4, EWC, Drift, filter, on 1 x cpu" in said
     assert sampled == [(3, 1, 4), (3, 1, 4), (3, 8, 6)]
-    ewc, drift = (callback for callback in cli.beside if isinstance(callback, EWC | Drift))
+    ewc, drift = (callback for callback in cli.rehearsed if isinstance(callback, EWC | Drift))
     assert set(ewc.kept) == {"precision", "anchor"} and "train/ewc" in cli.trainer.callback_metrics
     assert {found["name"] for found in drift.measurements} == {*cli.datamodule.task_names, *cli.datamodule.probe_names}
     assert list(tmp_path.iterdir()) == []
@@ -152,7 +152,7 @@ def test_a_callback_within_an_update_is_a_part_of_its_own(monkeypatch):
     assert (
         duration_of(cli.datamodule, cli.model.processor, list(parts.values())).step_seconds == parts["update"].seconds
     )
-    assert not any(name.startswith("on_") for callback in cli.beside for name in vars(callback))
+    assert not any(name.startswith("on_") for callback in cli.rehearsed for name in vars(callback))
 
 
 def test_a_part_has_the_memory_that_it_took_and_the_time_of_its_last_step(monkeypatch):

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
-from lightning import Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
+from cpt_lightning.callbacks.analysis.recorder import Recorder
+from cpt_lightning.callbacks.filter.judge import Judge
+from cpt_lightning.callbacks.methods.kept_weights import KeptWeights
 from cpt_lightning.cli.inspect.stream import Unopened
 from cpt_lightning.cli.lightning_cli import CPTCLI, RunTrainer
 from cpt_lightning.cli.plan.phases import Workload
@@ -92,6 +95,14 @@ class BeforehandCLI(CPTCLI):
     def instantiate_trainer(self, **kwargs: Any) -> RunTrainer | None:
         """None is needed, mostly."""
         return None
+
+    @property
+    def beside(self) -> tuple[list[Callback], Judge | None]:
+        """The run's callbacks that keep weights or look at the model, and the filter's judge if rows are judged."""
+        callbacks, chosen = self.config_init.trainer.callbacks or [], self.config_init.filter
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        found = [callback for callback in callbacks if isinstance(callback, KeptWeights | Recorder)]
+        return found, chosen.judge if chosen.is_on and chosen.filter_from is None else None
 
     def workload(self, sizes: Sizes) -> Workload:
         """The largest batches of the run.

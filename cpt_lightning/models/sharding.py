@@ -9,7 +9,7 @@ model, which every rank goes back through whatever its rows are, as soon as each
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -126,6 +126,17 @@ def exchange_block_by_block(model: nn.Module, wanted: bool) -> None:
     if isinstance(model, FSDPModule):
         setattr(model, BLOCK_BY_BLOCK, wanted)
         _exchange_later(model)
+
+
+@contextmanager
+def exchanging_block_by_block(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Decoder layers exchange their gradients within each backward pass, for as long as all ranks go back alike."""
+    before = [(model, getattr(model, BLOCK_BY_BLOCK, False)) for model in models]
+    for model, _ in before:
+        exchange_block_by_block(model, True)
+    yield
+    for model, wanted in before:
+        exchange_block_by_block(model, wanted)
 
 
 def exchange_gradients(model: nn.Module) -> None:

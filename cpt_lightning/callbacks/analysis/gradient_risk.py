@@ -70,6 +70,11 @@ class GradientRisk(Recorder, KeptWeights):
         self._hook: RemovableHandle | None = None
         self._hooked: Optimizer | None = None
 
+    @property
+    def sets(self) -> list[torch.dtype | None]:
+        """F of earlier tasks, and of the probes."""
+        return [torch.float32] * (1 + self.with_probes)
+
     # -- when --------------------------------------------------------------------------------------------------------
 
     def check_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -52,6 +52,11 @@ class WeightDistance(Recorder, KeptWeights):
         self.num_rows = num_rows
         self.sampling = Sampling(max_new_tokens)
 
+    @property
+    def sets(self) -> list[torch.dtype | None]:
+        """The base, and F."""
+        return [None, torch.float32] if self.num_rows else [None]
+
     # -- when --------------------------------------------------------------------------------------------------------
 
     def check_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -58,6 +58,11 @@ class EWC(QuadraticPenalty):
         self.decay = decay
         self.anchors = anchors
 
+    @property
+    def sets(self) -> list[torch.dtype | None]:
+        """The anchor, and F."""
+        return [None, torch.float32]
+
     def check_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses weights that no penalty can hold."""
         refuse_other_adapters(self, pl_module)

@@ -9,7 +9,13 @@ from lightning import LightningModule
 from torch import Tensor
 
 from cpt_lightning.models.qwen_vl import without_dropout
-from cpt_lightning.models.sharding import exchange_gradients, gather, trained_backbones, whole
+from cpt_lightning.models.sharding import (
+    exchange_gradients,
+    exchanging_block_by_block,
+    gather,
+    trained_backbones,
+    whole,
+)
 from cpt_lightning.models.weights import Weights, trained
 from cpt_lightning.rollouts import Sampling
 from cpt_lightning.types import Batch
@@ -36,7 +42,7 @@ def diagonal_fisher(module: LightningModule, batch: Batch) -> Weights:
     parameters = trained(module)
     total = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
     backbones = trained_backbones(module)
-    with without_dropout(module):
+    with without_dropout(module), exchanging_block_by_block(backbones):
         for row in range(len(batch)):
             module.zero_grad(set_to_none=True)
             for backbone in backbones:

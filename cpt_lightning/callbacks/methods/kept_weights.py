@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 
 from cpt_lightning.callbacks.checks import ChecksFit
@@ -27,6 +28,11 @@ class KeptWeights(ChecksFit):
     def __init__(self) -> None:
         self.kept: dict[str, Weights] = {}
         self._resumed: dict[str, Weights] | None = None
+
+    @property
+    def sets(self) -> list[torch.dtype | None]:
+        """The sets of tensors that are kept at most, each by its dtype; ``None`` is the weights' own."""
+        return [None]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts what a checkpoint held where the parameters are."""

@@ -54,6 +54,11 @@ class ModelMerging(KeptWeights):
         self.scale = scale
         self.start = start
 
+    @property
+    def sets(self) -> list[torch.dtype | None]:
+        """The merged model, and the base where tasks begin from it."""
+        return [None, None] if self.start == "base" else [None]
+
     def check_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses what cannot be merged."""
         refuse_other_adapters(self, pl_module)

@@ -14,9 +14,10 @@ from cpt_lightning.cli.plan.tables import advice, arithmetic, phase_table, verdi
 
 DESCRIPTION = """\
 Says what memory a run needs on each device, before anything is allocated: parameters, and for rollout, update,
-optimizer step and evaluation what weights, gradients, optimizer, reference, KV cache, and activations with log-probs
-take for the worst batch. The model is made of its config.json, without weights, and the engine's own code runs on it.
-Ends with 1 if the GPU that is asked about has not enough.
+optimizer step, evaluation, methods, measurements and the rollout filter what weights, gradients, optimizer, reference,
+KV cache, and activations with log-probs take for the worst batch. The model is made of its config.json, without
+weights, and the engine's own code runs on it. Callbacks of your own are not planned for. Ends with 1 if the GPU that is
+asked about has not enough.
 
 for example:
   cpt plan -c configs/demo/grpo.yaml --plan.prompt_tokens 100                     a config
@@ -59,7 +60,7 @@ class PlanCLI(BeforehandCLI):
         """
         try:
             workload, devices = self.workload(self.config_init.plan), self._devices()
-            plan = make_plan(self.model, workload, devices)
+            plan = make_plan(self.model, workload, devices, *self.beside)
         except (ValueError, OSError) as error:
             self.parser.error(str(error))
         out, gpu = console(), self.config_init.plan.gpu

@@ -20,6 +20,8 @@ ADVICE = {
     "gradient buckets": "trainer.strategy fsdp2, or backbone.tuning lora",
     "optimizer": "backbone.tuning lora, configs/optimizers/adamw_8bit.yaml, or trainer.strategy fsdp2",
     "optimizer step": "optimizer.init_args.fused true, or configs/optimizers/adamw_8bit.yaml",
+    "callbacks": "backbone.tuning lora, trainer.strategy fsdp2, or fewer methods and measurements at once",
+    "new estimate": "backbone.tuning lora, or trainer.strategy fsdp2",
     "batch": "data.prompts_per_step or backbone.max_pixels",
 }
 """What makes a kind of memory smaller, wherever it is the largest."""
@@ -78,7 +80,7 @@ def phase_table(plan: Plan) -> Table:
     table = Table(title="memory of a device, worst batch", title_justify="left", title_style="bold")
     table.add_column("")
     for phase in plan.phases:
-        table.add_column(phase.name, justify="right", style="bold" if phase is plan.peak else "")
+        table.add_column(phase.name, justify="right", overflow="fold", style="bold" if phase is plan.peak else "")
     for kind in dict.fromkeys(kind for phase in plan.phases for kind in phase.kinds):
         cells = [size(phase.kinds[kind]) if kind in phase.kinds else "-" for phase in plan.phases]
         table.add_row(kind, *cells)
@@ -105,4 +107,6 @@ def _mend(module: PostTraining, phase: str, kind: str) -> str:
     if kind in ADVICE:
         return ADVICE[kind]
     phase = phase.split(" ")[0]
-    return SFT_ADVICE if phase == "update" and not isinstance(module, GroupRollouts) else ADVICE_BY_PHASE[phase]
+    if phase == "update" and not isinstance(module, GroupRollouts):
+        return SFT_ADVICE
+    return ADVICE_BY_PHASE.get(phase, CALLBACK_ADVICE)

@@ -16,8 +16,8 @@ from cpt_lightning.cli.inspect.tables import console
 from cpt_lightning.cli.lightning_cli import RunTrainer
 from cpt_lightning.cli.plan.tables import ADVICE, ADVICE_BY_PHASE, CALLBACK_ADVICE, SFT_ADVICE
 from cpt_lightning.cli.rehearse.batches import LargestBatches
-from cpt_lightning.cli.rehearse.beside import rehearsed
 from cpt_lightning.cli.rehearse.duration import duration_of
+from cpt_lightning.cli.rehearse.filter_trial import FilterTrial
 from cpt_lightning.cli.rehearse.memory import DeviceMemory
 from cpt_lightning.cli.rehearse.tables import duration_lines, part_table, room_line, what_is_rehearsed
 from cpt_lightning.cli.rehearse.watch import LOADING, UPDATE, Watch
@@ -78,11 +78,11 @@ class RehearseCLI(BeforehandCLI):
     def instantiate_trainer(self, **kwargs) -> RunTrainer:
         """The Trainer of the run, which leaves nothing behind."""
         given = self.config_init.trainer
-        own = given.callbacks or []
-        self.beside = rehearsed(own if isinstance(own, list) else [own], self.config_init.filter)
+        callbacks, judge = self.beside
+        self.rehearsed = callbacks if judge is None else [*callbacks, FilterTrial(judge)]
         return RunTrainer(
             **{name: getattr(given, name) for name in AS_IN_THE_RUN if getattr(given, name) is not None},
-            **TRAINER_OPTIONS, max_epochs=len(self.stages), limit_val_batches=1, callbacks=list(self.beside),
+            **TRAINER_OPTIONS, max_epochs=len(self.stages), limit_val_batches=1, callbacks=list(self.rehearsed),
             logger=False, enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
         )  # fmt: skip
 
@@ -99,11 +99,11 @@ class RehearseCLI(BeforehandCLI):
             self.parser.error(str(error))
         out, trainer, module = console(), self.trainer, self.model
         if trainer.is_global_zero:
-            out.print(what_is_rehearsed(module, workload, options.steps, trainer, self.beside), soft_wrap=True)
+            out.print(what_is_rehearsed(module, workload, options.steps, trainer, self.rehearsed), soft_wrap=True)
         make_endless(module)
         num_batches = options.steps * workload.accumulate_grad_batches
         with TemporaryDirectory(prefix="cpt_rehearse_") as trainer.run_dir, _saying() as say:  # for measurements
-            watch = Watch(say, self.beside)
+            watch = Watch(say, self.rehearsed)
             trainer.callbacks.append(watch)
             try:
                 with saying_complaints(self.command):
@@ -126,7 +126,7 @@ class RehearseCLI(BeforehandCLI):
         if isinstance(self.model, MultiTask):
             objectives = {self.model.objectives.get(name, self.model.objective): name for name in reversed(names)}
             return [[name] for name in objectives.values()]
-        if self.beside and self.datamodule.num_stages > 1:
+        if self.rehearsed and self.datamodule.num_stages > 1:
             return [names[:-1] or names, names[-1:]]
         return [names[:1]]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cpt_lightning.cli.rehearse.beside import FILTER
+from cpt_lightning.cli.rehearse.filter_trial import FILTER
 from cpt_lightning.cli.rehearse.watch import EVALUATION, Part
 from cpt_lightning.data import TaskStream
 from cpt_lightning.models.processor import PromptProcessor

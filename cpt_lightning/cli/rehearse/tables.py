@@ -11,8 +11,8 @@ from rich.table import Table
 
 from cpt_lightning.cli.plan.phases import Workload
 from cpt_lightning.cli.plan.tables import size
-from cpt_lightning.cli.rehearse.beside import FILTER, name_of
 from cpt_lightning.cli.rehearse.duration import Duration
+from cpt_lightning.cli.rehearse.filter_trial import FILTER, name_of
 from cpt_lightning.cli.rehearse.memory import DeviceMemory
 from cpt_lightning.cli.rehearse.watch import EVALUATION, Part
 from cpt_lightning.modules import PostTraining

@@ -12,7 +12,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from cpt_lightning.cli.rehearse.beside import name_of
+from cpt_lightning.cli.rehearse.filter_trial import name_of
 from cpt_lightning.cli.rehearse.memory import DeviceMemory
 from cpt_lightning.types import Batch
 

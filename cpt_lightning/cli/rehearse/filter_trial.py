@@ -1,14 +1,11 @@
-"""What a run does beside steps and evaluations, and is rehearsed with them."""
+"""The rollout filter, as a callback that is rehearsed like others."""
 
 from __future__ import annotations
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from cpt_lightning.callbacks import RolloutFilter
-from cpt_lightning.callbacks.analysis.recorder import Recorder
 from cpt_lightning.callbacks.filter.judge import Judge
-from cpt_lightning.callbacks.methods.kept_weights import KeptWeights
 
 FILTER = "filter"
 
@@ -29,13 +26,6 @@ class FilterTrial(Callback):
         if stage == stream.num_stages - 1:
             for _ in self.judge.verdicts(trainer, stage, stream.rows_to_judge(stage, {})):
                 pass
-
-
-def rehearsed(callbacks: list[Callback], rollout_filter: RolloutFilter) -> list[Callback]:
-    """Of a run's callbacks those of ours that keep weights or ask the model, and its filter if it judges rows."""
-    found = [callback for callback in callbacks if isinstance(callback, KeptWeights | Recorder)]
-    judges = rollout_filter.is_on and rollout_filter.filter_from is None
-    return [*found, FilterTrial(rollout_filter.judge)] if judges else found
 
 
 def name_of(callback: Callback) -> str:
