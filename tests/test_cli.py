@@ -76,6 +76,16 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def test_classes_of_the_working_directory_are_found_by_the_script_too(tmp_path, config, capsys, monkeypatch):
+    """`cpt` begins in the folder of scripts, where Python looks for modules in the place of the working directory."""
+    (tmp_path / "my_rewards_here.py").write_text("def brevity(completion, gold):\n    return 1.0\n")
+    part = ["--data.tasks.word2.reward.extra", "{brevity: {function: my_rewards_here.brevity, weight: 0.1}}"]
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    assert "my_rewards_here.brevity" in printed_config(["fit", "-c", config, *part], capsys)
+    assert sys.path == before
+
+
 def test_fit_leaves_everything_in_its_folder_and_test_and_predict_add_to_it(tmp_path, config, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path.parent)  # nothing depends on where one stands
     folder = tmp_path / "run"
