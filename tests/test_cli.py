@@ -314,6 +314,15 @@ def test_a_misspelt_option_is_named(config, tmp_path, capsys, misspelt, named):
     assert named in message
 
 
+@pytest.mark.parametrize("malformed", ["", "- a", "data:\n\tsteps: 3", "data: {steps: 3", "data: {steps: many}"])
+def test_of_several_files_of_options_the_malformed_one_is_named(config, tmp_path, capsys, malformed):
+    for name, content in (("first", "data: {steps: 3}"), ("second", malformed), ("third", "data: {steps: 4}")):
+        (tmp_path / f"{name}.yaml").write_text(content)
+    files = [word for name in ("first", "second", "third") for word in ("-c", str(tmp_path / f"{name}.yaml"))]
+    assert f"error: {tmp_path}/second.yaml: " in refusal(["fit", "-c", config, *files], capsys)
+    assert "first.yaml" not in refusal(["fit", "-c", config, *files[:2], "--data.steps=many"], capsys)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
