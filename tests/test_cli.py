@@ -340,6 +340,17 @@ def test_a_mistake_is_named_in_a_line_with_its_mend(config, capsys, options, mes
     assert "Traceback" not in "\n".join(said)
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_picture_that_is_missing_is_named_in_a_line_whoever_loads_it(config, tmp_path, capsys, num_workers):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"images": ["nowhere.png"], "problem": "How many?", "answer": "7"}\n')
+    source = f"{{class_path: cpt_lightning.tasks.FileRows, init_args: {{train: {rows}, test: {rows}}}}}"
+    task = ["--data.tasks.word2.source", source, "--data.tasks.word2.num_test=1", f"--data.num_workers={num_workers}"]
+    said = refusal(["fit", "-c", config, "--trainer.logger=false", *task], capsys, code=1).splitlines()
+    assert said[-2].startswith(f"cpt fit: error: task 'word2', {rows}:0: image '{tmp_path}/nowhere.png' does not exist")
+    assert "Traceback" not in "\n".join(said)
+
+
 def test_what_a_library_raises_keeps_its_traceback(config):
     with pytest.raises(RuntimeError, match="val/digit2/accuracy was not logged"):
         main(["validate", "-c", config, "--trainer.logger=false", "--trainer.limit_val_batches=0.4"])

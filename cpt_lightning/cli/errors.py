@@ -23,6 +23,7 @@ from cpt_lightning.cli.console import rank
 _PACKAGE = str(Path(__file__).parents[1])
 _IN_A_WORKER = "DataLoader worker process"
 _PLACE = re.compile(r'File "([^"]+)", line .*\n +(.*)')
+_RAISED = re.compile(r"^(?:[\w.]+\.)?\w*Error: ", re.MULTILINE)
 LONGEST_VALUE = 60
 """Characters of what was given, for it to be said again."""
 _NO_OPTIONS = "Unexpected config: "
@@ -156,6 +157,6 @@ def complaint(error: BaseException) -> str | None:
     place, said = (last.filename, last.line or ""), str(error)
     places = _PLACE.findall(said)
     if places and _IN_A_WORKER in said:
-        place, said = places[-1], said.rpartition("\nValueError: ")[2].strip()
+        place, said = places[-1], _RAISED.split(said)[-1].strip()
     file, line = place
     return said if file.startswith(_PACKAGE) and line.startswith("raise ") else None
