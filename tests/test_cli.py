@@ -76,6 +76,16 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def test_classes_of_the_working_directory_are_found_by_the_script_too(tmp_path, config, capsys, monkeypatch):
+    """`cpt` begins in the folder of scripts, where Python looks for modules in the place of the working directory."""
+    (tmp_path / "my_rewards_here.py").write_text("def brevity(completion, gold):\n    return 1.0\n")
+    part = ["--data.tasks.word2.reward.extra", "{brevity: {function: my_rewards_here.brevity, weight: 0.1}}"]
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    assert "my_rewards_here.brevity" in printed_config(["fit", "-c", config, *part], capsys)
+    assert sys.path == before
+
+
 def test_fit_leaves_everything_in_its_folder_and_test_and_predict_add_to_it(tmp_path, config, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path.parent)  # nothing depends on where one stands
     folder = tmp_path / "run"
@@ -304,6 +314,15 @@ def test_a_misspelt_option_is_named(config, tmp_path, capsys, misspelt, named):
     assert named in message
 
 
+@pytest.mark.parametrize("malformed", ["", "- a", "data:\n\tsteps: 3", "data: {steps: 3", "data: {steps: many}"])
+def test_of_several_files_of_options_the_malformed_one_is_named(config, tmp_path, capsys, malformed):
+    for name, content in (("first", "data: {steps: 3}"), ("second", malformed), ("third", "data: {steps: 4}")):
+        (tmp_path / f"{name}.yaml").write_text(content)
+    files = [word for name in ("first", "second", "third") for word in ("-c", str(tmp_path / f"{name}.yaml"))]
+    assert f"error: {tmp_path}/second.yaml: " in refusal(["fit", "-c", config, *files], capsys)
+    assert "first.yaml" not in refusal(["fit", "-c", config, *files[:2], "--data.steps=many"], capsys)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -318,6 +337,17 @@ def test_a_mistake_is_named_in_a_line_with_its_mend(config, capsys, options, mes
     said = refusal(["fit", "-c", config, "--trainer.logger=false", *options], capsys, code=1).splitlines()
     assert message in said[-2] and said[-2].startswith("cpt fit: error: ")
     assert "JSONARGPARSE_DEBUG=true" in said[-1]
+    assert "Traceback" not in "\n".join(said)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_picture_that_is_missing_is_named_in_a_line_whoever_loads_it(config, tmp_path, capsys, num_workers):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"images": ["nowhere.png"], "problem": "How many?", "answer": "7"}\n')
+    source = f"{{class_path: cpt_lightning.tasks.FileRows, init_args: {{train: {rows}, test: {rows}}}}}"
+    task = ["--data.tasks.word2.source", source, "--data.tasks.word2.num_test=1", f"--data.num_workers={num_workers}"]
+    said = refusal(["fit", "-c", config, "--trainer.logger=false", *task], capsys, code=1).splitlines()
+    assert said[-2].startswith(f"cpt fit: error: task 'word2', {rows}:0: image '{tmp_path}/nowhere.png' does not exist")
     assert "Traceback" not in "\n".join(said)
 
 

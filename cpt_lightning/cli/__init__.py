@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 VERBS = {
     "fit": "learn a stream of tasks, evaluating everything before, between and after",
@@ -69,12 +72,27 @@ def main(args: list[str] | None = None) -> None:
         raise SystemExit(2)
 
     try:
-        _run(*args)
+        with _classes_of_the_working_directory():
+            _run(*args)
     except KeyboardInterrupt:
         print(f"cpt {args[0]}: stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
     except SystemExit as end:
         sys.exit(end.code)  # W&B (0.31) learns of a failure by this call, and not by the exception
+
+
+@contextmanager
+def _classes_of_the_working_directory() -> Iterator[None]:
+    """A configuration may name them: `python -m` finds them by itself, the script `cpt` does not.
+
+    They come last here, so that none takes a library's place.
+    """
+    here = [] if sys.flags.safe_path else [os.getcwd()]
+    sys.path += here
+    try:
+        yield
+    finally:
+        del sys.path[len(sys.path) - len(here) :]
 
 
 def _run(verb: str, *args: str) -> None:

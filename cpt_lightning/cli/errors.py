@@ -11,8 +11,9 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -22,6 +23,7 @@ from cpt_lightning.cli.console import rank
 _PACKAGE = str(Path(__file__).parents[1])
 _IN_A_WORKER = "DataLoader worker process"
 _PLACE = re.compile(r'File "([^"]+)", line .*\n +(.*)')
+_RAISED = re.compile(r"^(?:[\w.]+\.)?\w*Error: ", re.MULTILINE)
 LONGEST_VALUE = 60
 """Characters of what was given, for it to be said again."""
 _NO_OPTIONS = "Unexpected config: "
@@ -75,11 +77,22 @@ def shortened(message: str) -> str:
 
 
 class OptionParser(LightningArgumentParser):
-    """A parser that says what is wrong with an option, without listing all others."""
+    """A parser that says what is wrong with an option, and in which file, without listing all others."""
+
+    _file: str | None = None
+
+    def parse_path(self, path: str | os.PathLike, *args: Any, **kwargs: Any) -> Namespace:
+        """The options of a file; what is said of them meanwhile names it (jsonargparse, 4.53, does not)."""
+        self._file, outer = str(path), self._file
+        try:
+            return super().parse_path(path, *args, **kwargs)
+        finally:
+            self._file = outer
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Ends with 2, after a line or a few."""
-        super().error(shortened(message), ex)
+        where = "" if self._file is None else f"{self._file}: "
+        super().error(where + shortened(message), ex)
         raise SystemExit(2)
 
 
@@ -144,6 +157,6 @@ def complaint(error: BaseException) -> str | None:
     place, said = (last.filename, last.line or ""), str(error)
     places = _PLACE.findall(said)
     if places and _IN_A_WORKER in said:
-        place, said = places[-1], said.rpartition("\nValueError: ")[2].strip()
+        place, said = places[-1], _RAISED.split(said)[-1].strip()
     file, line = place
     return said if file.startswith(_PACKAGE) and line.startswith("raise ") else None

@@ -150,18 +150,24 @@ class SkippedRows(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch: Batch, *_) -> None:
         """Counts."""
         self._num_skipped += batch.num_skipped
-        stream = trainer.datamodule
-        may_skip = any(task.bad_images == "skip" for task in stream.everything.values())
-        if may_skip or stream.max_prompt_tokens is not None:
+        if reasons_to_skip(trainer):
             self.log("train/skipped_rows", float(batch.num_skipped), batch_size=1, sync_dist=True, reduce_fx="sum")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says what was left out."""
         mine = torch.tensor(self._num_skipped, device=pl_module.device)
         if num_skipped := int(trainer.strategy.reduce(mine, reduce_op="sum")):
-            stream = trainer.datamodule
             rank_zero_info(
-                f"{stream.stage_names[trainer.current_epoch]}: {num_skipped} rows were left out: "
-                f"their prompts are longer than data.max_prompt_tokens={stream.max_prompt_tokens}, or their images "
-                "were refused (bad_images: skip); cpt inspect names them"
+                f"{trainer.datamodule.stage_names[trainer.current_epoch]}: {num_skipped} rows were left out: "
+                f"{', or '.join(reasons_to_skip(trainer))}; cpt inspect names them"
             )
+
+
+def reasons_to_skip(trainer: Trainer) -> list[str]:
+    """Why the stream may leave out training rows; there are none if it leaves out no row."""
+    stream, reasons = trainer.datamodule, []
+    if stream.max_prompt_tokens is not None:
+        reasons.append(f"their prompts are longer than data.max_prompt_tokens={stream.max_prompt_tokens}")
+    if any(task.bad_images == "skip" for task in stream.everything.values()):
+        reasons.append("their images were refused (bad_images: skip)")
+    return reasons

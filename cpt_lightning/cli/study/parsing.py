@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import io
-import os
 import re
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from cpt_lightning.cli import VERBS
@@ -65,21 +63,10 @@ def _complaint(command: Sequence[str]) -> str | None:
         def _run_subcommand(self, subcommand: str) -> None: ...
 
     said = io.StringIO()
-    with redirect_stdout(io.StringIO()), redirect_stderr(said), _found_as_by_python_m():
+    with redirect_stdout(io.StringIO()), redirect_stderr(said):
         try:
             Parsed(list(command))
         except SystemExit as stop:
             if stop.code:
                 return _ERROR.split(said.getvalue())[-1].strip()
     return None
-
-
-@contextmanager
-def _found_as_by_python_m() -> Iterator[None]:
-    """Classes beside the working directory are found, as they are by ``python -m``, with which runs begin."""
-    here = os.getcwd()
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        sys.path.remove(here)

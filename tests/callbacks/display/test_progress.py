@@ -87,7 +87,7 @@ def test_skipped_rows_are_counted_logged_and_said(tmp_path, caplog):
     trainer.validate(module, stream, verbose=False)
     with caplog.at_level(logging.INFO):
         trainer.fit(module, stream)
-    assert "a: 4 rows were left out: " in caplog.text and "max_prompt_tokens=2" in caplog.text
+    assert "a: 4 rows were left out: their prompts are longer than data.max_prompt_tokens=2; cpt inspect" in caplog.text
     assert sum(len(batch) for batch in module.seen) == 6
     assert not {f"a/train/{row}" for row in (0, 3, 6, 9)} & {row for batch in module.seen for row in batch}
     assert watched._num_skipped == 4
