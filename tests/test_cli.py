@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -312,6 +313,21 @@ def test_a_misspelt_option_is_named(config, tmp_path, capsys, misspelt, named):
     (tmp_path / "overlay.yaml").write_text(misspelt)
     message = refusal(["fit", "-c", config, "-c", str(tmp_path / "overlay.yaml")], capsys).split("error:")[-1]
     assert named in message
+
+
+DOUBLED = "stages: [two]\nsteps: 1\ntasks:\n  one: {}\n  two: {}\n  one: {}\n"
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_a_task_that_is_there_twice_in_a_file_is_not_dropped_in_silence(config, tmp_path, capsys, within):
+    """YAML itself takes the last one; in a file given with -c, and in one that such a file names."""
+    stream, overlay = tmp_path / "stream.yaml", tmp_path / "overlay.yaml"
+    stream.write_text(DOUBLED)
+    overlay.write_text("data: stream.yaml" if within else "data:\n" + textwrap.indent(DOUBLED, "  "))
+    said = refusal(["fit", "-c", config, "-c", str(overlay)], capsys)
+    lines = "4 and 6" if within else "5 and 7"
+    assert f"'one' is there twice, in lines {lines}" in said and "overlay.yaml" in said
+    assert ("stream.yaml" in said) == within
 
 
 @pytest.mark.parametrize("malformed", ["", "- a", "data:\n\tsteps: 3", "data: {steps: 3", "data: {steps: many}"])

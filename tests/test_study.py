@@ -104,6 +104,13 @@ def test_a_study_that_makes_no_sense_is_refused(tmp_path, content, message):
         Study.load(path)
 
 
+def test_an_arm_that_is_there_twice_is_not_dropped_in_silence(tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text("arms:\n  a: fit -c one.yaml\n  b: fit\n  a: fit -c two.yaml\n")
+    with pytest.raises(ValueError, match=r"study.yaml: 'a' is there twice, in lines 2 and 4"):
+        Study.load(path)
+
+
 def test_the_verb_says_what_is_wrong_in_a_line(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["study", str(tmp_path / "none.yaml")])
@@ -159,6 +166,14 @@ def test_a_failed_run_takes_with_it_what_needs_it_and_nothing_else(tmp_path, cap
     assert [run.arm for run in lost] == ["a", "b"]
     assert [is_finished(run) for run in runs] == [False, False, True]
     assert "a, seed 0: failed with 1" in capsys.readouterr().out
+
+
+def test_of_a_failed_run_its_own_last_complaint_is_shown(tmp_path, capsys):
+    """A command that cannot be parsed ends with 2 and two lines of usage before its complaint."""
+    runs = list(study(tmp_path, {"a": "fit --data.stepps 3"}).runs())
+    assert Runner(1)(runs) == runs
+    first, second = capsys.readouterr().out.splitlines()[-2:]
+    assert "a, seed 0: failed with 2" in first and second.startswith("  error: ") and "stepps" in second
 
 
 def test_the_last_lines_say_why_each_run_is_lost(tmp_path, capsys, monkeypatch):

@@ -28,6 +28,8 @@ LONGEST_VALUE = 60
 """Characters of what was given, for it to be said again."""
 _NO_OPTIONS = "Unexpected config: "
 _LINKED = "Call to compute_fn of link "
+_SUBTYPES = "Subtypes: "
+_CLASS = re.compile(r"<class '(?:[\w]+\.)*(\w+)'>")
 _NO_ALTERNATIVE = re.compile(r"Expected a <class '[\w.]+'>")
 
 
@@ -44,6 +46,9 @@ def refusal(error: Exception) -> str:
     >>> refusal(ValueError("No\nErrors:\n  - No\n    Errors:\n      - Problem with given class_path 'A':\n"
     ...                    "        size=1: 2 or more\n    Given value: 1\n  - Expected a <class 'NoneType'>"))
     "Problem with given class_path 'A':\nsize=1: 2 or more"
+    >>> refusal(ValueError("No\nSubtypes: [<class 'int'>, dict[str, int], <class 'NoneType'>]\nErrors:\n"
+    ...                    "  - Expected a <class 'int'>\n  - Expected a <class 'NoneType'>"))
+    'must be int, dict[str, int] or null'
     """
     lines = [line.strip().removeprefix("- ") for line in str(error).splitlines()]
     end = next((number for number, line in enumerate(lines) if line.startswith("Given value")), len(lines))
@@ -51,7 +56,16 @@ def refusal(error: Exception) -> str:
         return str(error)
     begin = max(number for number, line in enumerate(lines[:end]) if line == "Errors:")
     said = [line for line in lines[begin + 1 : end] if line and not _NO_ALTERNATIVE.fullmatch(line)]
-    return "\n".join(said) or str(error)
+    return "\n".join(said) or _kinds(lines[begin - 1]) or str(error)
+
+
+def _kinds(subtypes: str) -> str | None:
+    """What an option may be, by the types that jsonargparse tried."""
+    if not subtypes.startswith(_SUBTYPES):
+        return None
+    listed = _CLASS.sub(r"\1", subtypes.removeprefix(_SUBTYPES)[1:-1]).replace("NoneType", "null")
+    *others, last = re.split(r", (?![^\[]*\])", listed)
+    return f"must be {', '.join(others)} or {last}" if others else f"must be {last}"
 
 
 def shortened(message: str) -> str:

@@ -34,6 +34,7 @@ from cpt_lightning.callbacks.display.loggers import check_names
 from cpt_lightning.checkpoint_io import check_resumable, next_step, read_checkpoint
 from cpt_lightning.cli import VERBS
 from cpt_lightning.cli.console import rank, tidy
+from cpt_lightning.cli.double_keys import refuse_double_keys
 from cpt_lightning.cli.errors import OptionParser, is_debugged, refusal, saying_complaints
 from cpt_lightning.cli.launched import check_launched, tell_lightning
 from cpt_lightning.cli.run_directory import Claim, check_claimed, last_checkpoint, run_directory
@@ -91,6 +92,7 @@ class CPTCLI(LightningCLI):
         self._began = time.monotonic()
         os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # lightning 2.6 calls it by old names
         tidy()
+        refuse_double_keys()
         try:
             self._make_and_run(run, parser_options)
         finally:

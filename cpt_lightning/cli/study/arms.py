@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from cpt_lightning.cli.double_keys import check_keys
+
 LONGEST_NAME = 200
 """Bytes of an arm's name, after which its folder is named; file systems take 255."""
 OWN = "run"
@@ -76,13 +78,15 @@ class Study:
         """
         path = Path(path)
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            check_keys(text)
+            content = yaml.safe_load(text)
         except OSError as error:
             raise ValueError(f"{path} cannot be read: {error.strerror}") from None
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 at byte {error.start}; save it as UTF-8") from None
         except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not YAML: {error}") from None
+            raise ValueError(f"{path}: {error}") from None
         if not isinstance(content, dict) or not isinstance(content.get("arms"), dict) or not content["arms"]:
             raise ValueError(f"{path}: a study has `arms`, each a name with a cpt command or a list of them")
         if unknown := sorted(set(content) - {"out", "arms", "seeds", "options", "grid"}):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,6 +30,8 @@ STOPPED = {status for number in (signal.SIGINT, signal.SIGTERM) for status in (1
 as whatever is still at its imports, or catches none."""
 LOG = "study.log"
 """What the commands printed."""
+
+_COMPLAINT = re.compile(r"\b\w*[eE]rror: ")
 
 
 class Runner:
@@ -85,6 +88,8 @@ class Runner:
                 if status := self._execute(command, run.folder / LOG, gpu):
                     what = "stopped by a signal" if status in STOPPED else f"failed with {status}"
                     self.console.print(f"[red]{run.name}: {what}[/]; see {run.folder / LOG}")
+                    if status not in STOPPED and (complaint := last_complaint(run.folder / LOG)):
+                        self.console.print(f"  {complaint}", markup=False)
                     return False
                 seconds += time.perf_counter() - start
                 record = {"commands": run.commands[:number], "seconds": seconds}
@@ -148,6 +153,12 @@ def commands_left(run: Run) -> tuple[tuple[str, ...], ...]:
         ValueError: It was made by other commands.
     """
     return run.commands[_done(run)[0] :]
+
+
+def last_complaint(log: Path) -> str | None:
+    """The last line of a log that speaks of an error, if there is one."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+    return next((line.strip() for line in reversed(lines) if _COMPLAINT.search(line)), None)
 
 
 def why_lost(run: Run, lost: Sequence[Run]) -> str:
