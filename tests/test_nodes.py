@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
-from contextlib import ExitStack
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,9 +30,10 @@ def free_port() -> int:
 
 
 def by_torchrun(node: int, port: int) -> tuple[list[str], dict[str, str]]:
-    words = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d"]
+    words = ["--nnodes", "2", "--nproc_per_node", "1", "--max_restarts", "1", "--rdzv_backend", "c10d"]
     launcher = [sys.executable, "-m", "torch.distributed.run", *words, "--rdzv_endpoint", f"127.0.0.1:{port}"]
-    return [*launcher, "-m", "cpt_lightning"], {}
+    # Without it torch (2.13) gives processes that are begun again the addresses of those before them.
+    return [*launcher, "-m", "cpt_lightning"], {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 def by_slurm(node: int, port: int) -> tuple[list[str], dict[str, str]]:
@@ -50,28 +54,55 @@ def alone(tmp_path_factory) -> Path:
     return folder / "run"
 
 
-@pytest.mark.parametrize(("launcher", "strategy"), [(by_torchrun, "fsdp2"), (by_slurm, "ddp")])
-def test_two_nodes_learn_what_one_process_does(tmp_path, alone, launcher, strategy):
-    (tmp_path / "config.yaml").write_text(CONFIG)
-    run, port, nodes = tmp_path / "run", free_port(), []
+@contextmanager
+def two_nodes(folder: Path, launcher, *options: str) -> Iterator[list[subprocess.Popen]]:
+    """A process for each node, which writes ``node_<number>.log``; both are in ``folder/run``."""
+    (folder / "config.yaml").write_text(CONFIG)
+    port = free_port()
     with ExitStack() as opened:
+        nodes = []
         for node in range(2):
             command, variables = launcher(node, port)
-            command += ["fit", "-c", str(tmp_path / "config.yaml"), "--run_dir", str(run), *SHORT, *NODES]
-            log = opened.enter_context((tmp_path / f"node_{node}.log").open("w"))
+            command += ["fit", "-c", str(folder / "config.yaml"), "--run_dir", str(folder / "run"), *SHORT, *NODES]
+            log = opened.enter_context((folder / f"node_{node}.log").open("w"))
             nodes.append(
                 subprocess.Popen(
-                    [*command, "--trainer.strategy", strategy], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+                    [*command, *options], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
                     env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables},
                 )
             )  # fmt: skip
             opened.callback(nodes[-1].kill)
-        codes = [node.wait(timeout=200) for node in nodes]
-    assert codes == [0, 0], "\n".join((tmp_path / f"node_{node}.log").read_text()[-2000:] for node in range(2))
-    assert "x 2" in (tmp_path / "node_0.log").read_text(), "each node learned by itself"
-    matrices = [json.loads((folder / "accuracy_matrix.json").read_text())["rows"] for folder in (alone, run)]
+        yield nodes
+
+
+def check_ended_as(alone: Path, folder: Path, nodes: list[subprocess.Popen]) -> None:
+    codes = [node.wait(timeout=200) for node in nodes]
+    assert codes == [0, 0], "\n".join((folder / f"node_{node}.log").read_text()[-2000:] for node in range(2))
+    matrices = [json.loads((run / "accuracy_matrix.json").read_text())["rows"] for run in (alone, folder / "run")]
     assert matrices[0] == matrices[1]
-    one, two = weights(alone), weights(run)
+    one, two = weights(alone), weights(folder / "run")
     assert one.keys() == two.keys()
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(("launcher", "strategy"), [(by_torchrun, "fsdp2"), (by_slurm, "ddp")])
+def test_two_nodes_learn_what_one_process_does(tmp_path, alone, launcher, strategy):
+    with two_nodes(tmp_path, launcher, "--trainer.strategy", strategy) as nodes:
+        check_ended_as(alone, tmp_path, nodes)
+    assert "x 2" in (tmp_path / "node_0.log").read_text(), "each node learned by itself"
+
+
+def test_torchrun_brings_a_run_back_one_of_whose_processes_was_killed(tmp_path, alone):
+    """On either node all are begun again, and go on behind the first step of four."""
+    options = ["--trainer.strategy=ddp", "--ckpt_path=last", "--checkpoint.every_n_steps=1"]
+    with two_nodes(tmp_path, by_torchrun, *options) as nodes:
+        end = time.monotonic() + 120
+        while not (tmp_path / "run/last.ckpt").exists():
+            assert time.monotonic() < end, (tmp_path / "node_0.log").read_text()[-2000:]
+            time.sleep(0.01)
+        (process,) = Path(f"/proc/{nodes[1].pid}/task/{nodes[1].pid}/children").read_text().split()
+        os.kill(int(process), signal.SIGKILL)
+        check_ended_as(alone, tmp_path, nodes)
+    said = "".join((tmp_path / f"node_{node}.log").read_text() for node in range(2))
+    assert "exitcode: -9" in said and said.count("Restored all states") == 1
