@@ -166,7 +166,7 @@ def test_refused_images_are_counted_by_reason_and_the_first_is_named(tmp_path, c
     split = report_of(tmp_path)["tasks"][0]["splits"][0]
     found = [(complaint["what"].split(";")[0], complaint["count"]) for complaint in split["refused"]]
     assert found == [("image does not exist", 2), ("image is N x N pixels", 1)]
-    assert "rows.json:2: image" in split["refused"][0]["first"] and "gone.png" in split["refused"][0]["first"]
+    assert "rows.json:3: image" in split["refused"][0]["first"] and "gone.png" in split["refused"][0]["first"]
     assert split["prompt_tokens"] is not None and split["image_tokens"]["maximum"] == 9
     assert "WOULD STOP THE RUN: 2 of 4 train rows" in capsys.readouterr().out
 
@@ -185,7 +185,7 @@ def test_half_of_a_character_is_a_problem_that_names_its_row(tmp_path, charts, c
     assert inspect(*options) == 1
     what = "question" if column == "problem" else "answer"
     said = " ".join(capsys.readouterr().out.split())
-    assert f"rows.json:1: the {what} holds '\\ud800', which is half of a character" in said
+    assert f"rows.json:2: the {what} holds '\\ud800', which is half of a character" in said
     assert len(report_of(tmp_path)["problems"]) >= 1
 
 
@@ -196,7 +196,7 @@ def test_a_split_all_of_whose_rows_would_be_skipped_is_a_problem(tmp_path, chart
     assert problem.startswith(
         "task charts, train, test: all 2 measured rows would be skipped for their images; first: "
     )
-    assert "rows.json:0: image" in problem and "gone.png" in problem
+    assert "rows.json:1: image" in problem and "gone.png" in problem
     assert report_of(tmp_path)["warnings"] == []
     shown = capsys.readouterr().out
     assert "1 problem" in shown and "no problem was found" not in shown

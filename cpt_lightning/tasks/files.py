@@ -55,11 +55,11 @@ def is_saved(folder: Path) -> bool:
 def _parts(name: str) -> list[Part]:
     path = Path(name).expanduser()
     if not path.is_dir():
-        return [Part(_READERS[path.suffix.lower()](path), f"{name}:", path.parent)]
+        return [Part(_READERS[path.suffix.lower()](path), f"{name}:", path.parent, first=1)]
     if is_saved(path):
-        return [Part(_read_saved(path), f"{name}:", path)]
+        return [Part(_read_saved(path), f"{name}:", path, first=1)]
     if _has_metadata(path):
-        return [Part(_read_images(path), f"{name}:", path)]
+        return [Part(_read_images(path), f"{name}:", path, first=1)]
     return [part for file in _files_of(path) for part in _parts(f"{name.rstrip('/')}/{file.name}")]
 
 

@@ -32,7 +32,8 @@ class Row:
     """One question of a source with its answer, before a task decides how it is asked.
 
     Args:
-        row_id: Names the row in errors and result files: ``"<source>/<split>/<index>"`` or ``"<file>:<row>"``.
+        row_id: Names the row in errors and result files: ``"<source>/<split>/<index>"`` or ``"<file>:<row>"``, the
+            index from 0 and the row from 1.
         question: Text asked; an ``<image>`` marker says where an image goes, images without a marker come first.
         answer: Reference answer, or several that are all right.
         images: In the order of their markers; whatever :func:`~cpt_lightning.tasks.images.load_image` reads.

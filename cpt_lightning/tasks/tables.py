@@ -21,11 +21,13 @@ class Part:
         records: Its rows.
         name: What their ids begin with: ``"rows.json:"``, ``"MMMU/MMMU/Art/validation/"``.
         folder: What their relative image paths are relative to.
+        first: Number of the first one: rows of a file count from 1, as its lines do in an editor.
     """
 
     records: Records
     name: str
     folder: Path
+    first: int = 0
 
 
 class Table(Sequence[Record]):
@@ -50,9 +52,9 @@ class Table(Sequence[Record]):
         return record
 
     def row_id(self, index: int) -> str:
-        """``"<file>:<row>"`` or ``"<source>/<split>/<row>"``, rows counted from 0 in each part."""
+        """``"<file>:<row>"``, counted from 1 as lines are, or ``"<source>/<split>/<row>"``, from 0 as datasets are."""
         part, row = self._locate(index)
-        return f"{part.name}{row}"
+        return f"{part.name}{row + part.first}"
 
     def folder(self, index: int) -> Path:
         """What a row's relative image paths are relative to."""

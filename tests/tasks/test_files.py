@@ -32,7 +32,7 @@ def test_a_saved_split_and_its_arrow_file_are_read(saved):
     (file,) = (saved / "test").glob("*.arrow")
     assert answers(file) == ["test", "b"]
     row = FileRows(f"{saved}/train").split("train")[1]
-    assert row.row_id == f"{saved}/train:1"
+    assert row.row_id == f"{saved}/train:2"
 
 
 def test_a_saved_set_must_name_its_split(saved):
@@ -48,7 +48,7 @@ def test_a_folder_of_files_is_read_in_alphabetical_order(tmp_path, cache):
     datasets.Dataset.from_list(rows("a")).to_parquet(str(tmp_path / "a.parquet"))
     assert answers(tmp_path) == ["a", "b", "c", "d"]
     ids = [row.row_id for row in FileRows(f"{tmp_path}/").split("train")]
-    assert ids == [f"{tmp_path}/{name}" for name in ("a.parquet:0", "b.json:0", "b.json:1", "c.jsonl:0")]
+    assert ids == [f"{tmp_path}/{name}" for name in ("a.parquet:1", "b.json:1", "b.json:2", "c.jsonl:1")]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # datasets 5.2 leaves the CSV file open

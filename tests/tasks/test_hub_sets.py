@@ -50,10 +50,10 @@ ROWS = {
         ("val", 2, 0, 0, None, None, None, [LIME]),
     ],
     "vizwiz": [
-        ("train", 59, 0, 0, "data/vizwiz/Annotations/train.json:0",
+        ("train", 59, 0, 0, "data/vizwiz/Annotations/train.json:1",
          "What is this?", ["unanswerable"] * 6 + ["dog", "a dog", "cat", "unsuitable"], [RED]),
         ("val", 1, 0, 0, None, None, None, [RED]),
-        ("test", 3, 0, 2, "data/vizwiz/Annotations/val.json:2", "What is this?", None, [BLUE]),
+        ("test", 3, 0, 2, "data/vizwiz/Annotations/val.json:3", "What is this?", None, [BLUE]),
     ],
     "vizwiz_hub": [
         ("test", 3, 0, 1, "lmms-lab/VizWiz-VQA/val/1",

@@ -37,12 +37,12 @@ def read(folder, *records, name="rows.json", **options):
 def test_chats_with_images_are_read_as_other_trainers_write_them(tmp_path, name):
     (row,) = read(tmp_path, chat("<image>\nWhat is it?", "a cat", images=["pictures/1.png"]), name=name)
     path = str(tmp_path / "pictures" / "1.png")
-    assert row == Row(f"{tmp_path / name}:0", "<image>\nWhat is it?", "a cat", [path], target="a cat")
+    assert row == Row(f"{tmp_path / name}:1", "<image>\nWhat is it?", "a cat", [path], target="a cat")
 
 
 def test_questions_with_images_are_read_as_the_hub_has_them(tmp_path):
     (row,) = read(tmp_path, {"images": ["1.png"], "problem": "<image>Find x.", "answer": 5})
-    assert row == Row(f"{tmp_path}/rows.json:0", "<image>Find x.", "5", [str(tmp_path / "1.png")])
+    assert row == Row(f"{tmp_path}/rows.json:1", "<image>Find x.", "5", [str(tmp_path / "1.png")])
 
 
 def test_a_reasoned_reply_is_learned_whole_and_graded_by_its_answer(tmp_path):
@@ -81,13 +81,13 @@ def test_answers_become_text(tmp_path, value, answer):
 
 @pytest.mark.parametrize("value", [None, " ", float("nan"), [], [None, ""], [{"answer": None}]])
 def test_an_answer_that_says_nothing_is_refused(tmp_path, value):
-    with pytest.raises(ValueError, match=r"rows.json:0: empty answer .*; fill it in or take the row out"):
+    with pytest.raises(ValueError, match=r"rows.json:1: empty answer .*; fill it in or take the row out"):
         read(tmp_path, {"question": "x?", "answer": value})
 
 
 @pytest.mark.parametrize("value", [None, "", " ", float("nan")])
 def test_a_question_that_says_nothing_is_refused(tmp_path, value):
-    with pytest.raises(ValueError, match=r"rows.json:0: the question is empty; fill it in, or leave such rows out"):
+    with pytest.raises(ValueError, match=r"rows.json:1: the question is empty; fill it in, or leave such rows out"):
         read(tmp_path, {"question": value, "answer": "a"})
 
 
@@ -159,10 +159,10 @@ def test_parquet_with_the_hubs_images_is_read_row_by_row(tmp_path, cache, decode
     examples = Task(FileRows(file)).examples("train", "colours")
     assert [example.gold for example in examples] == colours
     assert [example.images[0].getpixel((0, 0)) for example in examples] == [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
-    assert examples[2].row_id == f"{file}:2"
+    assert examples[2].row_id == f"{file}:3"
     broken = [{"images": [{"bytes": png()[:50], "path": "cut.png"}], "problem": "<image>?", "answer": "red"}]
     file = parquet(tmp_path / "broken.parquet", broken, decode=decode)
-    with pytest.raises(ValueError, match="task 'colours', .*broken.parquet:0: image 'cut.png'"):
+    with pytest.raises(ValueError, match="task 'colours', .*broken.parquet:1: image 'cut.png'"):
         Task(FileRows(file)).examples("train", "colours")[0]
 
 
@@ -182,7 +182,7 @@ def test_several_files_make_one_split_and_keep_their_names(tmp_path):
     (tmp_path / "more").mkdir()
     second = written(tmp_path / "more", {"question": "c?", "answer": "c", "image": "1.png"}, name="rows.jsonl")
     rows = FileRows([first, second], val=second).split("train")
-    assert [row.row_id for row in rows] == [f"{first}:0", f"{first}:1", f"{second}:0"]
+    assert [row.row_id for row in rows] == [f"{first}:1", f"{first}:2", f"{second}:1"]
     assert rows[2].images == [str(tmp_path / "more" / "1.png")]
     assert len(FileRows(first, val=second).split("val")) == 1
 
@@ -246,7 +246,7 @@ def test_the_test_part_does_not_depend_on_the_validation_part():
 )
 def test_a_row_that_does_not_fit_names_file_row_and_option(tmp_path, record, options, message):
     source = FileRows(written(tmp_path, record), columns=Columns(**options))
-    with pytest.raises(ValueError, match=f"rows.json:0: .*{message}"):
+    with pytest.raises(ValueError, match=f"rows.json:1: .*{message}"):
         source.split("train")[0]
 
 
