@@ -89,10 +89,10 @@ def test_nothing_is_written(tmp_path, monkeypatch, capsys):
 
 
 FILTER = ["--filter.mode=solvable"]
-METHODS = [
-    "--trainer.callbacks+=EWC", "--trainer.callbacks.num_rows=2", "--trainer.callbacks+=Drift",
-    "--trainer.callbacks.num_rows=2", *FILTER,
-]  # fmt: skip
+EWC_OF_TWO, DRIFT_OF_TWO = (
+    [f"--trainer.callbacks+={name}", "--trainer.callbacks.num_rows=2"] for name in ("EWC", "Drift")
+)
+BESIDE = {"filter": FILTER, "EWC": EWC_OF_TWO}
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_methods_measurements_and_filter_are_rehearsed_over_two_stages(sampled, 
     Two evaluations of 3 rows, and 3 rows judged 8 times each, with all of the 6 tokens that training samples.
     """
     monkeypatch.chdir(tmp_path)
-    cli = rehearse("demo/grpo.yaml", *METHODS, *ROLLOUTS, "--run_dir=run")
+    cli = rehearse("demo/grpo.yaml", *EWC_OF_TWO, *DRIFT_OF_TWO, *FILTER, *ROLLOUTS, "--run_dir=run")
     said = capsys.readouterr().out
     rows = [line.split("│")[1].strip() for line in said.splitlines() if line.startswith("│")]
     assert rows == ["rollout", "reward", "update", "evaluation", "EWC, longest call", "Drift, longest call", "filter"]
@@ -229,7 +229,7 @@ def test_memory_that_does_not_suffice_is_said_with_the_part_and_the_mend(config,
 
     monkeypatch.setattr(*breaks, full)
     with pytest.raises(SystemExit) as stop:
-        rehearse(f"demo/{config}.yaml", *([*METHODS, *ROLLOUTS] if config == "grpo" else []))
+        rehearse(f"demo/{config}.yaml", *(ROLLOUTS if config == "grpo" else []), *BESIDE.get(part, []))
     first, second = str(stop.value.code).splitlines()
     assert first == f"out of memory in the {part}: CUDA out of memory. Tried to allocate 2.00 GiB."
     assert mend in second
