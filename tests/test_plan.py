@@ -288,7 +288,7 @@ def test_what_callbacks_and_filter_take_is_planned_as_it_is_rehearsed(name, monk
 
 def test_what_callbacks_keep_is_in_shards_and_with_adapters_small():
     """EWC keeps an anchor and F; Drift a frozen base, unless adapters can be switched off."""
-    callbacks = [EWC(num_rows=2), Drift()]
+    callbacks = [EWC(num_rows=2), Drift(), Drift(num_rows=2)]  # whose base is one
     devices = Devices("fsdp2", world_size=2, foreach=False)
     kinds = {phase.name: phase.kinds for phase in make_plan(SFT(), WORKLOAD, devices, callbacks).phases}
     assert {name: found["callbacks"] for name, found in kinds.items()} == dict.fromkeys(kinds, 6 * NUM_WEIGHTS)
@@ -296,6 +296,6 @@ def test_what_callbacks_keep_is_in_shards_and_with_adapters_small():
     assert kinds["EWC"]["new estimate"] == 2 * NUM_WEIGHTS
     assert kinds["EWC"]["gradients"] == kinds["update"]["gradients"]
     adapters = make_plan(SFT(backbone=Backbone(tuning="lora")), WORKLOAD, devices, callbacks)
-    (drift,) = (phase.kinds for phase in adapters.phases if phase.name == "Drift")
+    drift = next(phase.kinds for phase in adapters.phases if phase.name == "Drift")
     assert drift["callbacks"] == (4 + 4) * adapters.num_trainable // 2
     assert drift["gathered weights"] == adapters.phases[0].kinds["gathered weights"]

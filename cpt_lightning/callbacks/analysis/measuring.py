@@ -78,7 +78,7 @@ class Measuring(Recorder):
         super().on_train_start(trainer, pl_module)
         stream = trainer.datamodule
         with self.timed():
-            base = self._base = BaseModel(trainer, pl_module)
+            base = self._base = _loaded(trainer, pl_module) or BaseModel(trainer, pl_module)
             with base.gathered(), trainer.precision_plugin.forward_context():
                 for name in [*stream.task_names, *stream.probe_names]:
                     self._asked[name] = self._ask(trainer, pl_module, base, name)
@@ -122,3 +122,9 @@ class Measuring(Recorder):
     def settings(self) -> dict[str, int]:
         """What is asked, and how long answers may be."""
         return {"num_rows": self.num_rows, "max_new_tokens": self.sampling.max_new_tokens}
+
+
+def _loaded(trainer: Trainer, module: LightningModule) -> BaseModel | None:
+    """The base that another callback has of this model: one serves all."""
+    others = (callback._base for callback in trainer.callbacks if isinstance(callback, Measuring))
+    return next((base for base in others if base is not None and base.trained is module.model), None)

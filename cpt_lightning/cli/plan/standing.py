@@ -115,9 +115,9 @@ class Standing:
 
     @property
     def _copies(self) -> int:
-        """Bytes of the bases, of which each callback that needs one has its own."""
-        num_copies = sum(isinstance(callback, Measuring) for callback in self.callbacks) * self.has_copy_of_base
-        return num_copies * stored_bytes(self.model, self.module.backbone)
+        """Bytes of the base, which callbacks share."""
+        needed = self.has_copy_of_base and any(isinstance(callback, Measuring) for callback in self.callbacks)
+        return stored_bytes(self.model, self.module.backbone) if needed else 0
 
     @property
     def _output_matrices(self) -> int:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpt_lightning.callbacks import Drift
+from cpt_lightning.callbacks import Drift, Influence
+from cpt_lightning.callbacks.analysis.measuring import Measuring
 from cpt_lightning.data import TaskStream
 from cpt_lightning.models import Backbone
 from cpt_lightning.models.adapters import Lora
@@ -160,6 +161,30 @@ def test_whatever_is_tuned_the_base_is_a_model_loaded_anew(tmp_path, small_folde
         expected = naive_kl(torch.cat(list(naive_logits(base, asked.prompts, asked.answers))), logits)
         assert expected > 1e-4
         assert row["forward_kl"] == pytest.approx(expected, rel=1e-3)
+
+
+class KeepBases(L.Callback):
+    """Holds on to the bases of other callbacks."""
+
+    def __init__(self, *callbacks: Measuring) -> None:
+        self.callbacks = callbacks
+
+    def on_train_start(self, *_) -> None:
+        self.bases = [callback._base for callback in self.callbacks]
+
+
+def test_one_base_serves_all_callbacks_of_a_run_and_none_of_the_next(tmp_path, small_folder):
+    """A second run of the same callbacks, as after one that failed and let go of nothing."""
+    drift, influence = Drift(num_rows=2, max_new_tokens=4), Influence(num_rows=2, max_new_tokens=4)
+    keep = KeepBases(drift, influence)
+    fit(tmp_path / "one", sft(small_folder), [drift, influence, keep])
+    first, same = keep.bases
+    assert first is same and first.copy is not None and drift._base is influence._base is None
+    drift._base = influence._base = first
+    module = sft(small_folder)
+    fit(tmp_path / "two", module, [drift, influence, keep])
+    second, same = keep.bases
+    assert second is same and second is not first and second.trained is module.model
 
 
 def naive_kl(logits: Tensor, other: Tensor) -> float:
