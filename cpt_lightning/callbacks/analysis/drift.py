@@ -45,7 +45,7 @@ class Drift(Measuring):
 
     The base is the backbone as ``backbone.path`` has it, without an adapter. With LoRA it is the model with its adapter
     switched off and costs no memory; with full tuning, and with ``along_stream: renewed``, a frozen second copy of the
-    weights is held in their dtype, one for all callbacks (under ``fsdp2`` in shards, and gathered for each measurement).
+    weights is held in their dtype, one for all callbacks; under ``fsdp2`` in shards, and gathered to measure.
 
     Args:
         num_rows: Prompts of each task and probe. They are one batch: as many images and answers must fit.
