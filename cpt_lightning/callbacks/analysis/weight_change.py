@@ -64,7 +64,8 @@ class WeightChange(Recorder, KeptWeights):
         """Remembers a task's start; one that is resumed half-way has it in its checkpoint."""
         # Not in on_train_epoch_start: an adapter that is renewed comes after that of callbacks.
         if batch_idx == 0:
-            self.kept = {"start": copy_of(pl_module)}
+            self.kept = {}  # gives its memory back first
+            self.kept["start"] = copy_of(pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures what the task did; before its checkpoint is saved."""

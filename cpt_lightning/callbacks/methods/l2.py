@@ -38,4 +38,5 @@ class L2(QuadraticPenalty):
         """A task begins; one that is resumed half-way has its anchor in its checkpoint."""
         # Not in on_train_epoch_start: an adapter that is renewed comes after that of callbacks.
         if batch_idx == 0 and (self.anchor == "task_start" or "anchor" not in self.kept):
+            self.kept = {}  # gives its memory back first
             self.kept["anchor"] = copy_of(pl_module)

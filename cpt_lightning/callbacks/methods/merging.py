@@ -75,10 +75,10 @@ class ModelMerging(KeptWeights):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_) -> None:
         """Merges after the task's last batch, before the validation that follows it."""
         if trainer.is_last_batch:
-            ends, num_tasks = trained(pl_module), trainer.current_epoch + 1
-            merged = {name: self._merge(name, parameter.detach(), num_tasks) for name, parameter in ends.items()}
-            _set(pl_module, merged)
-            self.kept["merged"] = merged
+            # One after the other: there is never another whole model.
+            for name, parameter in trained(pl_module).items():
+                self.kept["merged"][name] = self._merge(name, parameter.detach(), trainer.current_epoch + 1)
+            _set(pl_module, self.kept["merged"])
 
     def _merge(self, name: str, end: Tensor, num_tasks: int) -> Tensor:
         merged = self.kept["merged"][name]
