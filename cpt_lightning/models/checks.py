@@ -50,4 +50,4 @@ def check_kinds(where: str = "", /, **options: tuple[object, type]) -> None:
     """
     for name, (value, kind) in options.items():
         if not isinstance(value, kind):
-            raise TypeError(f"{where}{name}={value!r} is {kind_of(value)}; give a {kind.__name__}")
+            raise TypeError(f"{where}{name}={value!r} is {kind_of(value)}, and no {kind.__name__}: give one")

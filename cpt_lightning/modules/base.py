@@ -65,6 +65,10 @@ class PostTraining(Accounted, Evaluating, ClippedGradients):
     ):
         super().__init__(peak_flops)
         check_kinds(backbone=(backbone, Backbone), evaluation=(evaluation, Sampling))
+        if attempts is not None:
+            check_kinds(attempts=(attempts, Attempts))
+        if seed < 0:
+            raise ValueError(f"seed={seed} must not be negative")
         for name, make in {"optimizer": optimizer, "lr_scheduler": lr_scheduler}.items():
             if make is not None and not callable(make):
                 raise TypeError(

@@ -47,11 +47,15 @@ def test_a_word_that_an_option_does_not_know_is_refused_with_those_that_it_knows
     [
         (lambda: Backbone(freeze="vision_tower"), "backbone.freeze='vision_tower' is a str; give a list of vision_"),
         (lambda: Backbone(gradient_checkpointing=True), "backbone.gradient_checkpointing=True is a bool; give a list"),
-        (lambda: Backbone(lora={"rank": 4}), "backbone.lora={'rank': 4} is a dict; give a Lora"),
+        (lambda: Backbone(lora={"rank": 4}), "backbone.lora={'rank': 4} is a dict, and no Lora: give one"),
         (lambda: Lora(parts="projector"), "lora.parts='projector' is a str; give a list"),
-        (lambda: SFT(backbone="tiny"), "backbone='tiny' is a str; give a Backbone"),
-        (lambda: SFT(evaluation={"temperature": 0}), "evaluation={'temperature': 0} is a dict; give a Sampling"),
-        (lambda: RFT(sampling=64), "sampling=64 is an int; give a Sampling"),
+        (lambda: SFT(backbone="tiny"), "backbone='tiny' is a str, and no Backbone: give one"),
+        (
+            lambda: SFT(evaluation={"temperature": 0}),
+            "evaluation={'temperature': 0} is a dict, and no Sampling: give one",
+        ),
+        (lambda: SFT(attempts=4), "attempts=4 is an int, and no Attempts: give one"),
+        (lambda: RFT(sampling=64), "sampling=64 is an int, and no Sampling: give one"),
         (lambda: SFT(optimizer="adamw"), "optimizer='adamw' is a str; give what makes one, such as lambda"),
         (lambda: SFT(optimizer=_optimizer()), "is an AdamW; give what makes one, such as lambda"),
         (lambda: SFT(lr_scheduler="cosine"), "lr_scheduler='cosine' is a str; give what makes one"),
@@ -72,6 +76,11 @@ def test_a_part_that_the_backbone_does_not_have_is_refused():
 def test_a_count_that_is_no_whole_number_is_refused(size):
     with pytest.raises(ValueError, match="group_size=.* must be a whole number"):
         RFT(group_size=size, sampling=Sampling(4))
+
+
+def test_a_negative_seed_is_refused():
+    with pytest.raises(ValueError, match="seed=-1 must not be negative"):
+        SFT(seed=-1)
 
 
 def test_a_path_may_be_one_of_pathlib(small_folder):
