@@ -13,6 +13,8 @@ from zipfile import is_zipfile
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from cpt_lightning.checkpoint_files import PART, others_beside, put_in_place, remove, standing
 from cpt_lightning.models.folders import MODEL_CONFIGS
@@ -63,6 +65,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"{path} could not be saved ({error}); the checkpoint that stood there before is untouched: make room, "
                 "then resume from it",
             ) from error
+        if unsafe := get_unsafe_globals_in_checkpoint(part):
+            rank_zero_warn(
+                f"{path} holds {', '.join(unsafe)}, and no run can go on from it, for checkpoints are read as tensors "
+                "and plain values only: have the state_dict of callbacks and data modules give nothing else"
+            )
         put_in_place(part, path)
 
     def load_checkpoint(
@@ -116,9 +123,10 @@ def _read_file(path: Path, map_location: Any = "cpu", mmap: bool = False) -> dic
     try:
         checkpoint = torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
     except pickle.UnpicklingError as error:
+        unsafe = ", ".join(get_unsafe_globals_in_checkpoint(path))
         raise ValueError(
-            f"{path} holds more than tensors and plain values: it is not one of our checkpoints, and reading it might "
-            "run code"
+            f"{path} holds more than tensors and plain values ({unsafe}): it is not one of our checkpoints, and "
+            "reading it might run code"
         ) from error
     except (RuntimeError, EOFError, OSError, KeyError) as error:
         raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]})") from error

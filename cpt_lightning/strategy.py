@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import (
     Strategy,
     StrategyRegistry,
 )
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -263,7 +264,7 @@ class FSDP2(ModelParallelStrategy):
 
 
 def check_strategy(strategy: Strategy, backbone: Backbone) -> None:
-    """Refuses to split what must stay whole, and to split by other means than ours.
+    """Refuses to split what must stay whole, to split by other means than ours, and processes that last for one call.
 
     Four-bit weights know their scales by an attribute of the tensor, which no sharding takes along. Under other
     strategies a rank would clip by the norm of its own share of the gradient, and sample from its share of weights.
@@ -271,7 +272,14 @@ def check_strategy(strategy: Strategy, backbone: Backbone) -> None:
     Raises:
         ValueError: Says what would go wrong, and what to set instead.
     """
-    if not isinstance(strategy, ModelParallelStrategy | FSDPStrategy | DeepSpeedStrategy):
+    splits = isinstance(strategy, ModelParallelStrategy | FSDPStrategy | DeepSpeedStrategy)
+    if not splits and isinstance(strategy.launcher, _MultiProcessingLauncher):  # also of ddp_fork and ddp_notebook
+        raise ValueError(
+            "trainer.strategy=ddp_spawn and its like end their processes with each validate, fit and test, and the "
+            "next would begin with the untrained base again; set trainer.strategy to ddp, in a script rather than a "
+            "notebook"
+        )
+    if not splits:
         return
     name, along_stream = type(strategy).__name__, backbone.lora.along_stream
     if backbone.tuning == "qlora":

@@ -44,6 +44,14 @@ def test_a_save_replaces_the_file_and_leaves_nothing_else(last):
     assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
 
 
+def test_a_state_that_could_not_be_read_again_is_said_when_it_is_saved_and_named_when_it_is_read(last):
+    """Rather than when a run is to go on from it."""
+    with pytest.warns(UserWarning, match=r"last.ckpt holds pathlib\.\w+, and no run can go on from it.*state_dict"):
+        AtomicCheckpointIO().save_checkpoint({**BIG, "callbacks": {"Mine": {"best": last}}}, last)
+    with pytest.raises(ValueError, match=r"holds more than tensors and plain values \(pathlib\.\w+\)"):
+        read_checkpoint(last)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0], ids=["before", "half-way", "written, not yet in place"])
 def test_a_kill_while_saving_leaves_the_earlier_file(last, share, monkeypatch):
     """A child is killed at that share of the file; the next save clears its rest away."""

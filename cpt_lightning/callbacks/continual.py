@@ -88,16 +88,21 @@ class ContinualLearning(ChecksFit):
         if trainer.state.fn == TrainerFn.FITTING:
             self._last_validation = scores
             return
-        if trainer.ckpt_path is None:
+        if trainer.ckpt_path is not None:
+            self._validated = str(trainer.ckpt_path), scores
+        elif trainer.global_step == 0:  # else it is what this Trainer has learned, and no base
             self.zero_shot = scores
             self._print(trainer)
-        else:
-            self._validated = str(trainer.ckpt_path), scores
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Checks that a resumed record is complete, and writes it."""
+        """Checks that a record is this run's, and complete where it is resumed, and writes it."""
         if trainer.fast_dev_run:
             return
+        if self.rows and trainer.ckpt_path is None and trainer.global_step == 0:
+            raise ValueError(
+                "ContinualLearning holds the record of another run; give every Trainer callbacks of its own, also "
+                "those that keep checkpoints, weights or measurements"
+            )
         matrix = self.matrix(trainer)
         if self._is_resumed and len(self.rows) < trainer.current_epoch:
             raise ValueError(

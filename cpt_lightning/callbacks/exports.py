@@ -18,6 +18,7 @@ from cpt_lightning.callbacks.continual import ContinualLearning
 from cpt_lightning.models.adapted_layers import merge_earlier
 from cpt_lightning.models.adapter_folders import merge_and_unload
 from cpt_lightning.models.adapters import has_adapters
+from cpt_lightning.models.checks import check_known
 from cpt_lightning.models.folders import load_weights, save_folder
 from cpt_lightning.models.sharding import all_whole
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 EXPORTS = "exports"
 """Folder of the exports in a run's."""
+
+When = Literal["never", "end", "every_task"]
 
 
 class TaskExport(ChecksFit, Checkpoint):
@@ -43,7 +46,8 @@ class TaskExport(ChecksFit, Checkpoint):
 
     # Lightning lets Checkpoint callbacks come last, when the row of the task stands in the matrix.
 
-    def __init__(self, when: Literal["never", "end", "every_task"] = "every_task", merge: bool = False) -> None:
+    def __init__(self, when: When = "every_task", merge: bool = False) -> None:
+        check_known("export.", when=(when, When))
         self.when = when
         self.merge = merge
 

@@ -107,8 +107,11 @@ def check_stages(stages: Sequence[Sequence[str]], tasks: Sequence[str], given: o
     """Refuses stages with nothing in them, and tasks that are unknown or named twice.
 
     Raises:
+        TypeError: One text in the place of a list.
         ValueError: Names the stage or the task.
     """
+    if isinstance(given, str):
+        raise TypeError(f"data.stages={given!r} is text; give a list of tasks by name")
     if given is not None and (not given or not all(stages)):
         raise ValueError(f"data.stages={given} has nothing to learn; leave it out to learn every task in turn")
     for stage in stages:

@@ -36,7 +36,12 @@ def token_logprobs(
 
     Returns:
         ``[M]`` log-probabilities in nats (float32, differentiable in ``hidden`` and ``weight``).
+
+    Raises:
+        ValueError: A temperature of 0 or less.
     """
+    if temperature <= 0:
+        raise ValueError(f"temperature={temperature} must be above 0; what was drawn greedily is scored with 1")
     device = "cpu" if hidden.is_meta else hidden.device.type  # autocast knows no meta device
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 
+from cpt_lightning.models.checks import check_known, check_known_lists
+
 if TYPE_CHECKING:
     from cpt_lightning.models.qwen_vl import QwenVL
 
@@ -51,6 +53,8 @@ class Lora:
     along_stream: AlongStream = "shared"
 
     def __post_init__(self) -> None:
+        check_known("lora.", along_stream=(self.along_stream, AlongStream))
+        check_known_lists("lora.", parts=(self.parts, Part))
         if self.rank < 1:
             raise ValueError(f"lora.rank={self.rank} must be at least 1")
         if not 0.0 <= self.dropout < 1.0:

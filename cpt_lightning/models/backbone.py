@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -12,11 +13,17 @@ import torch
 
 from cpt_lightning.models.adapter_folders import base_of, is_adapter_folder, load_adapter_folder, processor_of
 from cpt_lightning.models.adapters import Lora, Part
+from cpt_lightning.models.checks import check_kinds, check_known, check_known_lists
 from cpt_lightning.models.quantization import Quantization
 
 if TYPE_CHECKING:
     from cpt_lightning.models.processor import PromptProcessor
     from cpt_lightning.models.qwen_vl import QwenVL
+
+
+Tuning = Literal["full", "lora", "qlora"]
+Checkpointed = Literal["vision_tower", "language_model"]
+Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 
 
 @dataclass
@@ -40,17 +47,25 @@ class Backbone:
     """
 
     path: str = "tiny"
-    tuning: Literal["full", "lora", "qlora"] = "full"
+    tuning: Tuning = "full"
     lora: Lora = field(default_factory=Lora)
     quantization: Quantization = field(default_factory=Quantization)
     freeze: list[Part] = field(default_factory=list)
-    gradient_checkpointing: list[Literal["vision_tower", "language_model"]] = field(default_factory=list)
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    gradient_checkpointing: list[Checkpointed] = field(default_factory=list)
+    dtype: Dtype = "float32"
     min_pixels: int | None = None
     max_pixels: int | None = None
     cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
+        self.path = os.fspath(self.path)  # of pathlib too
+        check_known("backbone.", tuning=(self.tuning, Tuning), dtype=(self.dtype, Dtype))
+        check_known_lists(
+            "backbone.",
+            freeze=(self.freeze, Part),
+            gradient_checkpointing=(self.gradient_checkpointing, Checkpointed),
+        )
+        check_kinds("backbone.", lora=(self.lora, Lora), quantization=(self.quantization, Quantization))
         both = set(self.freeze) & set(self.lora.parts)
         if self.tuning != "full" and self.lora.targets is None and both:
             raise ValueError(f"backbone: {sorted(both)} cannot be frozen and get LoRA adapters; drop one of the two")

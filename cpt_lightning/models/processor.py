@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -108,10 +109,17 @@ class PromptProcessor(Qwen2_5_VLProcessor):
             B left-padded prompts, without examples.
 
         Raises:
-            ValueError: A chat holds another number of image places than images, or an image that cannot be cut into
-                patches; names the row.
+            TypeError: One chat where there should be a list of them, or one image.
+            ValueError: No chats, or lists of images for another number of them; a chat holds another number of image
+                places than images, or an image that cannot be cut into patches; names the row.
         """
+        if any(isinstance(chat, str | dict) for chat in messages):
+            raise TypeError("messages is one chat, or texts; give a list of chats, each a list of turns")
+        if not messages:
+            raise ValueError("messages=[]: there is nothing to encode")
         images = images if images is not None else [[] for _ in messages]
+        if len(images) != len(messages):
+            raise ValueError(f"{len(images)} lists of images for {len(messages)} chats; give each chat one, if empty")
         names = row_ids if row_ids is not None else [f"prompt {index}" for index in range(len(messages))]
         texts, patches, grids = [], [], []
         for chat, pictures, name in zip(messages, images, names, strict=True):
@@ -156,6 +164,8 @@ class PromptProcessor(Qwen2_5_VLProcessor):
 
     def _patches(self, images: Sequence[Image], name: str) -> tuple[Tensor, Tensor]:
         """``[num_patches, patch_dim]`` and ``[num_images, 3]`` of one chat's images."""
+        if not isinstance(images, Sequence) or any(isinstance(image, str | PathLike) for image in images):
+            raise TypeError(f"{name}: its images are {images!r:.80}; give a list of PIL images")
         if not images:
             return torch.zeros(0, self._patch_dim), torch.zeros(0, 3, dtype=torch.long)
         try:

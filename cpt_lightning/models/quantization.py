@@ -7,10 +7,15 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from cpt_lightning.models.checks import check_known
+
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
     from cpt_lightning.models.qwen_vl import QwenVL
+
+QuantType = Literal["nf4", "fp4"]
+ComputeDtype = Literal["float32", "bfloat16", "float16"]
 
 KEPT_WHOLE = ["lm_head", "model.visual"]
 """Not quantised, beside embeddings and norms: the output matrix, which sampling and log-probabilities read itself, and
@@ -27,9 +32,16 @@ class Quantization:
         compute_dtype: Precision in which a layer is multiplied once its weights are unpacked.
     """
 
-    quant_type: Literal["nf4", "fp4"] = "nf4"
+    quant_type: QuantType = "nf4"
     double_quant: bool = True
-    compute_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    compute_dtype: ComputeDtype = "bfloat16"
+
+    def __post_init__(self) -> None:
+        check_known(
+            "quantization.",
+            quant_type=(self.quant_type, QuantType),
+            compute_dtype=(self.compute_dtype, ComputeDtype),
+        )
 
     @property
     def config(self) -> BitsAndBytesConfig:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cpt_lightning.checkpoint_io import is_within_task
 from cpt_lightning.functional.logprobs import token_logprobs
 from cpt_lightning.models import Backbone
+from cpt_lightning.models.checks import check_kinds
 from cpt_lightning.models.qwen_vl import output_weight
 from cpt_lightning.modules.accounting import Accounted
 from cpt_lightning.modules.clipping import ClippedGradients, check_clipping
@@ -21,6 +22,7 @@ from cpt_lightning.modules.schedules import TaskSchedule
 from cpt_lightning.rollouts import Attempts, Sampler, Sampling, completion_hidden
 from cpt_lightning.rollouts.prefixes import prefixes_of
 from cpt_lightning.strategy import FSDP2, check_strategy
+from cpt_lightning.tasks.records import kind_of
 from cpt_lightning.types import Completions, Prompts, Scored
 
 if TYPE_CHECKING:
@@ -62,6 +64,17 @@ class PostTraining(Accounted, Evaluating, ClippedGradients):
         seed: int = 0,
     ):
         super().__init__(peak_flops)
+        check_kinds(backbone=(backbone, Backbone), evaluation=(evaluation, Sampling))
+        if attempts is not None:
+            check_kinds(attempts=(attempts, Attempts))
+        if seed < 0:
+            raise ValueError(f"seed={seed} must not be negative")
+        for name, make in {"optimizer": optimizer, "lr_scheduler": lr_scheduler}.items():
+            if make is not None and not callable(make):
+                raise TypeError(
+                    f"{name}={make!r} is {kind_of(make)}; give what makes one, such as lambda parameters: "
+                    "torch.optim.AdamW(parameters, lr=1e-5), or for a schedule lambda optimizer: ..."
+                )
         if max_grad_norm is not None and max_grad_norm <= 0:
             raise ValueError(f"max_grad_norm={max_grad_norm} must be positive; null switches clipping off")
         self.backbone = backbone

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from cpt_lightning.functional import masked_mean
+from cpt_lightning.models.checks import check_kinds
 from cpt_lightning.models.qwen_vl import QwenVL, encode_images, has_dropout, vision_is_frozen
 from cpt_lightning.modules.updates import ManualUpdates
 from cpt_lightning.rewards import YES_NO_COUNTS, OverlongPenalty, score
@@ -52,6 +54,7 @@ class GroupRollouts(ManualUpdates):
         **kwargs,
     ):
         super().__init__(**kwargs)
+        check_kinds(sampling=(sampling, Sampling))
         if sampling.temperature == 0:
             raise ValueError("sampling.temperature=0 makes all completions of a group the same; use e.g. 1.0")
         if overlong_margin is not None and not 1 <= overlong_margin <= sampling.max_new_tokens:
@@ -243,12 +246,16 @@ class GroupRollouts(ManualUpdates):
         self.log_means_of_some({f"train/reward/{name}": part for name, part in parts.items()})
 
 
-def check_positive(**counts: int | None) -> None:
-    """Refuses counts below 1.
+def check_positive(**counts: object) -> None:
+    """Refuses counts that are no whole numbers, or below 1.
 
     Raises:
         ValueError: Names the option.
     """
     for name, value in counts.items():
-        if value is not None and value < 1:
+        if value is None:
+            continue
+        if not isinstance(value, Integral):
+            raise ValueError(f"{name}={value!r} must be a whole number")
+        if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cpt_lightning.functional import Reduction, token_weights, weighted_sum
+from cpt_lightning.models.checks import check_known
 from cpt_lightning.modules.rft import RFT, Prepared
 from cpt_lightning.modules.updates import Loss, UpdateStats
 from cpt_lightning.types import Batch, Prompts, Rollout
@@ -48,6 +49,8 @@ class MultiTask(RFT):
         super().__init__(**kwargs)
         if any(weight < 0 for weight in (weights or {}).values()):
             raise ValueError(f"weights={dict(weights or {})} must not be negative")
+        check_known(objective=(objective, Objective), sft_reduction=(sft_reduction, Reduction))
+        check_known("objectives.", **{name: (value, Objective) for name, value in (objectives or {}).items()})
         if sft_reduction == "constant":
             raise ValueError("sft_reduction='constant' belongs to RFT; SFT has 'sequence_mean' and 'token_mean'")
         self.objective: Objective = objective

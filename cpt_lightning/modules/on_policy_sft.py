@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cpt_lightning.functional import Reduction, token_weights, weighted_sum
+from cpt_lightning.models.checks import check_known
 from cpt_lightning.modules.group_rollouts import GroupRollouts
 from cpt_lightning.modules.updates import Loss, UpdateStats
 from cpt_lightning.rollouts import Hint, Selection
@@ -68,6 +69,7 @@ class OnPolicySFT(GroupRollouts):
             raise ValueError(
                 f"sampling.prefix={prefix!r}: what was forced would be missing in what is learned: omit it"
             )
+        check_known(reduction=(reduction, Reduction))
         if reduction == "constant":
             raise ValueError("reduction='constant' belongs to RFT; SFT has 'sequence_mean' and 'token_mean'")
         self.selection = selection

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cpt_lightning.functional.logprobs import token_logprobs
 from cpt_lightning.models.adapters import adapter_weights, adapters_off, adapters_replaced, has_adapters
+from cpt_lightning.models.checks import check_known
 from cpt_lightning.models.qwen_vl import output_weight
 from cpt_lightning.models.sharding import gather, is_sharded, release, whole
 from cpt_lightning.modules.base import PostTraining
@@ -95,6 +96,7 @@ class HeldToReference(PostTraining):
 
     def __init__(self, kl_coef: float = 0.0, reference: ReferenceKind = "task_start", **kwargs):
         super().__init__(**kwargs)
+        check_known(reference=(reference, ReferenceKind))
         if kl_coef < 0:
             raise ValueError(f"kl_coef={kl_coef} must not be negative")
         if kl_coef and reference == "base" and self.along_stream == "renewed":

@@ -62,8 +62,17 @@ class Resumable(L.LightningModule):
                 )
 
     def setup(self, stage: str) -> None:
-        """Has checkpoints read as data only."""
+        """Has checkpoints read as data only.
+
+        Raises:
+            ValueError: The module went through ``torch.compile``.
+        """
         super().setup(stage)
+        if self._compiler_ctx is not None:
+            raise ValueError(
+                "torch.compile(module): its steps sample, grade and log, which cannot be traced; give the Trainer a "
+                "module that was not compiled"
+            )
         AtomicCheckpointIO.take_over(self.trainer.strategy)
 
     @_restricted_classmethod
@@ -77,7 +86,8 @@ class Resumable(L.LightningModule):
         """A module of this class with the weights of a checkpoint, which answers as the one that was trained.
 
         Lightning's own would take classes and options from the file. This one reads tensors and plain values, and of
-        the options the backbone's alone; a folder of shards is read as well.
+        the options the backbone's alone, whatever ``save_hyperparameters`` was told; a folder of shards is read as
+        well.
 
         Args:
             checkpoint_path: The checkpoint of a run, whichever objective wrote it.
@@ -118,6 +128,9 @@ class Resumable(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves out the frozen weights; adds which they were, and the random numbers' states."""
+        for owner in (L.LightningModule, L.LightningDataModule):  # what save_hyperparameters kept may be any object
+            for key in (owner.CHECKPOINT_HYPER_PARAMS_KEY, owner.CHECKPOINT_HYPER_PARAMS_TYPE):
+                checkpoint.pop(key, None)
         if "model" not in self._modules:  # a callback saves what failed before there was anything
             return
         checkpoint["state_dict"] = self.without_frozen(checkpoint["state_dict"])

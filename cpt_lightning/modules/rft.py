@@ -25,6 +25,7 @@ from cpt_lightning.functional import (
     weighted_sum,
     zero_signal_fraction,
 )
+from cpt_lightning.models.checks import check_known
 from cpt_lightning.models.sharding import gather
 from cpt_lightning.modules.advantages import Advantage, advantages_of
 from cpt_lightning.modules.group_rollouts import GroupRollouts, check_positive
@@ -34,7 +35,6 @@ from cpt_lightning.modules.rft_options import (
     USUAL_CLIPS,
     KLEstimator,
     PolicyLoss,
-    check_known,
     check_options,
 )
 from cpt_lightning.modules.updates import Loss, UpdateStats
@@ -133,6 +133,8 @@ class RFT(GroupRollouts, HeldToReference):
             reduction=(reduction, Reduction),
             kl_estimator=(kl_estimator, KLEstimator),
         )
+        if importance_sampling is not None:
+            check_known(importance_sampling=(importance_sampling, RatioLevel))
         check_positive(
             updates_per_rollout=updates_per_rollout,
             passes_per_rollout=passes_per_rollout,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 from cpt_lightning.functional import kl_k1, kl_k2, kl_k3
 
@@ -19,20 +19,6 @@ KL_ESTIMATES = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
 """Those that need log-probabilities of the sampled tokens only."""
 COMPARED_WITH_NO_SIBLING = ("remax", "reinforce_plus_plus", "one_zero")
 """Advantages that groups of one completion have too."""
-
-
-def check_known(**options: tuple[str, object]) -> None:
-    """Refuses words that an option does not know: the parser does so too, but a module may be made without it.
-
-    Args:
-        **options: What was given, and the type (``Literal``) that it should have.
-
-    Raises:
-        ValueError: Names the option, and what there is.
-    """
-    for name, (value, kinds) in options.items():
-        if value not in (known := get_args(kinds)):
-            raise ValueError(f"{name}={value!r} is unknown; there are {', '.join(known)}")
 
 
 def check_options(module: RFT) -> None:

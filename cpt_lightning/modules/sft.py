@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from cpt_lightning.functional import Reduction, forward_kl, token_weights, weighted_sum
+from cpt_lightning.models.checks import check_known
 from cpt_lightning.modules.reference import HeldToReference
 from cpt_lightning.types import Batch
 
@@ -23,6 +24,7 @@ class SFT(HeldToReference):
     """
 
     def __init__(self, reduction: Reduction = "sequence_mean", **kwargs):
+        check_known(reduction=(reduction, Reduction))
         if reduction == "constant":
             raise ValueError("reduction='constant' belongs to RFT; SFT has 'sequence_mean' and 'token_mean'")
         super().__init__(**kwargs)

@@ -64,6 +64,7 @@ class RunFolder:
     path: Path
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))  # given as text too
         if not self.path.is_dir():
             raise FileNotFoundError(f"{self.path} is no folder; name the folder of a run, such as runs/demo_grpo")
         if not any((self.path / name).exists() for name in (CONFIG, MATRIX)):

@@ -55,7 +55,7 @@ class Arm:
         return self.first.num_stages
 
 
-def arms_of(arguments: Sequence[str]) -> list[Arm]:
+def arms_of(arguments: Sequence[str | Path]) -> list[Arm]:
     """The arms that folders belong to, in the order of their first run.
 
     Finished runs whose configurations are equal but for :data:`OWN` are seeds of one arm. An unfinished run, a second
@@ -71,7 +71,7 @@ def arms_of(arguments: Sequence[str]) -> list[Arm]:
     named: dict[str, Arm] = {}
     found: list[tuple[str | None, Arm]] = []
     for argument in arguments:
-        name, run = _parsed(argument)
+        name, run = _parsed(str(argument))
         if any(run.path.resolve() == other.path.resolve() for _, arm in found for other in arm.runs.values()):
             raise ValueError(f"{run.path} is named twice")
         key = _settings(run)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cpt_lightning.rewards.formats import FORMAT_STYLES, FormatStyle, has_format
@@ -49,6 +49,7 @@ class Reward:
         extra: Further parts by name.
 
     Raises:
+        TypeError: Extra parts that are none.
         ValueError: Unknown kind or format, a weight that is negative or not a number, ``accuracy_needs_format`` without
             a format, or an extra part with a name that is taken.
 
@@ -76,6 +77,8 @@ class Reward:
             raise ValueError(f"reward format {self.format!r} is unknown; there are {', '.join(FORMAT_STYLES)}")
         if self.format == "none" and self.accuracy_needs_format:
             raise ValueError("accuracy_needs_format needs a format; set it to think_answer or think_boxed")
+        if not isinstance(self.extra, Mapping) or not all(isinstance(part, RewardPart) for part in self.extra.values()):
+            raise TypeError(f"extra is {self.extra!r}; give a dict of parts by name, as {{'hit': RewardPart(hit)}}")
         for name in self.extra:
             if name in RESERVED or not name or "/" in name:
                 raise ValueError(f"extra reward part {name!r} has a name that results use otherwise; rename it")
@@ -124,7 +127,7 @@ def score(
         num_tokens: N lengths, which it needs.
 
     Raises:
-        RuntimeError: A reward raised, or gave no finite ``total``; the message names the task and the row.
+        RuntimeError: A reward raised, or gave no finite ``total`` and ``accuracy``; the message names task and row.
         ValueError: N is not a multiple of B, or a penalty comes without N lengths.
     """
     if bool(completions) != bool(examples) or (examples and len(completions) % len(examples)):
@@ -155,6 +158,8 @@ def _score(completion: str, example: Example) -> dict[str, float]:
         parts = example.reward(completion, example.gold)
     except Exception as error:  # a user's reward may raise anything; the row is what helps to find out why
         raise RuntimeError(f"{where}: the reward raised {type(error).__name__}: {error}") from error
-    if not isinstance(parts, dict) or not math.isfinite(parts.get("total", math.nan)):
-        raise RuntimeError(f"{where}: the reward gave {parts!r}; it must give a dict with a finite 'total'")
+    if not isinstance(parts, dict) or not all(math.isfinite(parts.get(key, math.nan)) for key in ("total", "accuracy")):
+        raise RuntimeError(
+            f"{where}: the reward gave {parts!r}; it must give a dict with finite 'total' and 'accuracy'"
+        )
     return parts

@@ -180,7 +180,12 @@ def sample_groups(
 
     Returns:
         N = B * G completions, or B * (G + 1), group by group, right-padded.
+
+    Raises:
+        ValueError: A group without completions, or generators for another number of prompts.
     """
+    if group_size < 1:
+        raise ValueError(f"group_size={group_size} must be at least 1")
     group_size += with_greedy
     prefix = processor.encode_prefix(sampling.prefix)
     with sampling_mode(model), casts_kept(prompts.device):
@@ -267,6 +272,8 @@ def _decode(
 def _uniform(num_prompts: int, group_size: int, length: int, generator, device: torch.device) -> Tensor:
     """``[N, length]`` random numbers in [0, 1); in float32 whatever the default dtype, for bfloat16 knows but 256."""
     generators = [generator] if generator is None or isinstance(generator, torch.Generator) else generator
+    if len(generators) not in (1, num_prompts):
+        raise ValueError(f"{len(generators)} generators for {num_prompts} prompts; give one for each, or one for all")
     rows = num_prompts * group_size // len(generators)
     return torch.cat(
         [torch.rand(rows, length, generator=each, device=device, dtype=torch.float32) for each in generators]

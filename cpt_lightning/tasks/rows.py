@@ -9,6 +9,7 @@ from typing import Generic, Literal, TypeVar, get_args, overload
 
 from cpt_lightning.tasks.images import ImageInput
 from cpt_lightning.tasks.prompts import Prompt, refuse_surrogates
+from cpt_lightning.tasks.records import kind_of
 from cpt_lightning.types import Gold
 
 T = TypeVar("T")
@@ -44,7 +45,8 @@ class Row:
         target_ids: Token ids of the target, which SFT then learns as they are.
 
     Raises:
-        ValueError: The answer is empty or holds half of a character, or a field would hide the slot ``answer``.
+        ValueError: Question or answer is no text, or images no list; the answer is empty or holds half of a character,
+            or a field would hide the slot ``answer``.
     """
 
     row_id: str
@@ -58,7 +60,13 @@ class Row:
     target_ids: list[int] | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.question, str):
+            raise ValueError(f"{self.row_id}: the question is {kind_of(self.question)}; give text")
+        if isinstance(self.images, str | bytes) or not isinstance(self.images, Sequence):
+            raise ValueError(f"{self.row_id}: images is {kind_of(self.images)}; give a list of images")
         answers = [self.answer] if isinstance(self.answer, str) else self.answer
+        if not isinstance(answers, list | tuple) or not all(isinstance(answer, str) for answer in answers):
+            raise ValueError(f"{self.row_id}: the answer {answers!r} is no text, nor a list of texts")
         if not answers or not all(answer.strip() for answer in answers):
             raise ValueError(f"{self.row_id}: empty answer {self.answer!r}; fill it in or take the row out")
         for answer in answers:  # what is asked and learned is looked at where it is filled in

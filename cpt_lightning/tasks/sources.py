@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from os import PathLike, fspath
 from pathlib import Path
 
 import numpy as np
@@ -237,7 +238,8 @@ class FileRows(TableRows):
 
     def _files(self, split: Split) -> list[str]:
         files = {"train": self.train, "val": self.val, "test": self.test}[split]
-        return [files] if isinstance(files, str) else list(files or [])
+        given = [files] if isinstance(files, str | PathLike) else files or []
+        return [fspath(file) for file in given]  # of pathlib too
 
 
 def _paths(value: object) -> str | None:

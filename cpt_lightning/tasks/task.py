@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from numbers import Integral
 from typing import Literal, get_args
 
 import numpy as np
@@ -14,6 +15,7 @@ from cpt_lightning.rewards import Reward
 from cpt_lightning.rewards.formats import FormatStyle
 from cpt_lightning.tasks.images import ImageError, load_image
 from cpt_lightning.tasks.prompts import Prompt, Style, check_text
+from cpt_lightning.tasks.records import kind_of
 from cpt_lightning.tasks.rows import SPLITS, LazySequence, Row, Source, Split, check_split
 from cpt_lightning.tasks.targets import check_template, fill_template, most_frequent
 from cpt_lightning.types import Example, Gold
@@ -57,7 +59,9 @@ class Task:
         licence: Terms under which the data may be used, as its publisher states them; ``cpt inspect`` shows it.
 
     Raises:
-        ValueError: A count below 1, a negative seed, an unknown policy, or a malformed template.
+        TypeError: A source, prompt or reward that is none.
+        ValueError: A count that is no whole number or below 1, a negative seed, an unknown policy, or a malformed
+            template.
     """
 
     source: Source
@@ -72,9 +76,19 @@ class Task:
     licence: str | None = None
 
     def __post_init__(self) -> None:
+        parts: dict[str, tuple[object, type]] = {
+            "source": (self.source, Source), "prompt": (self.prompt, Prompt), "reward": (self.reward, Reward),
+        }  # fmt: skip
+        for name, (part, kind) in parts.items():
+            if not isinstance(part, kind):
+                raise TypeError(f"{name}={part!r} is {kind_of(part)}; give a {kind.__name__}")
         for split in SPLITS:
-            count = self._num_rows(split)
-            if count is not None and count < 1:
+            count: object = self._num_rows(split)
+            if count is None:
+                continue
+            if not isinstance(count, Integral):
+                raise ValueError(f"num_{split}={count!r} must be a whole number")
+            if count < 1:
                 raise ValueError(f"num_{split}={count} must be at least 1; null takes every row")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; give 0 or more")
@@ -128,6 +142,10 @@ class Task:
         try:
             check_split(split)
             rows = self.source.split(split)
+            if not isinstance(rows, Sequence):
+                raise ValueError(
+                    f"its source gives {kind_of(rows)}; give a sequence of Rows, as a list or LazySequence"
+                )
             return rows, self._subset(len(rows), split)
         except ValueError as error:
             raise ValueError(f"task '{name}': {error}") from error
@@ -154,6 +172,8 @@ class Task:
             row = rows[int(indices[index])]
         except ValueError as error:  # the source has named the row
             raise ValueError(f"task '{name}', {error}") from error
+        if not isinstance(row, Row):
+            raise ValueError(f"task '{name}': its source gives {kind_of(row)} in the place of a Row")
         where = f"task '{name}', {row.row_id}"
         try:
             example = Example(

@@ -151,6 +151,29 @@ def test_a_validated_checkpoint_is_not_taken_for_the_base(tmp_path, capsys):
     assert continual.zero_shot == trainer.callbacks[0].zero_shot  # of the checkpoint's record
 
 
+def test_a_validation_after_the_run_is_not_taken_for_the_base(tmp_path, capsys):
+    continual = ContinualLearning()
+    module, trainer = run(tmp_path, continual=continual)
+    base, _ = continual.zero_shot, capsys.readouterr()
+    trainer.validate(module, number_stream(), verbose=False)
+    assert continual.zero_shot == base != continual.rows[-1]
+    assert capsys.readouterr().out == ""
+
+
+def test_callbacks_of_another_run_are_refused_and_the_same_trainer_may_fit_again(tmp_path):
+    """Else a run would begin with the rows, checkpoints' folder and anchors of the one before."""
+    continual = ContinualLearning(print_table=False)
+    module, trainer = run(tmp_path / "one", continual=continual)
+    trainer.fit(module, number_stream())  # all is learned
+    with pytest.raises(ValueError, match="holds the record of another run; give every Trainer callbacks of its own"):
+        run(tmp_path / "two", continual=continual)
+    assert not list((tmp_path / "two").glob("*.ckpt"))
+    options = {"stream": number_stream(stages=["a", "b", "c", "a"]), "continual": continual}
+    again = make_trainer(tmp_path / "three", **options)
+    again.fit(module, options["stream"], ckpt_path=str(tmp_path / "one" / "last.ckpt"))  # has a record of its own
+    assert len(continual.rows) == 4
+
+
 def test_without_a_stream_the_mend_is_named(tmp_path):
     stream = number_stream()
     with pytest.raises(ValueError, match="needs a stream of tasks: call trainer.fit"):

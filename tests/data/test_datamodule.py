@@ -267,3 +267,9 @@ def test_a_stream_asks_every_task_and_probe_in_its_style():
     assert {task.prompt.style for task in stream.everything.values()} == {"think_boxed"}
     assert {task.reward.format for task in stream.everything.values()} == {"think_boxed"}
     assert stream.fingerprint("a", "test") != number_stream().fingerprint("a", "test")
+
+
+def test_one_text_in_the_place_of_a_list_of_stages_is_refused():
+    """Each of its letters would be a stage."""
+    with pytest.raises(TypeError, match="data.stages='ab' is text; give a list of tasks by name"):
+        number_stream(stages="ab")

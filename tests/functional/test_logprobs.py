@@ -50,3 +50,9 @@ def test_under_autocast_the_product_is_bfloat16_and_the_softmax_float32():
 @pytest.mark.parametrize("width, rows", [(256, 110), (3584, 896)], ids=["64 MB of logits", "a quarter of the width"])
 def test_chunks_of_wide_models_are_longer_for_each_adds_to_the_gradient_of_the_whole_matrix(width: int, rows: int):
     assert _chunk_rows(torch.empty(151_936, width, device="meta"), None) == rows
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0])
+def test_a_temperature_that_divides_into_nothing_is_refused(temperature: float):
+    with pytest.raises(ValueError, match="temperature=.* must be above 0; what was drawn greedily is scored with 1"):
+        token_logprobs(torch.ones(1, 2), torch.ones(3, 2), torch.tensor([0]), temperature)

@@ -91,3 +91,20 @@ def test_an_image_without_a_place_or_a_place_without_an_image_names_the_row(proc
 def test_an_image_that_cannot_be_cut_names_the_row(processor: PromptProcessor):
     with pytest.raises(ValueError, match=r"rows.json:3: images of sizes \[\(8000, 28\)\]"):
         processor.encode([WITH_IMAGE], [[picture(8000, 28)]], ["rows.json:3"])
+
+
+@pytest.mark.parametrize(
+    ("messages", "images", "error", "said"),
+    [
+        (TEXT_ONLY, None, TypeError, "messages is one chat, or texts; give a list of chats"),
+        ("What?", None, TypeError, "messages is one chat, or texts"),
+        (["What?"], None, TypeError, "messages is one chat, or texts"),
+        ([], None, ValueError, "there is nothing to encode"),
+        ([WITH_IMAGE, TEXT_ONLY], [[picture()]], ValueError, "1 lists of images for 2 chats; give each chat one"),
+        ([WITH_IMAGE], [picture()], TypeError, "prompt 0: its images are <PIL.Image.* give a list of PIL images"),
+        ([WITH_IMAGE], [["a.png"]], TypeError, r"prompt 0: its images are \['a.png'\]; give a list of PIL images"),
+    ],
+)
+def test_what_is_not_nested_as_chats_and_their_images_is_said(processor, messages, images, error, said):
+    with pytest.raises(error, match=said):
+        processor.encode(messages, images)

@@ -221,3 +221,13 @@ def test_other_strategies_that_split_weights_are_refused_before_anything_loads(k
     module._trainer = type("Trainer", (), {"strategy": kind.__new__(kind)})()
     with pytest.raises(ValueError, match=f"trainer.strategy={kind.__name__}: .*set trainer.strategy to fsdp2"):
         module.configure_model()
+
+
+@pytest.mark.parametrize("name", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
+def test_processes_that_end_with_each_call_are_refused_before_anything_loads(name):
+    """What ``fit`` learns in them is gone when ``test`` starts others, and so is the base that ``validate`` scored."""
+    trainer = L.Trainer(strategy=name, devices=2, accelerator="cpu", logger=False)
+    module = SFT(backbone=Backbone("nowhere"))
+    module._trainer = trainer
+    with pytest.raises(ValueError, match="trainer.strategy=ddp_spawn and its like .*set trainer.strategy to ddp"):
+        module.configure_model()

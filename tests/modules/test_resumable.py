@@ -235,3 +235,26 @@ def test_an_optimizer_that_takes_matrices_alone_goes_on_within_a_task(tmp_path, 
     module.check_checkpoint("muon.ckpt", saved, is_fitting=True)
     with pytest.raises(ValueError, match="middle of a task by another optimizer than AdamW"):
         SFT(**options).check_checkpoint("muon.ckpt", saved, is_fitting=True)
+
+
+def test_a_module_that_saves_its_hyperparameters_is_loaded_all_the_same(tmp_path, batch, small_folder):
+    """They are objects, such as a Sampling, which a checkpoint that is read as data cannot hold."""
+
+    class Weighed(SFT):
+        def __init__(self, factor: float = 1.0, **kwargs):
+            super().__init__(**kwargs)
+            self.save_hyperparameters()
+            self.factor = factor
+
+    path = tmp_path / "weighed.ckpt"
+    module, saved = trained(batch, path, Weighed, small_folder)
+    assert module.hparams.backbone == module.backbone and "hyper_parameters" not in saved
+    loaded = Weighed.load_from_checkpoint(path, factor=2.0)
+    assert loaded.factor == 2.0
+    assert all(torch.equal(weight, weights(loaded)[name]) for name, weight in weights(module).items())
+
+
+def test_a_compiled_module_is_refused_in_a_line(batch, small_folder):
+    module = torch.compile(SFT(backbone=Backbone(small_folder)), backend="eager")
+    with pytest.raises(ValueError, match=r"torch\.compile\(module\): .*a module that was not compiled"):
+        fit(module, [batch])

@@ -26,6 +26,11 @@ def test_an_old_run_with_a_matrix_alone_has_the_rest_not(tmp_path):
     )
 
 
+def test_the_folder_may_be_named_by_text(tmp_path):
+    made_run(tmp_path / "run")
+    assert RunFolder(str(tmp_path / "run")) == RunFolder(tmp_path / "run")
+
+
 def test_a_run_that_was_begun_and_measured_nothing_is_one_too(tmp_path):
     made_run(tmp_path / "run")
     (tmp_path / "run/accuracy_matrix.json").unlink()

@@ -7,7 +7,7 @@ from tests.report.made_runs import made_run
 
 
 def found(*arguments) -> dict:
-    return {arm.name: list(arm.runs) for arm in arms_of(list(map(str, arguments)))}
+    return {arm.name: list(arm.runs) for arm in arms_of(arguments)}
 
 
 def test_runs_whose_configs_differ_by_seed_and_folder_are_one_arm(tmp_path):

@@ -101,9 +101,16 @@ def failing(completion, gold):
         (Reward(kind="letter"), "task 'colours', rows.json:7: .* no option letter"),
         (Reward(extra={"bonus": RewardPart(lambda completion, gold: math.nan)}), "rows.json:7: .*'bonus' is nan"),
         (lambda completion, gold: {"accuracy": 1.0}, "rows.json:7: .*finite 'total'"),
+        (lambda completion, gold: {"total": 1.0}, "rows.json:7: .*finite 'total' and 'accuracy'"),
         (lambda completion, gold: 1.0, "rows.json:7: .*finite 'total'"),
     ],
 )
 def test_a_reward_that_fails_names_task_and_row(reward, message):
     with pytest.raises(RuntimeError, match=message):
         score(["red"], [example(reward)])
+
+
+@pytest.mark.parametrize("extra", [{"hit": permutation_hits}, [RewardPart(permutation_hits)]])
+def test_extra_parts_that_are_none_are_refused_with_an_example(extra):
+    with pytest.raises(TypeError, match=r"extra is .*give a dict of parts by name, as \{'hit': RewardPart\(hit\)\}"):
+        Reward(extra=extra)

@@ -283,3 +283,12 @@ class CountCasts(TorchDispatchMode):
         if func is torch.ops.aten._to_copy.default and args[0].shape == self.shape:
             self.number += 1
         return func(*args, **(kwargs or {}))
+
+
+def test_no_group_and_generators_for_others_than_the_prompts_are_refused(small_model, processor, mixed_prompts):
+    with pytest.raises(ValueError, match="group_size=0 must be at least 1"):
+        sample_groups(small_model, processor, mixed_prompts, 0, Sampling(2))
+    two = [keyed_generator("cpu", row) for row in range(2)]
+    assert len(mixed_prompts) == 4  # of which two generators would serve two each
+    with pytest.raises(ValueError, match="2 generators for 4 prompts; give one for each, or one for all"):
+        sample_groups(small_model, processor, mixed_prompts, 2, Sampling(2), two)

@@ -340,3 +340,10 @@ def test_real_pictures_are_shown_with_their_questions(file, count):
         assert example.images[0].mode == "RGB"
         assert example.messages[0]["content"][0] == {"type": "image"}
         assert example.reward(example.target, example.gold)["accuracy"] == 1
+
+
+def test_files_may_be_paths_of_pathlib(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"problem": "?", "answer": "5"}\n')
+    for given in (file, [file]):
+        assert [row.answer for row in FileRows(train=given).split("train")] == ["5"]

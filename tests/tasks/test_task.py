@@ -8,7 +8,7 @@ from jsonargparse import ArgumentParser
 from PIL import Image
 
 from cpt_lightning.rewards import Reward, permutation_hits
-from cpt_lightning.tasks import LazySequence, Prompt, Row, SkippedRow, Source, Task
+from cpt_lightning.tasks import LazySequence, Prompt, Row, SkippedRow, Source, Task, ToyWorld
 from cpt_lightning.tasks.targets import fill_template, most_frequent, template_slots
 
 
@@ -287,3 +287,49 @@ def test_a_task_in_another_style_is_asked_and_rewarded_in_it(style, format_style
     assert (styled.reward.format, styled.reward.accuracy_needs_format) == (format_style, needs_format)
     assert (styled.reward.kind, styled.reward.accuracy_weight) == ("number", 0.7)
     assert (task.prompt.style, task.reward.format) == ("none", "think_answer")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"source": "bars2"}, "source='bars2' is a str; give a Source"),
+        ({"prompt": "Think."}, "prompt='Think.' is a str; give a Prompt"),
+        ({"reward": "number"}, "reward='number' is a str; give a Reward"),
+    ],
+)
+def test_what_is_no_source_prompt_or_reward_is_refused(options, said):
+    with pytest.raises(TypeError, match=said):
+        Task(**{"source": ToyWorld("bars2")} | options)
+
+
+@pytest.mark.parametrize("count", ["5", 2.5])
+def test_a_number_of_rows_that_is_none_is_refused(count):
+    with pytest.raises(ValueError, match="num_test=.* must be a whole number"):
+        Task(ToyWorld("bars2"), num_test=count)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"answer": 5}, "numbers/3: the answer 5 is no text, nor a list of texts"),
+        ({"answer": ["5", 6]}, r"numbers/3: the answer \['5', 6\] is no text"),
+        ({"question": 7}, "numbers/3: the question is an int; give text"),
+        ({"images": "a.png"}, "numbers/3: images is a str; give a list of images"),
+        ({"images": Image.new("RGB", (28, 28))}, "numbers/3: images is an Image; give a list of images"),
+    ],
+)
+def test_a_row_of_an_own_source_that_holds_something_else_is_named(options, said):
+    with pytest.raises(ValueError, match=said):
+        Row(**{"row_id": "numbers/3", "question": "?", "answer": "5"} | options)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (iter(rows(3)), "task 'sums': its source gives a list_iterator; give a sequence of Rows, as a list or LazySeq"),
+        ([{"question": "?", "answer": "5"}], "task 'sums': its source gives a dict in the place of a Row"),
+    ],
+)
+def test_an_own_source_that_gives_no_sequence_of_rows_is_named(given, said):
+    with pytest.raises(ValueError, match=said):
+        Task(Listed(given)).examples("train", "sums")[0]

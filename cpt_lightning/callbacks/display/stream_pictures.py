@@ -8,8 +8,11 @@ from lightning import Callback, LightningModule, Trainer
 
 from cpt_lightning.callbacks.continual import ContinualLearning
 from cpt_lightning.callbacks.display.loggers import drawn, log_charts, log_image, logged_step, shows_images
+from cpt_lightning.models.checks import check_known
 from cpt_lightning.pictures import heatmap, stream_curves
 from cpt_lightning.records import AccuracyMatrix
+
+When = Literal["every_task", "end", "never"]
 
 
 class StreamPictures(Callback):
@@ -22,7 +25,8 @@ class StreamPictures(Callback):
         when: After each task, once after the last, or not at all.
     """
 
-    def __init__(self, when: Literal["every_task", "end", "never"] = "every_task") -> None:
+    def __init__(self, when: When = "every_task") -> None:
+        check_known("StreamPictures: ", when=(when, When))
         self.when = when
         self.steps: list[int] = []
 

@@ -19,6 +19,7 @@ from cpt_lightning.callbacks.filter.choice import Choice, Mode, kept_rows, short
 from cpt_lightning.callbacks.filter.judge import Judge
 from cpt_lightning.callbacks.filter.verdicts import Verdict, VerdictFile
 from cpt_lightning.checkpoint_io import is_within_task
+from cpt_lightning.models.checks import check_known
 from cpt_lightning.models.fingerprint import model_fingerprint
 from cpt_lightning.rollouts import Sampling
 from cpt_lightning.types import Batch
@@ -79,6 +80,8 @@ class RolloutFilter(ChecksFit):
                 f"filter.lowest={lowest} and filter.highest={highest} must lie in 0 to "
                 f"completions_per_row={completions_per_row}, in this order"
             )
+        if mode is not None:
+            check_known("filter.", mode=(mode, Mode))
         if mode == "unsolvable" and lowest == 0:
             raise ValueError("filter.mode=unsolvable keeps rows with fewer passes than filter.lowest, which is 0")
         if not 0 < threshold <= 1:

@@ -10,9 +10,13 @@ from lightning import LightningModule, Trainer
 from cpt_lightning.callbacks.methods.fisher import diagonal_fisher, own_answers
 from cpt_lightning.callbacks.methods.kept_weights import refuse_other_adapters
 from cpt_lightning.callbacks.methods.penalties import QuadraticPenalty
+from cpt_lightning.models.checks import check_known
 from cpt_lightning.models.weights import Weights, copy_of
 from cpt_lightning.rollouts import Sampling
 from cpt_lightning.types import Batch
+
+Answered = Literal["samples", "targets"]
+Anchors = Literal["latest", "every_task"]
 
 
 class EWC(QuadraticPenalty):
@@ -42,13 +46,14 @@ class EWC(QuadraticPenalty):
     def __init__(
         self,
         strength: float = 1000.0,
-        completions: Literal["samples", "targets"] = "samples",
+        completions: Answered = "samples",
         num_rows: int = 64,
         max_new_tokens: int = 64,
         decay: float = 1.0,
-        anchors: Literal["latest", "every_task"] = "latest",
+        anchors: Anchors = "latest",
     ) -> None:
         super().__init__(strength, shown_as="train/ewc")
+        check_known("EWC: ", completions=(completions, Answered), anchors=(anchors, Anchors))
         if num_rows < 1:
             raise ValueError(f"EWC: num_rows={num_rows} must be at least 1")
         if not 0 <= decay <= 1:

@@ -8,7 +8,10 @@ from lightning import LightningModule, Trainer
 
 from cpt_lightning.callbacks.methods.kept_weights import refuse_other_adapters
 from cpt_lightning.callbacks.methods.penalties import QuadraticPenalty
+from cpt_lightning.models.checks import check_known
 from cpt_lightning.models.weights import copy_of
+
+Anchor = Literal["task_start", "base"]
 
 
 class L2(QuadraticPenalty):
@@ -25,7 +28,8 @@ class L2(QuadraticPenalty):
         ValueError: A negative strength; the anchor ``base`` for adapters that are not shared by all tasks.
     """
 
-    def __init__(self, strength: float = 0.01, anchor: Literal["task_start", "base"] = "task_start") -> None:
+    def __init__(self, strength: float = 0.01, anchor: Anchor = "task_start") -> None:
+        check_known("L2: ", anchor=(anchor, Anchor))
         super().__init__(strength, shown_as="train/l2")
         self.anchor = anchor
 

@@ -9,7 +9,11 @@ from lightning import LightningModule, Trainer
 from torch import Tensor
 
 from cpt_lightning.callbacks.methods.kept_weights import KeptWeights, refuse_other_adapters
+from cpt_lightning.models.checks import check_known
 from cpt_lightning.models.weights import copy_of, trained
+
+Method = Literal["average", "task_arithmetic"]
+Start = Literal["merged", "base"]
 
 
 class ModelMerging(KeptWeights):
@@ -41,11 +45,12 @@ class ModelMerging(KeptWeights):
 
     def __init__(
         self,
-        method: Literal["average", "task_arithmetic"] = "average",
+        method: Method = "average",
         scale: float | None = None,
-        start: Literal["merged", "base"] = "merged",
+        start: Start = "merged",
     ) -> None:
         super().__init__()
+        check_known("ModelMerging: ", method=(method, Method), start=(start, Start))
         if method == "average" and scale is not None:
             raise ValueError(f"ModelMerging: scale={scale} belongs to task_arithmetic; the average needs none")
         if method == "task_arithmetic" and (scale is None or scale <= 0):
