@@ -363,7 +363,7 @@ def test_a_picture_that_is_missing_is_named_in_a_line_whoever_loads_it(config, t
     source = f"{{class_path: cpt_lightning.tasks.FileRows, init_args: {{train: {rows}, test: {rows}}}}}"
     task = ["--data.tasks.word2.source", source, "--data.tasks.word2.num_test=1", f"--data.num_workers={num_workers}"]
     said = refusal(["fit", "-c", config, "--trainer.logger=false", *task], capsys, code=1).splitlines()
-    assert said[-2].startswith(f"cpt fit: error: task 'word2', {rows}:0: image '{tmp_path}/nowhere.png' does not exist")
+    assert said[-2].startswith(f"cpt fit: error: task 'word2', {rows}:1: image '{tmp_path}/nowhere.png' does not exist")
     assert "Traceback" not in "\n".join(said)
 
 

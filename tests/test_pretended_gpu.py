@@ -159,6 +159,7 @@ RUNS = {"full": ("full", "shared", MEASURED), "per_task": ("lora", "per_task", "
 
 
 @pytest.mark.parametrize("name", RUNS)
+@pytest.mark.filterwarnings("ignore:.*holds tests.pretend_gpu.OnGPU")  # in the place of tensors
 def test_a_stream_with_its_callbacks_runs_on_a_gpu_and_leaves_what_the_cpu_leaves(small_folder, tmp_path, name):
     """Filter, task switches, measurements, a penalty, checkpoints, and the matrix in the end."""
     (tuning, along, callbacks), stream = RUNS[name], STREAM
