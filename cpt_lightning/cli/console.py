@@ -19,7 +19,7 @@ NOISE = (
     "GPU available: ",
     "TPU available: ",
     "💡 Tip: ",
-    "`Trainer(limit_val_batches=",  # whoever limits batches says so himself
+    "`Trainer(limit_val_batches=",  # who limits batches knows it
     "`Trainer.fit` stopped: `max_epochs=",
     "Restoring states from the checkpoint path",  # and again when it is done
     "Initializing distributed: ",

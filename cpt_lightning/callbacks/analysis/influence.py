@@ -9,13 +9,7 @@ import torch
 from lightning import LightningModule, Trainer
 from torch.optim import Optimizer
 
-from cpt_lightning.callbacks.analysis.answer_scores import (
-    MEANS,
-    AnswerScores,
-    change_of,
-    lasting_weight,
-    scores_of,
-)
+from cpt_lightning.callbacks.analysis.answer_scores import MEANS, AnswerScores, change_of, lasting_weight, scores_of
 from cpt_lightning.callbacks.analysis.base_model import BaseModel
 from cpt_lightning.callbacks.analysis.exact_influence import ExactInfluence
 from cpt_lightning.callbacks.analysis.learned import Learned
