@@ -18,9 +18,9 @@ from cpt_lightning.callbacks.continual import ContinualLearning
 from cpt_lightning.models.adapted_layers import merge_earlier
 from cpt_lightning.models.adapter_folders import merge_and_unload
 from cpt_lightning.models.adapters import has_adapters
-from cpt_lightning.models.checks import check_known
 from cpt_lightning.models.folders import load_weights, save_folder
 from cpt_lightning.models.sharding import all_whole
+from cpt_lightning.tasks.checks import check_known
 
 if TYPE_CHECKING:
     from cpt_lightning.models import Backbone

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 
-from cpt_lightning.models.checks import check_known, check_known_lists
+from cpt_lightning.tasks.checks import check_known, check_known_lists
 
 if TYPE_CHECKING:
     from cpt_lightning.models.qwen_vl import QwenVL

@@ -13,8 +13,8 @@ import torch
 
 from cpt_lightning.models.adapter_folders import base_of, is_adapter_folder, load_adapter_folder, processor_of
 from cpt_lightning.models.adapters import Lora, Part
-from cpt_lightning.models.checks import check_kinds, check_known, check_known_lists
 from cpt_lightning.models.quantization import Quantization
+from cpt_lightning.tasks.checks import check_kinds, check_known, check_known_lists
 
 if TYPE_CHECKING:
     from cpt_lightning.models.processor import PromptProcessor

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from cpt_lightning.models.checks import check_known
+from cpt_lightning.tasks.checks import check_known
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig

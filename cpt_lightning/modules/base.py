@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from cpt_lightning.checkpoint_io import is_within_task
 from cpt_lightning.functional.logprobs import token_logprobs
 from cpt_lightning.models import Backbone
-from cpt_lightning.models.checks import check_kinds
 from cpt_lightning.models.qwen_vl import output_weight
 from cpt_lightning.modules.accounting import Accounted
 from cpt_lightning.modules.clipping import ClippedGradients, check_clipping
@@ -22,6 +21,7 @@ from cpt_lightning.modules.schedules import TaskSchedule
 from cpt_lightning.rollouts import Attempts, Sampler, Sampling, completion_hidden
 from cpt_lightning.rollouts.prefixes import prefixes_of
 from cpt_lightning.strategy import FSDP2, check_strategy
+from cpt_lightning.tasks.checks import check_kinds
 from cpt_lightning.tasks.records import kind_of
 from cpt_lightning.types import Completions, Prompts, Scored
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from cpt_lightning.functional import masked_mean
-from cpt_lightning.models.checks import check_kinds
 from cpt_lightning.models.qwen_vl import QwenVL, encode_images, has_dropout, vision_is_frozen
 from cpt_lightning.modules.updates import ManualUpdates
 from cpt_lightning.rewards import YES_NO_COUNTS, OverlongPenalty, score
 from cpt_lightning.rollouts import Sampling, run_prompts, sample_groups
 from cpt_lightning.rollouts.sampling import row_generators, with_prefix
+from cpt_lightning.tasks.checks import check_kinds
 from cpt_lightning.types import Completions, Prompts, Rollout
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from cpt_lightning.functional import Reduction, token_weights, weighted_sum
-from cpt_lightning.models.checks import check_known
 from cpt_lightning.modules.rft import RFT, Prepared
 from cpt_lightning.modules.updates import Loss, UpdateStats
+from cpt_lightning.tasks.checks import check_known
 from cpt_lightning.types import Batch, Prompts, Rollout
 
 Objective = Literal["sft", "rft"]

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from cpt_lightning.functional import Reduction, token_weights, weighted_sum
-from cpt_lightning.models.checks import check_known
 from cpt_lightning.modules.group_rollouts import GroupRollouts
 from cpt_lightning.modules.updates import Loss, UpdateStats
 from cpt_lightning.rollouts import Hint, Selection
 from cpt_lightning.rollouts.selection import FATES, Fate
+from cpt_lightning.tasks.checks import check_known
 from cpt_lightning.types import Batch, Completions, Prompts, Rollout
 
 

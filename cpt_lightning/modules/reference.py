@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from cpt_lightning.functional.logprobs import token_logprobs
 from cpt_lightning.models.adapters import adapter_weights, adapters_off, adapters_replaced, has_adapters
-from cpt_lightning.models.checks import check_known
 from cpt_lightning.models.qwen_vl import output_weight
 from cpt_lightning.models.sharding import gather, is_sharded, release, whole
 from cpt_lightning.modules.base import PostTraining
 from cpt_lightning.modules.compatibility import KEY
 from cpt_lightning.rollouts import completion_hidden
 from cpt_lightning.rollouts.sampling import sampling_mode
+from cpt_lightning.tasks.checks import check_known
 from cpt_lightning.types import Completions, Prompts
 
 if TYPE_CHECKING:

@@ -25,7 +25,6 @@ from cpt_lightning.functional import (
     weighted_sum,
     zero_signal_fraction,
 )
-from cpt_lightning.models.checks import check_known
 from cpt_lightning.models.sharding import gather
 from cpt_lightning.modules.advantages import Advantage, advantages_of
 from cpt_lightning.modules.group_rollouts import GroupRollouts, check_positive
@@ -39,6 +38,7 @@ from cpt_lightning.modules.rft_options import (
 )
 from cpt_lightning.modules.updates import Loss, UpdateStats
 from cpt_lightning.rollouts.sampling import sampling_mode
+from cpt_lightning.tasks.checks import check_known
 from cpt_lightning.types import Batch, Completions, Prompts, Rollout
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from cpt_lightning.functional import Reduction, forward_kl, token_weights, weighted_sum
-from cpt_lightning.models.checks import check_known
 from cpt_lightning.modules.reference import HeldToReference
+from cpt_lightning.tasks.checks import check_known
 from cpt_lightning.types import Batch
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from cpt_lightning.rewards import Reward
 from cpt_lightning.rewards.formats import FormatStyle
+from cpt_lightning.tasks.checks import check_kinds
 from cpt_lightning.tasks.images import ImageError, load_image
 from cpt_lightning.tasks.prompts import Prompt, Style, check_text
 from cpt_lightning.tasks.records import kind_of
@@ -76,12 +77,7 @@ class Task:
     licence: str | None = None
 
     def __post_init__(self) -> None:
-        parts: dict[str, tuple[object, type]] = {
-            "source": (self.source, Source), "prompt": (self.prompt, Prompt), "reward": (self.reward, Reward),
-        }  # fmt: skip
-        for name, (part, kind) in parts.items():
-            if not isinstance(part, kind):
-                raise TypeError(f"{name}={part!r} is {kind_of(part)}; give a {kind.__name__}")
+        check_kinds(source=(self.source, Source), prompt=(self.prompt, Prompt), reward=(self.reward, Reward))
         for split in SPLITS:
             count: object = self._num_rows(split)
             if count is None:

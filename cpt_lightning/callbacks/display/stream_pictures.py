@@ -8,9 +8,9 @@ from lightning import Callback, LightningModule, Trainer
 
 from cpt_lightning.callbacks.continual import ContinualLearning
 from cpt_lightning.callbacks.display.loggers import drawn, log_charts, log_image, logged_step, shows_images
-from cpt_lightning.models.checks import check_known
 from cpt_lightning.pictures import heatmap, stream_curves
 from cpt_lightning.records import AccuracyMatrix
+from cpt_lightning.tasks.checks import check_known
 
 When = Literal["every_task", "end", "never"]
 

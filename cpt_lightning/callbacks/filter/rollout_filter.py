@@ -19,9 +19,9 @@ from cpt_lightning.callbacks.filter.choice import Choice, Mode, kept_rows, short
 from cpt_lightning.callbacks.filter.judge import Judge
 from cpt_lightning.callbacks.filter.verdicts import Verdict, VerdictFile
 from cpt_lightning.checkpoint_io import is_within_task
-from cpt_lightning.models.checks import check_known
 from cpt_lightning.models.fingerprint import model_fingerprint
 from cpt_lightning.rollouts import Sampling
+from cpt_lightning.tasks.checks import check_known
 from cpt_lightning.types import Batch
 
 Kept = dict[str, list[int]]

@@ -10,9 +10,9 @@ from lightning import LightningModule, Trainer
 from cpt_lightning.callbacks.methods.fisher import diagonal_fisher, own_answers
 from cpt_lightning.callbacks.methods.kept_weights import refuse_other_adapters
 from cpt_lightning.callbacks.methods.penalties import QuadraticPenalty
-from cpt_lightning.models.checks import check_known
 from cpt_lightning.models.weights import Weights, copy_of
 from cpt_lightning.rollouts import Sampling
+from cpt_lightning.tasks.checks import check_known
 from cpt_lightning.types import Batch
 
 Answered = Literal["samples", "targets"]

@@ -8,8 +8,8 @@ from lightning import LightningModule, Trainer
 
 from cpt_lightning.callbacks.methods.kept_weights import refuse_other_adapters
 from cpt_lightning.callbacks.methods.penalties import QuadraticPenalty
-from cpt_lightning.models.checks import check_known
 from cpt_lightning.models.weights import copy_of
+from cpt_lightning.tasks.checks import check_known
 
 Anchor = Literal["task_start", "base"]
 

@@ -9,8 +9,8 @@ from lightning import LightningModule, Trainer
 from torch import Tensor
 
 from cpt_lightning.callbacks.methods.kept_weights import KeptWeights, refuse_other_adapters
-from cpt_lightning.models.checks import check_known
 from cpt_lightning.models.weights import copy_of, trained
+from cpt_lightning.tasks.checks import check_known
 
 Method = Literal["average", "task_arithmetic"]
 Start = Literal["merged", "base"]

@@ -50,4 +50,5 @@ def check_kinds(where: str = "", /, **options: tuple[object, type]) -> None:
     """
     for name, (value, kind) in options.items():
         if not isinstance(value, kind):
-            raise TypeError(f"{where}{name}={value!r} is {kind_of(value)}, and no {kind.__name__}: give one")
+            article = "an" if kind.__name__[0] in "AEIO" else "a"
+            raise TypeError(f"{where}{name}={value!r} is {kind_of(value)}; give {article} {kind.__name__}")
