@@ -315,6 +315,37 @@ def test_a_misspelt_option_is_named(config, tmp_path, capsys, misspelt, named):
     assert named in message
 
 
+@pytest.mark.parametrize(
+    "options, meant",
+    [
+        (["--steps=3"], "data.steps"),
+        (["--group_size=3"], "model.group_size"),
+        (["--model.backbone.pth=tiny"], "backbone.path"),
+        (["--model.optimizer.wieght_decay=0"], "weight_decay"),
+        (["--data.tasks.word2.source.famly=word2"], "family"),
+        (["--continual.reset_optimiser=true"], "continual.reset_optimizer"),
+        (["--trainer.callbacks+=Drifft"], "Drift"),
+        (["--model=RFTT"], "RFT"),
+        (["--frobnicate=3"], None),
+    ],
+)
+def test_what_may_have_been_meant_is_asked(config, capsys, options, meant):
+    """Of options of the verb, of a class and of a class within one, and of classes by their names."""
+    said = refusal(["fit", "-c", config, *options], capsys).strip()
+    assert said.endswith(f"; did you mean {meant}?") if meant else "did you mean" not in said
+    assert "typing" not in said and "Namespace" not in said
+
+
+@pytest.mark.parametrize("option", ["stepz: 3", "stepz: null"])
+def test_of_several_files_of_options_the_one_with_an_unknown_option_is_named(config, tmp_path, capsys, option):
+    """jsonargparse finds it when all files are one."""
+    for name, content in (("first", "steps: 3"), ("second", option), ("third", "steps: 4")):
+        (tmp_path / f"{name}.yaml").write_text(f"data: {{{content}}}")
+    files = [word for name in ("first", "second", "third") for word in ("-c", str(tmp_path / f"{name}.yaml"))]
+    said = refusal(["fit", "-c", config, *files], capsys)
+    assert f"error: {tmp_path}/second.yaml: " in said and said.strip().endswith("; did you mean data.steps?")
+
+
 DOUBLED = "stages: [two]\nsteps: 1\ntasks:\n  one: {}\n  two: {}\n  one: {}\n"
 
 

@@ -6,16 +6,12 @@ import os
 import re
 import signal
 import sys
-import textwrap
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
 
-from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from cpt_lightning.cli.console import rank
@@ -24,10 +20,6 @@ _PACKAGE = str(Path(__file__).parents[1])
 _IN_A_WORKER = "DataLoader worker process"
 _PLACE = re.compile(r'File "([^"]+)", line .*\n +(.*)')
 _RAISED = re.compile(r"^(?:[\w.]+\.)?\w*Error: ", re.MULTILINE)
-LONGEST_VALUE = 60
-"""Characters of what was given, for it to be said again."""
-_NO_OPTIONS = "Unexpected config: "
-_LINKED = "Call to compute_fn of link "
 _SUBTYPES = "Subtypes: "
 _CLASS = re.compile(r"<class '(?:[\w]+\.)*(\w+)'>")
 _NO_ALTERNATIVE = re.compile(r"Expected a <class '[\w.]+'>")
@@ -56,7 +48,7 @@ def refusal(error: Exception) -> str:
         return str(error)
     begin = max(number for number, line in enumerate(lines[:end]) if line == "Errors:")
     said = [line for line in lines[begin + 1 : end] if line and not _NO_ALTERNATIVE.fullmatch(line)]
-    return "\n".join(said) or _kinds(lines[begin - 1]) or str(error)
+    return "\n".join(dict.fromkeys(said)) or _kinds(lines[begin - 1]) or str(error)
 
 
 def _kinds(subtypes: str) -> str | None:
@@ -66,48 +58,6 @@ def _kinds(subtypes: str) -> str | None:
     listed = _CLASS.sub(r"\1", subtypes.removeprefix(_SUBTYPES)[1:-1]).replace("NoneType", "null")
     *others, last = re.split(r", (?![^\[]*\])", listed)
     return f"must be {', '.join(others)} or {last}" if others else f"must be {last}"
-
-
-def shortened(message: str) -> str:
-    r"""What a parser says of an option, without the types that it tried, and a value only if it is short.
-
-    >>> shortened('Parser key "x":\n  No\n  Errors:\n    - size: 2 or more\n  Given value type: ...\n  Given value: 1')
-    'Parser key "x": size: 2 or more (given: 1)'
-    >>> shortened("Unexpected config: - a list")
-    'a file given with -c has no options in it, but: - a list'
-    """
-    if message.startswith(_NO_OPTIONS):
-        given = message.removeprefix(_NO_OPTIONS).strip()
-        what = f"but: {given[:LONGEST_VALUE]}" if given else "it is empty"
-        return f"a file given with -c has no options in it, {what}"
-    if message.startswith(_LINKED):
-        return message.rpartition(" failed: ")[2]
-    key, _, rest = message.partition("\n")
-    if "\n  Errors:\n" not in message:
-        return message
-    value = rest.rpartition("  Given value: ")[2]
-    shown = f" (given: {value})" if len(value) <= LONGEST_VALUE and "NestedArg(" not in value else ""
-    return f"{key} {refusal(ValueError(textwrap.dedent(rest)))}{shown}"
-
-
-class OptionParser(LightningArgumentParser):
-    """A parser that says what is wrong with an option, and in which file, without listing all others."""
-
-    _file: str | None = None
-
-    def parse_path(self, path: str | os.PathLike, *args: Any, **kwargs: Any) -> Namespace:
-        """The options of a file; what is said of them meanwhile names it (jsonargparse, 4.53, does not)."""
-        self._file, outer = str(path), self._file
-        try:
-            return super().parse_path(path, *args, **kwargs)
-        finally:
-            self._file = outer
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Ends with 2, after a line or a few."""
-        where = "" if self._file is None else f"{self._file}: "
-        super().error(where + shortened(message), ex)
-        raise SystemExit(2)
 
 
 def is_debugged() -> bool:

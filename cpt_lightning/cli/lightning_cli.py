@@ -35,8 +35,9 @@ from cpt_lightning.checkpoint_io import check_resumable, next_step, read_checkpo
 from cpt_lightning.cli import VERBS
 from cpt_lightning.cli.console import rank, tidy
 from cpt_lightning.cli.double_keys import refuse_double_keys
-from cpt_lightning.cli.errors import OptionParser, is_debugged, refusal, saying_complaints
+from cpt_lightning.cli.errors import is_debugged, refusal, saying_complaints
 from cpt_lightning.cli.launched import check_launched, tell_lightning
+from cpt_lightning.cli.option_parser import OptionParser
 from cpt_lightning.cli.run_directory import Claim, check_claimed, last_checkpoint, run_directory
 from cpt_lightning.cli.run_record import RunRecord
 from cpt_lightning.data import TRAINER_OPTIONS, TaskStream
