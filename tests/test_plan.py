@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cpt_lightning.callbacks import EWC, L2, Drift, GradientRisk, ModelMerging, WeightChange, WeightDistance
+from cpt_lightning.callbacks import EWC, L2, Drift, GradientRisk, Influence, ModelMerging, WeightChange, WeightDistance
 from cpt_lightning.callbacks.analysis import base_model
 from cpt_lightning.cli import main
 from cpt_lightning.cli.plan.command import PlanCLI
@@ -299,3 +299,8 @@ def test_what_callbacks_keep_is_in_shards_and_with_adapters_small():
     drift = next(phase.kinds for phase in adapters.phases if phase.name == "Drift")
     assert drift["callbacks"] == (4 + 4) * adapters.num_trainable // 2
     assert drift["gathered weights"] == adapters.phases[0].kinds["gathered weights"]
+
+
+def test_what_is_not_planned_is_refused_with_what_knows_it():
+    with pytest.raises(ValueError, match="Influence: what exact=true takes.*cpt rehearse"):
+        make_plan(SFT(), WORKLOAD, CPU, [Influence(exact=True)])

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from lightning import Callback
 
+from cpt_lightning.callbacks import Influence
 from cpt_lightning.callbacks.filter.judge import Judge
 from cpt_lightning.cli.plan.beside import phases_beside
 from cpt_lightning.cli.plan.devices import Devices
@@ -41,12 +42,17 @@ def make_plan(
         judge: The rollout filter's, if it judges rows.
 
     Raises:
-        ValueError: Another engine samples, whose memory is not known here.
+        ValueError: Another engine samples, or gradients are measured for their influence: that is not known here.
     """
     if module.sampler is not None:
         raise ValueError(
             f"sampler={type(module.sampler).__name__}: what another engine takes is not planned; plan without it "
             "(--model.init_args.sampler null), and leave it its share of the GPU"
+        )
+    if any(isinstance(callback, Influence) and callback.exact for callback in callbacks):
+        raise ValueError(
+            "Influence: what exact=true takes, several copies of the trained weights among it, is not planned; plan "
+            "with exact=false, or see what it takes by `cpt rehearse`"
         )
     engine = WeightlessEngine(module, workload, devices)
     standing = Standing(engine, callbacks)
