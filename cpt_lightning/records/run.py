@@ -26,6 +26,8 @@ SAMPLES = "samples.jsonl"
 DRIFT = "drift.json"
 WEIGHT_DISTANCE = "weight_distance.json"
 STUDY = "study.json"
+MARKS = CONFIG, MATRIX
+"""What tells a run's folder from another: the first files that are written."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class RunFolder:
         object.__setattr__(self, "path", Path(self.path))  # given as text too
         if not self.path.is_dir():
             raise FileNotFoundError(f"{self.path} is no folder; name the folder of a run, such as runs/demo_grpo")
-        if not any((self.path / name).exists() for name in (CONFIG, MATRIX)):
+        if not is_run(self.path):
             raise FileNotFoundError(
                 f"{self.path} has neither {CONFIG} nor {MATRIX}: it is not the folder of a run that `cpt fit` began"
             )
@@ -179,6 +181,11 @@ class RunFolder:
             yield row
         if path.exists() and number == 0 and self.num_stages:
             raise _broken(path, f"it is empty, but {MATRIX} has scores of {self.num_stages} stages")
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether a run has been begun in a folder."""
+    return any((Path(path) / mark).exists() for mark in MARKS)
 
 
 def _json(path: Path) -> Any:

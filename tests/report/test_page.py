@@ -218,6 +218,23 @@ def test_the_verb_names_what_is_wrong(tmp_path, capsys):
     assert not (tmp_path / "page.html").exists()
 
 
+def test_what_lies_beside_runs_is_passed_over_and_named(tmp_path, capsys):
+    """As `runs/*` finds it: an inspection, a page. Alone, or as the folder of an arm, such a thing is refused."""
+    run, page, looked_at = made_run(tmp_path / "x"), tmp_path / "compared.html", tmp_path / "looked_at"
+    (looked_at / "inspect").mkdir(parents=True)
+    page.write_text("")
+    main(["report", *map(str, (looked_at, page, run)), "-o", str(tmp_path / "out.html")])
+    assert f"passed over, for no run was begun there: {looked_at}, {page}\n" in capsys.readouterr().out
+    for arguments, message in (
+        ([looked_at], "looked_at has neither config.yaml nor accuracy_matrix.json"),
+        ([run, f"arm={looked_at}"], "looked_at has neither config.yaml nor accuracy_matrix.json"),
+        ([run, tmp_path / "none"], "none is no folder"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(["report", *map(str, arguments), "-o", str(tmp_path / "out.html")])
+        assert message in capsys.readouterr().err
+
+
 # -- what it is made of ------------------------------------------------------------------------------------------------
 
 
