@@ -121,6 +121,8 @@ class Report:
 
     def _pictures(self) -> Iterator[Picture]:
         for what, panel in self.comparison.panels.items():
+            if len(panel.points) < 2:  # one alone lies nowhere in particular
+                continue
             yield Picture(f"learning_{what}", f"Learning against {what}", trade_off([panel]))
         if len(scored := [section for section in self.sections if section.matrices]) > 1:
             curves = task_curves({section.arm.name: mean_matrix(section.matrices) for section in scored})

@@ -145,8 +145,20 @@ def test_the_markdown_shows_what_was_said_as_code_and_its_pictures_exist(report)
 def test_one_run_alone_is_compared_with_nothing(tmp_path):
     report = Report(arms_of([str(made_run(tmp_path / "x"))]))
     assert (report.differences, report.options, report.circumstances) == ({}, {}, {})
+    assert report.pictures == [], "a point alone, or a line in a panel for it, says nothing"
+    assert report.comparison.legend.startswith("One seed an arm; in brackets")
     report.save(tmp_path / "x.html")
     assert "Against" not in read(tmp_path / "x.html").text
+
+
+def test_a_cell_of_one_seed_has_an_interval_that_stays_within_0_and_100(tmp_path):
+    """Wilson, none right of four: from 0 to z^2 / (4 + z^2) = 3.8415 / 7.8415."""
+    report = Report(arms_of([str(made_run(tmp_path / "x"))]))
+    base = report.sections[0].table[1]["a"][0]
+    assert base is not None and (base.accuracy, base.spread) == (0.0, "[0.0, 49.0]")
+    report.save(tmp_path / "x.html")
+    assert "| a | 0.0 [0.0, 49.0] |" in (tmp_path / "x.md").read_text()
+    assert "0.0[0.0, 49.0]" in read(tmp_path / "x.html").text
 
 
 def test_streams_of_every_shape_are_reported_together(tmp_path):
