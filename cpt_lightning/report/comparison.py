@@ -14,6 +14,7 @@ from cpt_lightning.pictures.comparison import Panel, Point, trade_off
 from cpt_lightning.pictures.files import save_png
 from cpt_lightning.records.files import replace_text
 from cpt_lightning.report.figures import COSTS, FIGURES, Figures
+from cpt_lightning.report.templates import markdown_cell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -102,16 +103,16 @@ class Comparison:
         lines = ["| arm | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
         for arm, seeds in self.arms.items():
             cells = [" ".join(filter(None, self.cell(arm, column))) for column in columns]
-            lines.append(f"| {arm.replace('|', chr(92) + '|')} | {len(seeds)} | " + " | ".join(cells) + " |")
+            lines.append(f"| {markdown_cell(arm)} | {len(seeds)} | " + " | ".join(cells) + " |")
         return "\n".join(lines)
 
     @property
     def legend(self) -> str:
         """What stands in a cell."""
-        legend = "Mean ± standard deviation over seeds"
-        if self.intervals:
-            legend += "; in brackets the 95 % interval of the mean over test rows"
-        return legend + "."
+        has_spread = any(len(seeds) > 1 for seeds in self.arms.values())
+        said = ["mean ± standard deviation over seeds" if has_spread else "one seed an arm"]
+        said += ["in brackets the 95 % interval of the mean over test rows"] if self.intervals else []
+        return f"{'; '.join(said).capitalize()}."
 
     def csv(self) -> str:
         """A line per run."""
@@ -122,7 +123,7 @@ class Comparison:
         for arm, seeds in self.arms.items():
             for seed, figures in seeds.items():
                 values = (figures.get(column) for column in columns)
-                writer.writerow([arm, seed, *("" if value is None else f"{value:.4f}" for value in values)])
+                writer.writerow([arm, seed, *("" if value is None else number(value, 4) for value in values)])
         return text.getvalue()
 
     def latex(self) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+_MARKUP = re.compile(r"[\\`*<>|\[\]#~$]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)")
+
 
 def render(template: str, **values: Any) -> str:
     """A template with its values: HTML and Markdown by what the template's name says."""
@@ -25,10 +27,10 @@ def render(template: str, **values: Any) -> str:
 def markdown_cell(text: Any) -> str:
     r"""Text that Markdown shows as it is, on one line.
 
-    >>> markdown_cell("<b>|a_b|</b>\nc")
-    '\\<b\\>\\|a\\_b\\|\\</b\\> c'
+    >>> markdown_cell("<b>|a_b|</b>\n_c_ $x$ &lt;")  # within a word _ means nothing, and $ on some pages a formula
+    '\\<b\\>\\|a_b\\|\\</b\\> \\_c\\_ \\$x\\$ \\&lt;'
     """
-    return re.sub(r"([\\`*_<>|\[\]#~])", r"\\\1", str(text)).replace("\n", " ")
+    return _MARKUP.sub(r"\\\g<0>", str(text)).replace("\n", " ")
 
 
 def fenced(text: Any) -> str:
