@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cpt_lightning.functional.regression import QuadraticFit
-from cpt_lightning.pictures.comparison import legend_below, style_of
+from cpt_lightning.pictures.comparison import arm_label, legend_below, legend_inches, style_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,11 +26,11 @@ def law(
     """
     from matplotlib.figure import Figure  # slow to import
 
-    figure = Figure(figsize=(5, 4.4 + 0.22 * -(-(len(points) + 1) // 2)), layout="constrained")
+    figure = Figure(figsize=(5, 4.4 + legend_inches([*points, "quadratic"])), layout="constrained")
     axes = figure.subplots()
     for number, (arm, each) in enumerate(points.items()):
         x, y = zip(*each, strict=True)
-        axes.plot(x, y, label=arm, linestyle="none", alpha=0.8, **style_of(number))
+        axes.plot(x, y, label=arm_label(arm), linestyle="none", alpha=0.8, **style_of(number))
     if fit is not None:
         reached = [x for each in points.values() for x, _ in each]
         grid = np.linspace(min(reached), max(reached), 100)

@@ -194,10 +194,13 @@ def number(value: float, digits: int = 1, sign: str = "-") -> str:
 def latex_text(text: str) -> str:
     r"""Text as LaTeX prints it.
 
-    >>> latex_text("lr_1e-3 & 50 %")
-    'lr\\_1e-3 \\& 50 \\%'
+    >>> latex_text("lr_1e-3 & 50 %"), latex_text("<|>")
+    ('lr\\_1e-3 \\& 50 \\%', '\\textless{}\\textbar{}\\textgreater{}')
     """
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
+    special = {
+        "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$",
+        "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
+    }  # fmt: skip
     return "".join(special.get(letter, rf"\{letter}" if letter in "&%$#_{}" else letter) for letter in text)
 
 

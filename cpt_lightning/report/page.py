@@ -126,7 +126,8 @@ class Report:
             yield Picture(f"learning_{what}", f"Learning against {what}", trade_off([panel]))
         if len(scored := [section for section in self.sections if section.matrices]) > 1:
             curves = task_curves({section.arm.name: mean_matrix(section.matrices) for section in scored})
-            yield Picture("tasks", "Accuracy on every task over the stream, a line per arm", curves, is_wide=True)
+            meaning = "Accuracy on every task over the stages, a line per arm; dotted: where the task is learned"
+            yield Picture("tasks", meaning, curves, is_wide=True)
 
     @cached_property
     def law_pictures(self) -> list[Picture]:

@@ -66,6 +66,29 @@ def test_no_panel_is_left_empty(num_tasks):
     assert [axes.get_title() for axes in task_curves({"one": matrix}).axes] == tasks
 
 
+def test_ticks_of_a_long_stream_do_not_run_together():
+    """Of 14 stages every second one: 1 + 14 // 9."""
+    tasks = [f"task{number}" for number in range(14)]
+    row = {task: {"accuracy": 0.5, "num_samples": 4} for task in tasks}
+    matrix = AccuracyMatrix(tasks, [], [[task] for task in tasks], row, [row] * 14)
+    axes = task_curves({"one": matrix}).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["base", "2", "4", "6", "8", "10", "12", "14"]
+
+
+def test_arms_of_any_name_are_in_the_legend_and_none_is_a_formula():
+    """matplotlib takes what begins with _ for hidden, and what is between dollars for a formula, which is none here."""
+    long = "runs/" * 20 + "sft"
+    names = ["_x", r"$\foo$", long]
+    figure = trade_off([Panel("lost", [Point(name, [1], [50]) for name in names])])
+    assert b"svg" in svg(figure)
+    (legend,) = figure.legends
+    shown = [text.get_text() for text in legend.get_texts()]
+    assert shown == [" _x", r"\$\foo\$", f"…{long[-69:]}"]
+    figure.canvas.draw()
+    box = legend.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width, "a name of 70 letters is not cut off"
+
+
 def test_the_same_picture_is_the_same_file():
     panel = Panel("lost", [Point("x", [1], [50])])
     assert svg(trade_off([panel])) == svg(trade_off([panel]))
