@@ -66,8 +66,8 @@ def _uncounted(runs: Sequence[tuple[str, RunFolder]]) -> Iterator[str]:
         logger = ((run.config or {}).get("trainer") or {}).get("logger")
         if logger is not None and not run.logged.values:
             yield (
-                f"{run.path} holds no TensorBoard events, for its loggers were others: rows, rollouts, tokens and "
-                "memory that it took are not known here."
+                f"{run.path} holds no TensorBoard events and no whole metrics.csv, for it logged elsewhere or not at "
+                "all: rows, rollouts, tokens and memory that it took are not known here."
             )
 
 

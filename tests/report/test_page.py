@@ -260,6 +260,15 @@ def test_rows_gained_since_the_base_and_lost_since_learned(tmp_path):
     assert [change.row_id for change in found["b"].gained] == ["b/0", "b/1"], "two are shown"
 
 
+def test_rows_of_answers_that_were_cut_off_are_not_counted(tmp_path):
+    """The matrix has 4 rows of p in the end, the file none of them: not that 0 were lost."""
+    path = made_run(tmp_path / "x") / "samples.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-4]))
+    assert changes_of(RunFolder(tmp_path / "x")) == []
+    (said,) = Report(arms_of([str(tmp_path / "x")])).resampled.unknown
+    assert f"{path} has 0 answers on p, but accuracy_matrix.json 4 with 1.000" in said
+
+
 @pytest.fixture
 def toy_run(tmp_path):
     """Task a asks rows of the toy world; b and p have nothing to show, for they did not change."""
