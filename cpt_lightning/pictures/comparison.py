@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -63,15 +63,21 @@ def style_of(number: int) -> dict[str, Any]:
     return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
 
 
-def trade_off(panels: Sequence[Panel], title: str = "") -> Figure:
+def trade_off(panels: Sequence[Panel], title: str = "", among: Sequence[str] = ()) -> Figure:
     """Learning against what was lost: means, and standard deviations over seeds.
 
     A grey line goes through the arms that no other beats in both, the Pareto front. Arms that are not finished are
     hollow and no part of it: in fewer tasks there is less to forget.
+
+    Args:
+        panels: One beside the other.
+        title: Above them.
+        among: Arms that other pictures show too, in their order: each looks the same in all.
     """
     from matplotlib.figure import Figure  # slow to import
 
     names = list(dict.fromkeys(point.name for panel in panels for point in panel.points))
+    styles = styles_of(names, among)
     figure = Figure(figsize=(5 * len(panels), 4.4 + legend_inches(names)), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _front(axes, panel)
@@ -79,7 +85,7 @@ def trade_off(panels: Sequence[Panel], title: str = "") -> Figure:
             axes.errorbar(
                 statistics.mean(point.lost), statistics.mean(point.learned), label=arm_label(point.name), capsize=2,
                 xerr=_deviation(point.lost), yerr=_deviation(point.learned), linestyle="none",
-                **style_of(names.index(point.name)), **({} if point.is_finished else HOLLOW),
+                **styles[point.name], **({} if point.is_finished else HOLLOW),
             )  # fmt: skip
         if not all(point.is_finished for point in panel.points):
             axes.plot([], [], "o", color="grey", **HOLLOW, label="hollow: not finished")
@@ -100,11 +106,21 @@ def _front(axes: Axes, panel: Panel) -> None:
         axes.plot(x, y, color="silver", linewidth=4, drawstyle="steps-post", alpha=0.6, zorder=0, label="Pareto front")
 
 
-def task_curves(arms: Mapping[str, AccuracyMatrix]) -> Figure:
+def styles_of(names: Iterable[str], among: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """How each arm is drawn, by its place among those that several pictures show, and behind these."""
+    order = dict.fromkeys([*among, *names])
+    return {name: style_of(number) for number, name in enumerate(order)}
+
+
+def task_curves(arms: Mapping[str, AccuracyMatrix], among: Sequence[str] = ()) -> Figure:
     """A panel per task, and one for the mean of the probes: accuracy over the stages, a line per arm.
 
     A vertical line marks where the task is learned; arms whose streams have other tasks are drawn where they have it. A
     line begins where its task was measured first, that of the mean of the probes where all of them were.
+
+    Args:
+        arms: By name.
+        among: As in :func:`trade_off`.
     """
     from matplotlib.figure import Figure
 
@@ -114,8 +130,9 @@ def task_curves(arms: Mapping[str, AccuracyMatrix]) -> Figure:
     height = -(-len(names) // width)
     figure = Figure(figsize=(3.1 * width, 2.3 * height + 0.6 + legend_inches(arms)), layout="constrained")
     panels = list(figure.subplots(height, width, squeeze=False, sharey=True).flat)
+    styles = styles_of(arms, among)
     for axes, name in zip(panels, names, strict=False):
-        _curves(axes, arms, name)
+        _curves(axes, arms, name, styles)
     for axes in panels[len(names) :]:
         axes.remove()
     for axes in figure.axes[::width]:
@@ -126,16 +143,18 @@ def task_curves(arms: Mapping[str, AccuracyMatrix]) -> Figure:
     return figure
 
 
-def _curves(axes: Axes, arms: Mapping[str, AccuracyMatrix], task: str | None) -> None:
+def _curves(
+    axes: Axes, arms: Mapping[str, AccuracyMatrix], task: str | None, styles: Mapping[str, dict[str, Any]]
+) -> None:
     """One panel: a task, or ``None`` for the mean of the probes."""
-    for number, (arm, matrix) in enumerate(arms.items()):
+    for arm, matrix in arms.items():
         shown = matrix.probes if task is None else [task] if task in matrix.tasks else []
         if not shown:
             continue
         columns = [scores for _, scores, _ in columns_of(matrix) if set(shown) <= set(scores)]
         values = [100 * statistics.mean(scores[name]["accuracy"] for name in shown) for scores in columns]
         first = 1 + len(matrix.rows) - len(values)
-        axes.plot(range(first, first + len(values)), values, label=arm_label(arm), markersize=4, **style_of(number))
+        axes.plot(range(first, first + len(values)), values, label=arm_label(arm), markersize=4, **styles[arm])
         if task is not None:
             axes.axvline(1 + matrix.learned_at[matrix.tasks.index(task)], color="grey", linewidth=0.6, linestyle=":")
     num_stages = max(len(matrix.stages) for matrix in arms.values())

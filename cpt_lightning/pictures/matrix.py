@@ -123,7 +123,7 @@ def shortened(name: str) -> str:
 
 
 def plain(text: str) -> str:
-    r"""Text for matplotlib to draw as it is: it reads a formula between dollars, and legends leave out what begins with _.
+    r"""Text for matplotlib to draw as it is: dollars make a formula of it, and legends leave out what begins with _.
 
     >>> plain(r"$\alpha$"), plain("_x")
     ('\\$\\alpha\\$', ' _x')

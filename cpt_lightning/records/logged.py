@@ -27,7 +27,7 @@ class Logged:
 
     @classmethod
     def load(cls, folder: Path) -> Logged:
-        """Reads all event files of a folder, or where there are none ``metrics.csv``; no values without these either."""
+        """Reads all event files of a folder, or without these ``metrics.csv``; no values where there is neither."""
         files = sorted(folder.glob("events.out.tfevents.*"))
         if not files:
             return cls(_csv_scalars(folder))

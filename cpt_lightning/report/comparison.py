@@ -24,7 +24,7 @@ AXES = {
     "probes": ("probes, points against the base (left: more is lost)", False),
 }
 """What learning is drawn against, and whether more is lost to the right."""
-DIGITS = {"KL": 2, "GPU memory": 2, "host memory": 2}
+DIGITS = {"KL": 2, "rows": 2, "rollouts": 2, "GPU memory": 2, "host memory": 2}
 """After the point, where one is too few."""
 
 

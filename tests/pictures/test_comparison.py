@@ -4,6 +4,7 @@ import pytest
 
 from cpt_lightning.pictures.comparison import Panel, Point, style_of, task_curves, trade_off
 from cpt_lightning.pictures.files import svg
+from cpt_lightning.pictures.law import law
 from cpt_lightning.records import AccuracyMatrix
 
 
@@ -64,6 +65,18 @@ def test_no_panel_is_left_empty(num_tasks):
     row = {task: {"accuracy": 0.5, "num_samples": 4} for task in tasks}
     matrix = AccuracyMatrix(tasks, [], [[task] for task in tasks], row, [row])
     assert [axes.get_title() for axes in task_curves({"one": matrix}).axes] == tasks
+
+
+def test_an_arm_looks_the_same_in_all_pictures_of_a_page():
+    """The second of three is drawn as that, whether the first one is there or not."""
+    row = {"a": {"accuracy": 0.5, "num_samples": 4}}
+    matrix, among = AccuracyMatrix(["a"], [], [["a"]], row, [row]), ["x", "y", "z"]
+    (point,) = trade_off([Panel("lost", [Point("y", [1], [50])])], among=among).axes[0].containers
+    curve = task_curves({"y": matrix, "z": matrix}, among).axes[0].lines[0]
+    (cloud, _) = law({"y": [(1.0, 2.0)]}, ("x", "y"), None, among).axes[0].lines
+    assert {(line.get_color(), line.get_marker()) for line in (point.lines[0], curve, cloud)} == {
+        tuple(style_of(1).values())
+    }
 
 
 def test_ticks_of_a_long_stream_do_not_run_together():

@@ -330,6 +330,15 @@ def test_cautions_name_what_does_not_compare(tmp_path):
     assert any("began from another base" in line for line in cautions(arms_of([str(runs[0]), str(base)])))
 
 
+def test_cautions_name_an_arm_where_all_its_seeds_are_meant(tmp_path):
+    """Seed 1 of x saw other pixels, and both seeds of y were graded otherwise than those of x."""
+    one, two = made_run(tmp_path / "x0"), made_run(tmp_path / "x1", seed=1, max_pixels=3136)
+    prints = {"a": "other", "b": "b" * 12, "p": "p" * 12}
+    y = [made_run(tmp_path / f"y{seed}", seed=seed, fingerprints=prints) for seed in (0, 1)]
+    said = cautions(arms_of([f"x={one}", f"x={two}", *(f"y={run}" for run in y)]))
+    assert [line.rpartition(": ")[2] for line in said] == ["y, against x.", "x (seed 1), against x (seed 0), y."]
+
+
 def test_a_run_that_logged_elsewhere_says_that_its_costs_are_not_known(tmp_path):
     """With TensorBoard beside the other logger they are."""
     run = made_run(tmp_path / "x")
