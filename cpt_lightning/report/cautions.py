@@ -95,8 +95,8 @@ def _extended(scored: Sequence[tuple[Seed, AccuracyMatrix]]) -> Iterator[str]:
         if matrix.added:
             yield (
                 f"{listed([run])} was extended by {', '.join(matrix.added)} on the way: the base was not asked about "
-                "that, and FWT and changes since the base are about the rest. Forgetting and worst dip of it count from "
-                "when it came, which is in its favour beside runs that had it all along."
+                "that, and FWT and changes since the base are about the rest. Forgetting and worst dip of it count "
+                "from when it came, which is in its favour beside runs that had it all along."
             )
 
 
