@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from cpt_lightning.pictures.comparison import Panel, Point, trade_off
 from cpt_lightning.pictures.files import save_png
 from cpt_lightning.records.files import replace_text
+from cpt_lightning.records.markdown import markdown_cell
 from cpt_lightning.report.figures import COSTS, FIGURES, Figures
-from cpt_lightning.report.templates import markdown_cell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-_MARKUP = re.compile(r"[\\`*<>|\[\]#~$]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)")
+from cpt_lightning.records.markdown import markdown_cell
 
 
 def render(template: str, **values: Any) -> str:
@@ -22,15 +22,6 @@ def render(template: str, **values: Any) -> str:
     )
     environment.filters |= {"cell": markdown_cell, "fenced": fenced}
     return environment.get_template(template).render(**values)
-
-
-def markdown_cell(text: Any) -> str:
-    r"""Text that Markdown shows as it is, on one line.
-
-    >>> markdown_cell("<b>|a_b|</b>\n_c_ $x$ &lt;")  # within a word _ means nothing, and $ on some pages a formula
-    '\\<b\\>\\|a_b\\|\\</b\\> \\_c\\_ \\$x\\$ \\&lt;'
-    """
-    return _MARKUP.sub(r"\\\g<0>", str(text)).replace("\n", " ")
 
 
 def fenced(text: Any) -> str:
