@@ -350,6 +350,25 @@ def test_a_run_that_logged_elsewhere_says_that_its_costs_are_not_known(tmp_path)
     assert not any("TensorBoard" in line for line in cautions(arms_of([str(run)])))
 
 
+def test_a_part_of_the_options_that_an_arm_lacks_is_one_row(tmp_path):
+    """z has no task b, and no callbacks where x and y have one: not a row for each of their options."""
+    task, arms = {"num_test": 4, "reward": {"kind": "text"}}, []
+    for name, tasks, callbacks in (
+        ("x", {"a": task, "b": task}, [{"class_path": "Drift"}]),
+        ("y", {"a": task, "b": {**task, "num_test": 5}}, [{"class_path": "Drift"}]),
+        ("z", {"a": task}, None),
+    ):
+        config = {"data": {"tasks": tasks}, "trainer": {"callbacks": callbacks}}
+        (made_run(tmp_path / name) / "config.yaml").write_text(yaml.safe_dump(config))
+        arms.append(f"{name}={tmp_path / name}")
+    drift = '[{"class_path": "Drift"}]'
+    assert differing_options(arms_of(arms)) == {
+        "data.tasks.b": [json.dumps(task), json.dumps({**task, "num_test": 5}), ""],
+        "data.tasks.b.num_test": ["4", "5", ""],
+        "trainer.callbacks": [drift, drift, "null"],
+    }
+
+
 def test_what_arms_were_told_and_where_they_ran(tmp_path):
     arms = arms_of([str(made_run(tmp_path / name, lr=lr)) for name, lr in (("x", 0.1), ("y", 0.2))])
     assert differing_options(arms) == {"model.init_args.lr": ["0.1", "0.2"]}
