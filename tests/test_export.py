@@ -23,6 +23,7 @@ from cpt_lightning.models.folders import save_folder
 from cpt_lightning.models.processor import TINY
 from cpt_lightning.models.quantization import Quantization, settle_quantized
 from cpt_lightning.modules import SFT
+from cpt_lightning.records import AccuracyMatrix
 from cpt_lightning.report.summary import what_next
 from cpt_lightning.rollouts import Sampling
 from cpt_lightning.rollouts.prefixes import prefixes_of
@@ -406,6 +407,14 @@ def test_shards_are_exported_as_the_file_is(runs, tmp_path):
         ]
         one, other = ((folder / weights).read_bytes() for folder in exported)
         assert one == other
+
+
+def test_names_of_tasks_are_text_in_the_card():
+    row = {"a|b_": {"accuracy": 0.5, "num_samples": 4}}
+    card = model_card(
+        "x", "full", Backbone(), "float32", ["a|b_"], matrix=AccuracyMatrix(["a|b_"], [], [["a|b_"]], row, [row])
+    )
+    assert r"| a\|b\_ | 50.0 | 50.0 | 4 |" in card and r"in this order: a\|b\_." in card
 
 
 def test_the_card_of_a_qlora_adapter_loads_its_base_in_four_bits(mixed_prompts, tmp_path):

@@ -13,6 +13,7 @@ from cpt_lightning import __version__
 from cpt_lightning.models import Backbone
 from cpt_lightning.models.folders import lasting_name
 from cpt_lightning.models.quantization import KEPT_WHOLE
+from cpt_lightning.records.markdown import markdown_cell
 from cpt_lightning.records.matrix import AccuracyMatrix
 from cpt_lightning.rollouts.prefixes import USES
 
@@ -120,7 +121,7 @@ def model_card(
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
         f"# {name}",
         f"{WHAT[kind]} `{base}` (weights in {dtype}), by continual post-training with cpt_lightning {__version__}.",
-        f"Learned, in this order: {_learned(stages, within)}.",
+        f"Learned, in this order: {markdown_cell(_learned(stages, within))}.",
         *([ADAPTERS[along_stream]] if along_stream in ADAPTERS else []),
         *([FOUR_BITS[kind].format(quant_type=four_bits.quant_type)] if is_quantized else []),
         *([_begun(prefixes)] if prefixes else []),
@@ -164,7 +165,7 @@ def _scores(matrix: AccuracyMatrix | None, num_stages: int) -> str:
     lines = ["| | accuracy | of the base | rows |", "|---|---|---|---|"]
     for name in (name for name in matrix.names if name in row):
         before = f"{100 * base[name]['accuracy']:.1f}" if name in base else ""
-        label = name if name in matrix.tasks else f"probe {name}"
+        label = f"{'' if name in matrix.tasks else 'probe '}{markdown_cell(name)}"
         lines.append(f"| {label} | {100 * row[name]['accuracy']:.1f} | {before} | {row[name]['num_samples']} |")
     return "\n".join(["Accuracy in per cent, by generated answers.", "", *lines])
 

@@ -10,7 +10,8 @@ Compares finished runs, or looks at one: what was learned, what was lost, what i
 HTML page that needs nothing else, the same as Markdown, a table as CSV and LaTeX, and a folder of pictures (PNG, SVG).
 
 Runs whose configurations differ only in seed and folder are seeds of one arm, and averaged; ARM=RUN says it otherwise.
-The first arm is the one that the others are held against. A run that is not finished is shown as far as it came.
+The first arm is the one that the others are held against. A run that is not finished is shown as far as it came;
+folders and files beside runs in which none was begun are passed over.
 
 for example:
   cpt report runs/demo_grpo                                             one run
@@ -32,13 +33,16 @@ def report_command(args: list[str]) -> None:
     options = _parser().parse_args(args)
     if not options.output.endswith(".html"):
         _refuse(f"--output={options.output} must end in .html; the other files are named after it")
-    from cpt_lightning.report import Report, arms_of  # after --help, for it takes seconds
+    from cpt_lightning.report import Report, arms_of, runs_among  # after --help, for it takes seconds
 
+    runs = runs_among(options.runs)
     try:
-        report = Report(arms_of(options.runs), options.title, options.images)
+        report = Report(arms_of(runs), options.title, options.images)
         written = report.save(options.output)
     except (ValueError, OSError) as error:  # of a run's files, of its data, or of the page's
         _refuse(str(error))
+    if passed_over := [each for each in options.runs if each not in runs]:
+        print(f"passed over, for no run was begun there: {', '.join(passed_over)}")
     for section in report.sections:
         print(f"{section.arm.name} {section.sentence}")
     for caution in report.cautions:

@@ -9,10 +9,8 @@ from itertools import count
 from pathlib import Path
 
 from cpt_lightning.checkpoint_files import standing
-from cpt_lightning.records.run import CONFIG, MATRIX
+from cpt_lightning.records.run import is_run
 
-MARKS = (CONFIG, MATRIX)
-"""What tells a run's folder from another."""
 INSPECTION = "inspect"
 """Folder in a run's, for what ``cpt inspect`` leaves there; with nothing else in it the run's folder is free."""
 LOCK = ".lock"
@@ -93,7 +91,7 @@ def run_directory(wanted: str, ckpt_path: str | None, named: bool, claim: Claim 
     """
     if ckpt_path is not None:
         home = Path(ckpt_path).parent
-        if home.resolve() == Path(wanted).resolve() or (not named and any((home / mark).exists() for mark in MARKS)):
+        if home.resolve() == Path(wanted).resolve() or (not named and is_run(home)):
             check_claimed(home, claim)
             return home
     first = folder = Path(wanted)

@@ -25,7 +25,7 @@ STAGE_INCHES = 0.85, 5.0
 
 BELOW, RIGHT = 0.75, 1.1
 """Inches around the bands, to the right at least."""
-CAPTION = "each band: 0 to 100 %; blue ground: taught here; filled: below its best; at the end: accuracy, points lost"
+CAPTION = "bands: 0 to 100 %; blue ground: taught here; filled: below its best since; at the end: accuracy, points lost"
 
 TAUGHT, KEPT, LOST, FAINT = "#d9e6f2", "#0072b2", "#d55e00", "#8a8a8a"
 """Okabe and Ito's blue and vermilion, which are told apart without seeing red or green."""

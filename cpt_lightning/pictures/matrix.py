@@ -119,7 +119,16 @@ def shortened(name: str) -> str:
     >>> shortened("a_task_with_a_very_long_name_indeed")
     'a_task_with_a_very_long_n…'
     """
-    return name if len(name) <= MAX_LETTERS else f"{name[: MAX_LETTERS - 1]}…"
+    return plain(name if len(name) <= MAX_LETTERS else f"{name[: MAX_LETTERS - 1]}…")
+
+
+def plain(text: str) -> str:
+    r"""Text for matplotlib to draw as it is: dollars make a formula of it, and legends leave out what begins with _.
+
+    >>> plain(r"$\alpha$"), plain("_x")
+    ('\\$\\alpha\\$', ' _x')
+    """
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def longest(texts: Iterable[str]) -> int:

@@ -6,6 +6,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
+from cpt_lightning.pictures.comparison import COLOURS, arm_label
+from cpt_lightning.pictures.matrix import stage_label
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -13,8 +16,6 @@ if TYPE_CHECKING:
 
 Part = Literal["accuracy", "forced_accuracy"]
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-"""Of arms in turn; the colour-blind tell them apart (Okabe and Ito)."""
 STYLES: dict[Part, tuple[str, str]] = {"accuracy": ("-", ""), "forced_accuracy": ("--", ", forced prefix")}
 """Line and name of what was measured."""
 
@@ -46,9 +47,9 @@ def probe_curves(arms: Mapping[str, Sequence[AccuracyMatrix]]) -> Figure:
                 continue
             means, lowest, highest = ([of(values) for values in zip(*curves, strict=True)] for of in OF_SEEDS)
             colour = COLOURS[number % len(COLOURS)]
-            axes.plot(means, line, color=colour, label=arm + suffix)
+            axes.plot(means, line, color=colour, label=arm_label(arm) + suffix)
             axes.fill_between(range(len(columns)), lowest, highest, color=colour, alpha=0.15, linewidth=0)
-    axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
+    axes.set_xticks(range(len(columns)), list(map(stage_label, columns)), rotation=30, ha="right")
     axes.set(ylabel="accuracy on the probes, %", ylim=(0, 103))
     axes.grid(axis="x", linewidth=0.4)
     figure.legend(loc="outside right center", fontsize=8)

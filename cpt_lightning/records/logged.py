@@ -1,7 +1,8 @@
-"""What a run logged at its steps, read from TensorBoard's event files."""
+"""What a run logged at its steps, read from TensorBoard's event files, or from those of Lightning's ``CSVLogger``."""
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,8 @@ class Logged:
 
     Args:
         values: By name, what was logged, in its order.
-        seconds: From the first to the last event of each file, summed: a file for each time that the run was begun.
+        seconds: From the first to the last event of each file, summed: a file for each time that the run was begun;
+            ``None`` of what has no times, as ``metrics.csv``.
     """
 
     values: Mapping[str, list[float]] = field(default_factory=dict)
@@ -25,10 +27,10 @@ class Logged:
 
     @classmethod
     def load(cls, folder: Path) -> Logged:
-        """Reads all event files of a folder; no values where there are none."""
+        """Reads all event files of a folder, or without these ``metrics.csv``; no values where there is neither."""
         files = sorted(folder.glob("events.out.tfevents.*"))
         if not files:
-            return cls()
+            return cls(_csv_scalars(folder))
         # Of the folder: what a resumed run logs again takes the place of what the killed one had logged.
         events = _scalars_of(folder)
         values = {name: [event.value for event in found] for name, found in events.items()}
@@ -67,3 +69,23 @@ def _span(scalars: Mapping[str, list[ScalarEvent]]) -> float:
     """Seconds from the first to the last event."""
     times = [each.wall_time for found in scalars.values() for each in (found[0], found[-1])]
     return max(times) - min(times) if times else 0.0
+
+
+def _csv_scalars(folder: Path) -> dict[str, list[float]]:
+    """What ``CSVLogger`` wrote into a folder, by name; nothing where steps are missing, for the rest would mislead.
+
+    A run that goes on writes the next ``version_<n>``, from the step of its checkpoint on. With a ``version`` of one's
+    own it takes away what it had written before.
+    """
+    versions = sorted(folder.glob("*/version_*/metrics.csv"), key=lambda file: (len(file.parent.name), file))
+    rows: list[dict[str, str]] = []
+    for path in (*folder.glob("metrics.csv"), *versions):
+        with path.open(encoding="utf-8", newline="") as file:
+            found = list(csv.DictReader(line for line in file if line.endswith("\n")))  # a kill may cut off the last
+        if found:
+            rows = [*(row for row in rows if int(row["step"]) < int(found[0]["step"])), *found]
+    steps = [int(row["step"]) for row in rows if row.get("perf/rows")]
+    if steps != list(range(len(steps))):
+        return {}
+    names = dict.fromkeys(name for row in rows for name, value in row.items() if value and name != "step")
+    return {name: [float(row[name]) for row in rows if row.get(name)] for name in names}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, NotRequired, TypedDict, get_args
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -196,7 +197,7 @@ class AccuracyMatrix:
         """Accuracies in per cent, a column per stage; bold where the task has just been learned.
 
         Args:
-            confidence: Level of the intervals shown as ±; none by default.
+            confidence: Level of Wilson's intervals shown behind; none by default.
         """
         table = Table("accuracy in %")
         columns: list[tuple[str, Scores, Sequence[str]]] = []
@@ -204,10 +205,10 @@ class AccuracyMatrix:
             columns.append(("base", self.zero_shot, ()))
         columns += zip(self.stage_names, self.rows, self.stages, strict=False)
         for name, _, _ in columns:
-            table.add_column(name.replace("+", "\n+"), justify="right", no_wrap=True)
+            table.add_column(escape(name).replace("+", "\n+"), justify="right", no_wrap=True)
         for name in self.names:
             cells = [_cell(scores.get(name), confidence, bold=name in learned) for _, scores, learned in columns]
-            label = name if name in self.tasks else f"[dim]probe[/] {name}"
+            label = escape(name) if name in self.tasks else f"[dim]probe[/] {escape(name)}"
             table.add_row(label, *cells, end_section=name == self.tasks[-1])
         return table
 
@@ -238,7 +239,7 @@ def _cell(cell: Cell | None, confidence: float | None, bold: bool) -> str:
     text = f"{100 * cell['accuracy']:.1f}"
     if confidence is not None:
         low, high = wilson_interval(cell["accuracy"], cell["num_samples"], confidence)
-        text += f" ±{50 * (high - low):.1f}"
+        text += escape(f" [{100 * low:.1f}, {100 * high:.1f}]")
     return f"[bold]{text}[/]" if bold else text
 
 

@@ -24,8 +24,11 @@ OLDER_CONFIG = "config_until_step_{}.yaml"
 MATRIX = "accuracy_matrix.json"
 SAMPLES = "samples.jsonl"
 DRIFT = "drift.json"
+DIVERGENCES = "forward_kl_per_answer", "reverse_kl_per_answer"
 WEIGHT_DISTANCE = "weight_distance.json"
 STUDY = "study.json"
+MARKS = CONFIG, MATRIX
+"""What tells a run's folder from another: the first files that are written."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class RunFolder:
         object.__setattr__(self, "path", Path(self.path))  # given as text too
         if not self.path.is_dir():
             raise FileNotFoundError(f"{self.path} is no folder; name the folder of a run, such as runs/demo_grpo")
-        if not any((self.path / name).exists() for name in (CONFIG, MATRIX)):
+        if not is_run(self.path):
             raise FileNotFoundError(
                 f"{self.path} has neither {CONFIG} nor {MATRIX}: it is not the folder of a run that `cpt fit` began"
             )
@@ -81,9 +84,11 @@ class RunFolder:
         if not path.exists():
             return None
         try:
-            return AccuracyMatrix.load(path)
+            found = AccuracyMatrix.load(path)
+            found.metrics()  # complains where a cell is missing, or holds no number
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise _broken(path, error) from None
+        return found
 
     @property
     def num_stages(self) -> int:
@@ -105,7 +110,7 @@ class RunFolder:
             return None
         try:
             found = SafeLoader(path.read_text(encoding="utf-8")).get_single_data()
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise _broken(path, error) from None
         if not isinstance(found, dict):
             raise _broken(path, "it holds no options")
@@ -127,7 +132,8 @@ class RunFolder:
     def last_start(self) -> dict[str, Any] | None:
         """Versions, device, commit: with what it was last started or gone on with."""
         path = self.path / ENVIRONMENT
-        return _part(path, "starts")[-1] if path.exists() else None
+        starts = _part(path, "starts") if path.exists() else []
+        return starts[-1] if starts else None
 
     # -- what it wrote on the way --------------------------------------------------------------------------------------
 
@@ -140,20 +146,19 @@ class RunFolder:
     @cached_property
     def drift(self) -> list[dict[str, Any]] | None:
         """Measured divergences from the base, in their order."""
-        path = self.path / DRIFT
-        return _part(path, "measurements") if path.exists() else None
+        return _measurements(self.path / DRIFT, {"stage", "step", "name", *DIVERGENCES})
 
     @cached_property
     def weight_distance(self) -> list[dict[str, Any]] | None:
         """Measured distances of the weights from the base's, one for each stage."""
-        path = self.path / WEIGHT_DISTANCE
-        return _part(path, "measurements") if path.exists() else None
+        return _measurements(self.path / WEIGHT_DISTANCE, {"stage", "distance"})
 
     @cached_property
     def verdicts(self) -> dict[str, JudgedStage]:
-        """Those of a rollout filter, by the name of the stage."""
-        paths = sorted(self.path.glob("filter/*.jsonl"), key=lambda path: path.stat().st_mtime)
-        return {path.name.split(".")[0]: _verdicts(path) for path in paths if path.stat().st_size}
+        """Those of a rollout filter, by the name of the stage, in their order."""
+        lines = {path: list(_lines(path)) for path in sorted(self.path.glob("filter/*.jsonl"))}
+        found = {path.name.split(".")[0]: _verdicts(path, *rows) for path, rows in lines.items() if rows}
+        return dict(sorted(found.items(), key=lambda judged: judged[1].header.get("stage", 0)))
 
     @property
     def num_collected(self) -> int:
@@ -174,11 +179,15 @@ class RunFolder:
         path = self.path / SAMPLES
         number = 0
         for number, row in enumerate(_lines(path), start=1):
-            if missing := {"row_id", "task", "stage", "accuracy", "completion"} - set(row):
-                raise _broken(path, f"line {number} has no {', '.join(sorted(missing))}")
+            _check_fields(path, f"line {number}", row, {"row_id", "task", "stage", "accuracy", "completion"})
             yield row
         if path.exists() and number == 0 and self.num_stages:
             raise _broken(path, f"it is empty, but {MATRIX} has scores of {self.num_stages} stages")
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether a run has been begun in a folder."""
+    return any((Path(path) / mark).exists() for mark in MARKS)
 
 
 def _json(path: Path) -> Any:
@@ -195,16 +204,31 @@ def _part(path: Path, key: str) -> Any:
         raise _broken(path, error) from None
 
 
+def _measurements(path: Path, needed: set[str]) -> list[dict[str, Any]] | None:
+    """The entries of an analysis; ``None`` where it was not made."""
+    if not path.exists():
+        return None
+    found = _part(path, "measurements")
+    for number, row in enumerate(found):
+        _check_fields(path, f"measurements[{number}]", row, needed)
+    return found
+
+
+def _check_fields(path: Path, where: str, row: dict[str, Any], needed: set[str]) -> None:
+    if missing := needed - set(row):
+        raise _broken(path, f"{where} has no {', '.join(sorted(missing))}")
+
+
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a JSON lines file, without a last one that a kill cut off."""
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n"):
                 return
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode())
             except ValueError as error:
                 raise _broken(path, f"line {number}: {error}") from None
             if not isinstance(row, dict):
@@ -212,14 +236,12 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _verdicts(path: Path) -> JudgedStage:
-    header, *rows = _lines(path)
+def _verdicts(path: Path, header: dict[str, Any], *rows: dict[str, Any]) -> JudgedStage:
     if "completions_per_row" not in header:
         raise _broken(path, "line 1 has no completions_per_row")
     for number, row in enumerate(rows, start=2):
-        if missing := {"refused", "pass_count"} - set(row):
-            raise _broken(path, f"line {number} has no {', '.join(sorted(missing))}")
-    return JudgedStage(header, rows, is_finished=not path.name.endswith(".judging.jsonl"))
+        _check_fields(path, f"line {number}", row, {"refused", "pass_count"})
+    return JudgedStage(header, list(rows), is_finished=not path.name.endswith(".judging.jsonl"))
 
 
 def _broken(path: Path, why: object) -> ValueError:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt_lightning.records import RunFolder
+from cpt_lightning.records.run import is_run
 
 OWN = ("seed_everything", "run_dir", "ckpt_path")
 """Options in which seeds of one arm differ."""
@@ -86,6 +87,14 @@ def arms_of(arguments: Sequence[str | Path]) -> list[Arm]:
     arms = [arm for _, arm in found]
     _give_names(arms)
     return arms
+
+
+def runs_among(arguments: Sequence[str]) -> list[str]:
+    """Without the files and folders in which no run was begun, such as a pattern finds beside runs.
+
+    Where there is nothing else they are left, and so is what does not exist, for :func:`arms_of` to say what is wrong.
+    """
+    return [each for each in arguments if is_run(each) or not Path(each).exists()] or list(arguments)
 
 
 def seed_of(run: RunFolder) -> int | str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from itertools import groupby
+from typing import NamedTuple
 
 from cpt_lightning.records import AccuracyMatrix, RunFolder
 from cpt_lightning.report.arms import Arm
@@ -20,10 +22,31 @@ MEASURE = {
 """Options (or their beginnings) that decide scores besides the model, and what they set."""
 
 
+class Seed(NamedTuple):
+    """A run, as one of so many seeds of an arm."""
+
+    arm: str
+    seed: int | str
+    num_seeds: int
+
+
+def listed(seeds: Iterable[Seed]) -> str:
+    """Runs as a sentence names them: where all seeds of an arm are meant, the arm.
+
+    >>> listed([Seed("sft", 0, 2), Seed("sft", 1, 2), Seed("grpo", 1, 2), Seed("joint", 0, 1)])
+    'sft, grpo (seed 1), joint'
+    """
+    said = []
+    for arm, group in groupby(seeds, lambda each: each.arm):
+        meant = list(group)
+        said += [arm] if len(meant) == meant[0].num_seeds else [f"{arm} (seed {each.seed})" for each in meant]
+    return ", ".join(said)
+
+
 def cautions(arms: Sequence[Arm]) -> list[str]:
     """A sentence for each reason why figures do not compare, or say less than they seem to."""
-    runs = [(_name(arm, seed), run) for arm in arms for seed, run in arm.runs.items()]
-    scored = [(name, run.matrix) for name, run in runs if run.matrix is not None]
+    runs = [(Seed(arm.name, seed, len(arm.runs)), run) for arm in arms for seed, run in arm.runs.items()]
+    scored = [(seed, run.matrix) for seed, run in runs if run.matrix is not None]
     return [
         *_unfinished(runs),
         *_changed(runs),
@@ -37,11 +60,7 @@ def cautions(arms: Sequence[Arm]) -> list[str]:
     ]
 
 
-def _name(arm: Arm, seed: int | str) -> str:
-    return f"{arm.name}, seed {seed}" if len(arm.runs) > 1 else arm.name
-
-
-def _unfinished(runs: Sequence[tuple[str, RunFolder]]) -> Iterator[str]:
+def _unfinished(runs: Sequence[tuple[Seed, RunFolder]]) -> Iterator[str]:
     for _, run in runs:
         if run.matrix is None:
             yield f"{run.path} is not finished: nothing has been measured yet."
@@ -52,7 +71,7 @@ def _unfinished(runs: Sequence[tuple[str, RunFolder]]) -> Iterator[str]:
             )
 
 
-def _changed(runs: Sequence[tuple[str, RunFolder]]) -> Iterator[str]:
+def _changed(runs: Sequence[tuple[Seed, RunFolder]]) -> Iterator[str]:
     for _, run in runs:
         if steps := run.changed_at:
             yield (
@@ -61,34 +80,34 @@ def _changed(runs: Sequence[tuple[str, RunFolder]]) -> Iterator[str]:
             )
 
 
-def _uncounted(runs: Sequence[tuple[str, RunFolder]]) -> Iterator[str]:
+def _uncounted(runs: Sequence[tuple[Seed, RunFolder]]) -> Iterator[str]:
     for _, run in runs:
         logger = ((run.config or {}).get("trainer") or {}).get("logger")
         if logger is not None and not run.logged.values:
             yield (
-                f"{run.path} holds no TensorBoard events, for its loggers were others: rows, rollouts, tokens and "
-                "memory that it took are not known here."
+                f"{run.path} holds no TensorBoard events and no whole metrics.csv, for it logged elsewhere or not at "
+                "all: rows, rollouts, tokens and memory that it took are not known here."
             )
 
 
-def _extended(scored: Sequence[tuple[str, AccuracyMatrix]]) -> Iterator[str]:
+def _extended(scored: Sequence[tuple[Seed, AccuracyMatrix]]) -> Iterator[str]:
     for run, matrix in scored:
         if matrix.added:
             yield (
-                f"{run} was extended by {', '.join(matrix.added)} on the way: the base was not asked about that, and "
-                "FWT and changes since the base are about the rest. Forgetting and worst dip of it count from when it "
-                "came, which is in its favour beside runs that had it all along."
+                f"{listed([run])} was extended by {', '.join(matrix.added)} on the way: the base was not asked about "
+                "that, and FWT and changes since the base are about the rest. Forgetting and worst dip of it count "
+                "from when it came, which is in its favour beside runs that had it all along."
             )
 
 
-def _streams(scored: Sequence[tuple[str, AccuracyMatrix]]) -> Iterator[str]:
+def _streams(scored: Sequence[tuple[Seed, AccuracyMatrix]]) -> Iterator[str]:
     stages = [(run, json.dumps(matrix.stages)) for run, matrix in scored]
     yield from _apart("learn other tasks, or in another order", _groups(stages))
     probes = [(run, frozenset(matrix.probes)) for run, matrix in scored]
     yield from _apart("have other probes", _groups(probes))
 
 
-def _asked(scored: Sequence[tuple[str, AccuracyMatrix]]) -> Iterator[str]:
+def _asked(scored: Sequence[tuple[Seed, AccuracyMatrix]]) -> Iterator[str]:
     """Prompts, references, graders and rows; tasks in which the same runs are apart share a sentence."""
     prints: dict[tuple, list[str]] = {}
     counts: dict[tuple, list[str]] = {}
@@ -105,12 +124,12 @@ def _asked(scored: Sequence[tuple[str, AccuracyMatrix]]) -> Iterator[str]:
     for groups, names in counts.items():
         yield from _apart(f"were scored on another number of rows of {', '.join(names)}", groups)
     if unmarked := [run for run, matrix in scored if not matrix.fingerprints]:
-        yield f"{', '.join(unmarked)}: written before fingerprints, so whether prompts and graders agree is not known."
+        yield f"{listed(unmarked)}: written before fingerprints, so whether prompts and graders agree is not known."
 
 
-def _measured(runs: Sequence[tuple[str, RunFolder]]) -> Iterator[str]:
+def _measured(runs: Sequence[tuple[Seed, RunFolder]]) -> Iterator[str]:
     """Pixels, sampling and the like, which fingerprints leave out."""
-    told = [(name, dict(leaves(run.config))) for name, run in runs if run.config is not None]
+    told = [(seed, dict(leaves(run.config))) for seed, run in runs if run.config is not None]
     for option, meaning in MEASURE.items():
         names = sorted({name for _, options in told for name in options if f"{name}.".startswith(f"{option}.")})
         for name in names:
@@ -119,7 +138,7 @@ def _measured(runs: Sequence[tuple[str, RunFolder]]) -> Iterator[str]:
             yield from _apart(f"differ in {meaning} ({name}: {shown})", _groups(values))
 
 
-def _bases(scored: Sequence[tuple[str, AccuracyMatrix]]) -> Iterator[str]:
+def _bases(scored: Sequence[tuple[Seed, AccuracyMatrix]]) -> Iterator[str]:
     """On what all were asked alike."""
     based = [(run, matrix, matrix.zero_shot) for run, matrix in scored if matrix.zero_shot is not None]
     names = [name for name in (based[0][1].names if based else []) if all(
@@ -136,16 +155,16 @@ def _seeds(arms: Sequence[Arm]) -> Iterator[str]:
         yield f"One seed: {', '.join(single)}. Intervals hold for other test rows, not for other seeds."
 
 
-def _groups(values: Sequence[tuple[str, Hashable]]) -> tuple[tuple[str, ...], ...]:
+def _groups(values: Sequence[tuple[Seed, Hashable]]) -> tuple[tuple[Seed, ...], ...]:
     """Runs that have the same value, beginning with the first's."""
-    groups: dict[Hashable, list[str]] = {}
+    groups: dict[Hashable, list[Seed]] = {}
     for name, value in values:
         groups.setdefault(value, []).append(name)
     return tuple(map(tuple, groups.values()))
 
 
-def _apart(what: str, groups: Sequence[Sequence[str]]) -> Iterator[str]:
+def _apart(what: str, groups: Sequence[Sequence[Seed]]) -> Iterator[str]:
     """A sentence that names who is apart from the first, if anyone is."""
     if len(groups) > 1:
-        first, *others = map(", ".join, groups)
+        first, *others = map(listed, groups)
         yield f"Some {what}: {'; '.join(others)}, against {first}."

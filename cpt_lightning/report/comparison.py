@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from cpt_lightning.pictures.comparison import Panel, Point, trade_off
 from cpt_lightning.pictures.files import save_png
 from cpt_lightning.records.files import replace_text
+from cpt_lightning.records.markdown import markdown_cell
 from cpt_lightning.report.figures import COSTS, FIGURES, Figures
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ AXES = {
     "probes": ("probes, points against the base (left: more is lost)", False),
 }
 """What learning is drawn against, and whether more is lost to the right."""
-DIGITS = {"KL": 2, "GPU memory": 2, "host memory": 2}
+DIGITS = {"KL": 2, "rows": 2, "rollouts": 2, "GPU memory": 2, "host memory": 2}
 """After the point, where one is too few."""
 
 
@@ -102,16 +103,16 @@ class Comparison:
         lines = ["| arm | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
         for arm, seeds in self.arms.items():
             cells = [" ".join(filter(None, self.cell(arm, column))) for column in columns]
-            lines.append(f"| {arm.replace('|', chr(92) + '|')} | {len(seeds)} | " + " | ".join(cells) + " |")
+            lines.append(f"| {markdown_cell(arm)} | {len(seeds)} | " + " | ".join(cells) + " |")
         return "\n".join(lines)
 
     @property
     def legend(self) -> str:
         """What stands in a cell."""
-        legend = "Mean ± standard deviation over seeds"
-        if self.intervals:
-            legend += "; in brackets the 95 % interval of the mean over test rows"
-        return legend + "."
+        has_spread = any(len(seeds) > 1 for seeds in self.arms.values())
+        said = ["mean ± standard deviation over seeds" if has_spread else "one seed an arm"]
+        said += ["in brackets the 95 % interval of the mean over test rows"] if self.intervals else []
+        return f"{'; '.join(said).capitalize()}."
 
     def csv(self) -> str:
         """A line per run."""
@@ -122,7 +123,7 @@ class Comparison:
         for arm, seeds in self.arms.items():
             for seed, figures in seeds.items():
                 values = (figures.get(column) for column in columns)
-                writer.writerow([arm, seed, *("" if value is None else f"{value:.4f}" for value in values)])
+                writer.writerow([arm, seed, *("" if value is None else number(value, 4) for value in values)])
         return text.getvalue()
 
     def latex(self) -> str:
@@ -193,10 +194,13 @@ def number(value: float, digits: int = 1, sign: str = "-") -> str:
 def latex_text(text: str) -> str:
     r"""Text as LaTeX prints it.
 
-    >>> latex_text("lr_1e-3 & 50 %")
-    'lr\\_1e-3 \\& 50 \\%'
+    >>> latex_text("lr_1e-3 & 50 %"), latex_text("<|>")
+    ('lr\\_1e-3 \\& 50 \\%', '\\textless{}\\textbar{}\\textgreater{}')
     """
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
+    special = {
+        "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$",
+        "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
+    }  # fmt: skip
     return "".join(special.get(letter, rf"\{letter}" if letter in "&%$#_{}" else letter) for letter in text)
 
 

@@ -63,7 +63,7 @@ class Changes:
 
 
 def changes_of(run: RunFolder) -> list[Changes]:
-    """What became of the test rows of every task and probe; nothing where the run kept no answers."""
+    """What became of the test rows of every task and probe; nothing where the run did not keep all last answers."""
     matrix = run.matrix
     scores: dict[Cell, dict[str, float]] = {}
     for row in run.samples():
@@ -71,6 +71,9 @@ def changes_of(run: RunFolder) -> list[Changes]:
     if matrix is None or not scores:
         return []
     last = len(matrix.rows)
+    ends = matrix.rows[-1] if matrix.rows else matrix.zero_shot or {}
+    if any(len(scores.get((name, last), {})) != cell["num_samples"] for name, cell in ends.items()):
+        return []
     learned = {task: at + 1 for task, at in zip(matrix.tasks, matrix.learned_at, strict=True) if at < last}
     found: list[Changes] = []
     picked: list[tuple[list[Change], Cell, str, int]] = []

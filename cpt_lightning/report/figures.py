@@ -15,8 +15,8 @@ SCORES = {
     "learning": "accuracy on a task right after it, mean over tasks (MFT), in %",
     "AvgAcc": "accuracy after the last task, mean over tasks, in %",
     "MAA": "accuracy on the tasks learned so far, mean over these and then over stages, in %",
-    "forgetting": "best earlier minus final accuracy, mean over the T-1 earlier tasks (Chaudhry et al. 2018; the "
-    "negative of FM in arXiv 2507.05386), in points",
+    "forgetting": "best accuracy after any earlier stage, before it was learned too, minus final accuracy, mean over "
+    "the T-1 earlier tasks (Chaudhry et al. 2018; the negative of FM in arXiv 2507.05386), in points",
     "forgetting / T": "the same sum divided by all T tasks, in points",
     "worst dip": "the largest fall of a learned task below its best on the way, in points",
     "BWT": "final minus just-learned accuracy, mean over earlier tasks (Lopez-Paz and Ranzato 2017), in points",

@@ -82,10 +82,12 @@ def _check(run: RunFolder, name: str, part: Part, scores: np.ndarray, matrix: Ac
         if name not in cells:
             continue
         number, expected = cells[name]["num_samples"], cells[name][part]
-        if len(found) != number or not abs(found.mean() - expected) < 1e-3:  # a nan is not
+        known = found[np.isfinite(found)]
+        if not len(known) == len(found) == number or abs(known.mean() - expected) >= 1e-3:
+            mean = f" with mean {part} {known.mean():.3f}" if len(known) else ""
             raise Disagreement(
-                f"{run.path}/{SAMPLES} has {np.isfinite(found).sum()} answers on {name} with mean {part} "
-                f"{found.mean():.3f}, but {MATRIX} {number} with {expected:.3f}: they do not belong together"
+                f"{run.path}/{SAMPLES} has {len(known)} answers on {name}{mean}, but {MATRIX} {number} with "
+                f"{expected:.3f}: they do not belong together"
             )
 
 

@@ -13,6 +13,7 @@ from cpt_lightning.pictures.matrix import columns_of
 from cpt_lightning.records import AccuracyMatrix
 from cpt_lightning.records.matrix import Cell, Scores
 from cpt_lightning.report.arms import Arm
+from cpt_lightning.report.comparison import bounds, number
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,13 @@ class Entry:
 
     Args:
         accuracy: Mean over seeds, in %.
-        margin: Standard deviation over seeds; of one seed half of Wilson's 95 % interval.
+        spread: ± the standard deviation over seeds; of one seed Wilson's 95 % interval, which near 0 and 100 % reaches
+            further to one side.
         just_learned: Whether the task had just been learned.
     """
 
     accuracy: float
-    margin: float
+    spread: str
     just_learned: bool
 
 
@@ -87,8 +89,8 @@ def _mean(scores: Sequence[Scores]) -> Scores:
 
 
 def _entry(cells: Sequence[Cell], just_learned: bool) -> Entry:
-    accuracies = [cell["accuracy"] for cell in cells]
+    accuracies = [100 * cell["accuracy"] for cell in cells]
     if len(cells) > 1:
-        return Entry(100 * statistics.mean(accuracies), 100 * statistics.stdev(accuracies), just_learned)
-    low, high = wilson_interval(accuracies[0], cells[0]["num_samples"])
-    return Entry(100 * accuracies[0], 50 * (high - low), just_learned)
+        return Entry(statistics.mean(accuracies), f"± {number(statistics.stdev(accuracies))}", just_learned)
+    low, high = wilson_interval(cells[0]["accuracy"], cells[0]["num_samples"])
+    return Entry(accuracies[0], bounds((100 * low, 100 * high)), just_learned)

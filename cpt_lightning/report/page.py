@@ -53,6 +53,11 @@ class Report:
     # -- what the templates ask for ------------------------------------------------------------------------------------
 
     @property
+    def names(self) -> list[str]:
+        """Of the arms."""
+        return [arm.name for arm in self.arms]
+
+    @property
     def scores(self) -> list[str]:
         """Figures of what was learned and lost."""
         return [name for name in self.comparison.columns if name not in COSTS]
@@ -75,7 +80,7 @@ class Report:
     @property
     def differences(self) -> dict[str, list[Difference]]:
         """By arm, what it has more than the first arm of each score."""
-        first, *others = [arm.name for arm in self.arms]
+        first, *others = self.names
         return {other: [self._more(other, first, name) for name in self.compared] for other in others}
 
     def _more(self, arm: str, first: str, figure: str) -> Difference:
@@ -121,16 +126,23 @@ class Report:
 
     def _pictures(self) -> Iterator[Picture]:
         for what, panel in self.comparison.panels.items():
-            yield Picture(f"learning_{what}", f"Learning against {what}", trade_off([panel]))
+            if len(panel.points) < 2:  # one alone lies nowhere in particular
+                continue
+            yield Picture(f"learning_{what}", f"Learning against {what}", trade_off([panel], among=self.names))
         if len(scored := [section for section in self.sections if section.matrices]) > 1:
-            curves = task_curves({section.arm.name: mean_matrix(section.matrices) for section in scored})
-            yield Picture("tasks", "Accuracy on every task over the stream, a line per arm", curves, is_wide=True)
+            curves = task_curves({each.arm.name: mean_matrix(each.matrices) for each in scored}, self.names)
+            meaning = "Accuracy on every task over the stages, a line per arm; dotted: where the task is learned"
+            yield Picture("tasks", meaning, curves, is_wide=True)
 
     @cached_property
     def law_pictures(self) -> list[Picture]:
         """Losses against distances from the base."""
         return [
-            Picture(f"law_{each.distance}_{each.loss}", _described(each), law(each.points, each.labels, each.fit))
+            Picture(
+                f"law_{each.distance}_{each.loss}",
+                _described(each),
+                law(each.points, each.labels, each.fit, self.names),
+            )
             for each in self.laws
         ]
 

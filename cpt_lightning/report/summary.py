@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cpt_lightning.callbacks.display.meter import clock
@@ -50,7 +51,7 @@ def summary_table(matrix: AccuracyMatrix) -> Table:
         best = max(since if is_task else [*before, *since])
         figures = [before, since[:1] if is_task else [], since[-1:], [best - since[-1]]]
         table.add_row(
-            name if is_task else f"[dim]probe[/] {name}",
+            escape(name) if is_task else f"[dim]probe[/] {escape(name)}",
             *("".join(f"{100 * value:.1f}" for value in figure) for figure in figures),
             end_section=name == matrix.tasks[-1],
         )

@@ -4,6 +4,7 @@ import pytest
 
 from cpt_lightning.pictures.comparison import Panel, Point, style_of, task_curves, trade_off
 from cpt_lightning.pictures.files import svg
+from cpt_lightning.pictures.law import law
 from cpt_lightning.records import AccuracyMatrix
 
 
@@ -64,6 +65,41 @@ def test_no_panel_is_left_empty(num_tasks):
     row = {task: {"accuracy": 0.5, "num_samples": 4} for task in tasks}
     matrix = AccuracyMatrix(tasks, [], [[task] for task in tasks], row, [row])
     assert [axes.get_title() for axes in task_curves({"one": matrix}).axes] == tasks
+
+
+def test_an_arm_looks_the_same_in_all_pictures_of_a_page():
+    """The second of three is drawn as that, whether the first one is there or not."""
+    row = {"a": {"accuracy": 0.5, "num_samples": 4}}
+    matrix, among = AccuracyMatrix(["a"], [], [["a"]], row, [row]), ["x", "y", "z"]
+    (point,) = trade_off([Panel("lost", [Point("y", [1], [50])])], among=among).axes[0].containers
+    curve = task_curves({"y": matrix, "z": matrix}, among).axes[0].lines[0]
+    (cloud, _) = law({"y": [(1.0, 2.0)]}, ("x", "y"), None, among).axes[0].lines
+    assert {(line.get_color(), line.get_marker()) for line in (point.lines[0], curve, cloud)} == {
+        tuple(style_of(1).values())
+    }
+
+
+def test_ticks_of_a_long_stream_do_not_run_together():
+    """Of 14 stages every second one: 1 + 14 // 9."""
+    tasks = [f"task{number}" for number in range(14)]
+    row = {task: {"accuracy": 0.5, "num_samples": 4} for task in tasks}
+    matrix = AccuracyMatrix(tasks, [], [[task] for task in tasks], row, [row] * 14)
+    axes = task_curves({"one": matrix}).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["base", "2", "4", "6", "8", "10", "12", "14"]
+
+
+def test_arms_of_any_name_are_in_the_legend_and_none_is_a_formula():
+    """matplotlib takes what begins with _ for hidden, and what is between dollars for a formula, which is none here."""
+    long = "runs/" * 20 + "sft"
+    names = ["_x", r"$\foo$", long]
+    figure = trade_off([Panel("lost", [Point(name, [1], [50]) for name in names])])
+    assert b"svg" in svg(figure)
+    (legend,) = figure.legends
+    shown = [text.get_text() for text in legend.get_texts()]
+    assert shown == [" _x", r"\$\foo\$", f"…{long[-69:]}"]
+    figure.canvas.draw()
+    box = legend.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width, "a name of 70 letters is not cut off"
 
 
 def test_the_same_picture_is_the_same_file():

@@ -50,6 +50,15 @@ def test_every_cell_has_its_number_and_its_colour():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["base", "a", "b"]
 
 
+@pytest.mark.parametrize("draw", [heatmap, stream_curves])
+def test_names_are_text_and_no_formulas(draw):
+    """Of this one matplotlib would say that it is broken, and a run would end at its first picture."""
+    name = r"$\foo$"
+    figure = draw(matrix_of({name: (0.2, 0.9), "p": (1.0, 0.6)}, [[name]]))
+    FigureCanvasAgg(figure).draw()
+    assert figure.axes[0].get_yticklabels()[0].get_text() == r"\$\foo\$", "which is drawn without the backslashes"
+
+
 def test_probes_and_the_base_stand_apart():
     (axes,) = heatmap(SMALL).axes
     xs, ys = axes.get_xticks(), axes.get_yticks()

@@ -1,6 +1,7 @@
 """A run's folder, read: what is there, what an older run lacks, and what is broken."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,11 @@ from torch.utils.tensorboard import SummaryWriter
 from cpt_lightning.records import RunFolder
 from cpt_lightning.records.logged import Logged
 from tests.report.made_runs import log, made_run
+
+MATRIX = json.dumps({
+    "version": 1, "tasks": ["a"], "probes": [], "stages": [["a"]],
+    "rows": [{"after": "a", "scores": {"a": {"accuracy": 0.5, "num_samples": 4}}}],
+})  # fmt: skip
 
 
 def test_an_old_run_with_a_matrix_alone_has_the_rest_not(tmp_path):
@@ -54,7 +60,16 @@ def test_what_is_no_run_is_refused(tmp_path):
         ("config.yaml", "model: [", "config", "config.yaml cannot be read"),
         ("config.yaml", "", "config", "it holds no options"),
         ("study.json", "{}", "seconds", "study.json cannot be read: 'seconds' is missing"),
+        (
+            "accuracy_matrix.json",
+            MATRIX.replace("0.5", '"half"'),
+            "matrix",
+            "to float: 'half'",
+        ),
+        ("accuracy_matrix.json", MATRIX.replace('"a": {', '"x": {'), "matrix", r"accuracy\[0\]\[0\] is missing"),
         ("drift.json", "[", "drift", "drift.json cannot be read"),
+        ("drift.json", '{"measurements": [{"stage": 1}]}', "drift", r"measurements\[0\] has no .*name, .*step"),
+        ("weight_distance.json", '{"measurements": [{}]}', "weight_distance", r"\[0\] has no distance, stage"),
         ("environment.json", "{", "last_start", "environment.json cannot be read"),
         ("filter/a.jsonl", "{}\n", "verdicts", "a.jsonl cannot be read: line 1 has no completions_per_row"),
     ],
@@ -82,6 +97,47 @@ def test_samples_a_line_cut_off_by_a_kill_is_left_out_and_any_other_broken_one_n
     path.write_text("")
     with pytest.raises(ValueError, match=r"samples.jsonl cannot be read: it is empty, but accuracy_matrix.json has"):
         list(run.samples())
+
+
+@pytest.mark.parametrize("name", ["samples.jsonl", "config.yaml"])
+def test_a_file_that_is_no_text_is_named(tmp_path, name):
+    path = made_run(tmp_path / "run") / name
+    path.write_bytes(b"\xff\xfe\n")
+    with pytest.raises(ValueError, match=rf"{name} cannot be read"):
+        _ = RunFolder(tmp_path / "run").config, list(RunFolder(tmp_path / "run").samples())
+
+
+def test_without_a_start_there_is_no_last_one(tmp_path):
+    (made_run(tmp_path / "run") / "environment.json").write_text('{"version": 1, "starts": []}')
+    assert RunFolder(tmp_path / "run").last_start is None
+
+
+def write_csv(path, steps, cut_off: str = "") -> None:
+    """As `CSVLogger` does: the base's scores at step 0, and 8 rows at each step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ["perf/rows,step,val/a/accuracy", ",0,0.5", *(f"8.0,{step}," for step in steps)]
+    path.write_text("".join(f"{line}\r\n" for line in lines) + cut_off, newline="")
+
+
+def test_where_there_are_no_events_costs_are_those_of_csv_files(tmp_path):
+    """The second version goes on at step 2, where the first one logged steps 0 to 3: 5 steps of 8 rows."""
+    made_run(tmp_path / "run")
+    write_csv(tmp_path / "run/metrics.csv", range(3), cut_off="8.0,")
+    assert RunFolder(tmp_path / "run").logged.values == {"val/a/accuracy": [0.5], "perf/rows": [8.0] * 3}
+    assert RunFolder(tmp_path / "run").logged.seconds is None
+    (tmp_path / "run/metrics.csv").unlink()
+    write_csv(tmp_path / "run/lightning_logs/version_9/metrics.csv", range(4))
+    later = tmp_path / "run/lightning_logs/version_10/metrics.csv"
+    write_csv(later, range(2, 5))
+    later.write_text(later.read_text().replace(",0,0.5\n", ""))
+    assert RunFolder(tmp_path / "run").logged.total("perf/rows") == 40
+
+
+def test_csv_files_from_which_steps_are_gone_are_not_counted(tmp_path):
+    """A run that goes on with a version of its own takes the beginning away."""
+    made_run(tmp_path / "run")
+    write_csv(tmp_path / "run/metrics.csv", range(2, 5))
+    assert RunFolder(tmp_path / "run").logged.total("perf/rows") is None
 
 
 def test_what_was_logged_by_all_beginnings_of_a_run(tmp_path):
@@ -117,6 +173,17 @@ def test_verdicts_of_a_stage_that_is_being_judged_are_not_finished(tmp_path):
         "b": (False, 8),
         "c": (True, 0),
     }
+
+
+def test_stages_that_were_judged_are_in_their_order_in_a_copy_too(tmp_path):
+    """Whose files have other times; a line that a kill cut off is none yet."""
+    folder = made_run(tmp_path / "run") / "filter"
+    folder.mkdir()
+    for stage, name in enumerate("ba"):
+        (folder / f"{name}.jsonl").write_text(json.dumps({"completions_per_row": 8, "stage": stage}) + "\n")
+    (folder / "c.judging.jsonl").write_text('{"completions_per')
+    os.utime(folder / "a.jsonl", (0, 0))
+    assert list(RunFolder(tmp_path / "run").verdicts) == ["b", "a"]
 
 
 def test_a_name_whose_events_were_all_taken_back_was_not_logged(tmp_path, monkeypatch):

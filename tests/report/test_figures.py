@@ -135,6 +135,12 @@ def test_a_cell_has_its_interval_and_latex_its_escapes():
     assert "interval" in comparison.legend and "interval" not in Comparison({"x": {0: {}}}).legend
 
 
+def test_names_of_arms_are_shown_as_they_are_and_no_minus_before_a_zero():
+    comparison = Comparison({"<b>|_x_": {0: {"forgetting": -0.0}}})
+    assert r"| \<b\>\|\_x\_ | 1 | 0.0 |" in comparison.markdown_table()
+    assert comparison.csv().endswith(",0,0.0000\n")
+
+
 def test_a_comparison_is_read_back_from_its_table(tmp_path):
     """Two seeds of one arm, and an arm without probes; a figure that one has and the other lacks stays ``None``."""
     arms = {

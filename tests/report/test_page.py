@@ -145,8 +145,20 @@ def test_the_markdown_shows_what_was_said_as_code_and_its_pictures_exist(report)
 def test_one_run_alone_is_compared_with_nothing(tmp_path):
     report = Report(arms_of([str(made_run(tmp_path / "x"))]))
     assert (report.differences, report.options, report.circumstances) == ({}, {}, {})
+    assert report.pictures == [], "a point alone, or a line in a panel for it, says nothing"
+    assert report.comparison.legend.startswith("One seed an arm; in brackets")
     report.save(tmp_path / "x.html")
     assert "Against" not in read(tmp_path / "x.html").text
+
+
+def test_a_cell_of_one_seed_has_an_interval_that_stays_within_0_and_100(tmp_path):
+    """Wilson, none right of four: from 0 to z^2 / (4 + z^2) = 3.8415 / 7.8415."""
+    report = Report(arms_of([str(made_run(tmp_path / "x"))]))
+    base = report.sections[0].table[1]["a"][0]
+    assert base is not None and (base.accuracy, base.spread) == (0.0, "[0.0, 49.0]")
+    report.save(tmp_path / "x.html")
+    assert "| a | 0.0 [0.0, 49.0] |" in (tmp_path / "x.md").read_text()
+    assert "0.0[0.0, 49.0]" in read(tmp_path / "x.html").text
 
 
 def test_streams_of_every_shape_are_reported_together(tmp_path):
@@ -218,6 +230,23 @@ def test_the_verb_names_what_is_wrong(tmp_path, capsys):
     assert not (tmp_path / "page.html").exists()
 
 
+def test_what_lies_beside_runs_is_passed_over_and_named(tmp_path, capsys):
+    """As `runs/*` finds it: an inspection, a page. Alone, or as the folder of an arm, such a thing is refused."""
+    run, page, looked_at = made_run(tmp_path / "x"), tmp_path / "compared.html", tmp_path / "looked_at"
+    (looked_at / "inspect").mkdir(parents=True)
+    page.write_text("")
+    main(["report", *map(str, (looked_at, page, run)), "-o", str(tmp_path / "out.html")])
+    assert f"passed over, for no run was begun there: {looked_at}, {page}\n" in capsys.readouterr().out
+    for arguments, message in (
+        ([looked_at], "looked_at has neither config.yaml nor accuracy_matrix.json"),
+        ([run, f"arm={looked_at}"], "looked_at has neither config.yaml nor accuracy_matrix.json"),
+        ([run, tmp_path / "none"], "none is no folder"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(["report", *map(str, arguments), "-o", str(tmp_path / "out.html")])
+        assert message in capsys.readouterr().err
+
+
 # -- what it is made of ------------------------------------------------------------------------------------------------
 
 
@@ -229,6 +258,15 @@ def test_rows_gained_since_the_base_and_lost_since_learned(tmp_path):
     (lost,) = found["a"].lost
     assert (lost.row_id, lost.before, lost.after, lost.gold) == ("a/2", "1", "0", "yes")
     assert [change.row_id for change in found["b"].gained] == ["b/0", "b/1"], "two are shown"
+
+
+def test_rows_of_answers_that_were_cut_off_are_not_counted(tmp_path):
+    """The matrix has 4 rows of p in the end, the file none of them: not that 0 were lost."""
+    path = made_run(tmp_path / "x") / "samples.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-4]))
+    assert changes_of(RunFolder(tmp_path / "x")) == []
+    (said,) = Report(arms_of([str(tmp_path / "x")])).resampled.unknown
+    assert f"{path} has 0 answers on p, but accuracy_matrix.json 4 with 1.000" in said
 
 
 @pytest.fixture
@@ -292,6 +330,15 @@ def test_cautions_name_what_does_not_compare(tmp_path):
     assert any("began from another base" in line for line in cautions(arms_of([str(runs[0]), str(base)])))
 
 
+def test_cautions_name_an_arm_where_all_its_seeds_are_meant(tmp_path):
+    """Seed 1 of x saw other pixels, and both seeds of y were graded otherwise than those of x."""
+    one, two = made_run(tmp_path / "x0"), made_run(tmp_path / "x1", seed=1, max_pixels=3136)
+    prints = {"a": "other", "b": "b" * 12, "p": "p" * 12}
+    y = [made_run(tmp_path / f"y{seed}", seed=seed, fingerprints=prints) for seed in (0, 1)]
+    said = cautions(arms_of([f"x={one}", f"x={two}", *(f"y={run}" for run in y)]))
+    assert [line.rpartition(": ")[2] for line in said] == ["y, against x.", "x (seed 1), against x (seed 0), y."]
+
+
 def test_a_run_that_logged_elsewhere_says_that_its_costs_are_not_known(tmp_path):
     """With TensorBoard beside the other logger they are."""
     run = made_run(tmp_path / "x")
@@ -301,6 +348,25 @@ def test_a_run_that_logged_elsewhere_says_that_its_costs_are_not_known(tmp_path)
     assert len(said) == 1 and "tokens and memory that it took are not known" in said[0]
     log(run, perf_rows=[16.0])
     assert not any("TensorBoard" in line for line in cautions(arms_of([str(run)])))
+
+
+def test_a_part_of_the_options_that_an_arm_lacks_is_one_row(tmp_path):
+    """z has no task b, and no callbacks where x and y have one: not a row for each of their options."""
+    task, arms = {"num_test": 4, "reward": {"kind": "text"}}, []
+    for name, tasks, callbacks in (
+        ("x", {"a": task, "b": task}, [{"class_path": "Drift"}]),
+        ("y", {"a": task, "b": {**task, "num_test": 5}}, [{"class_path": "Drift"}]),
+        ("z", {"a": task}, None),
+    ):
+        config = {"data": {"tasks": tasks}, "trainer": {"callbacks": callbacks}}
+        (made_run(tmp_path / name) / "config.yaml").write_text(yaml.safe_dump(config))
+        arms.append(f"{name}={tmp_path / name}")
+    drift = '[{"class_path": "Drift"}]'
+    assert differing_options(arms_of(arms)) == {
+        "data.tasks.b": [json.dumps(task), json.dumps({**task, "num_test": 5}), ""],
+        "data.tasks.b.num_test": ["4", "5", ""],
+        "trainer.callbacks": [drift, drift, "null"],
+    }
 
 
 def test_what_arms_were_told_and_where_they_ran(tmp_path):

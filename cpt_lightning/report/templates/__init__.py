@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from cpt_lightning.records.markdown import markdown_cell
+
 
 def render(template: str, **values: Any) -> str:
     """A template with its values: HTML and Markdown by what the template's name says."""
@@ -20,15 +22,6 @@ def render(template: str, **values: Any) -> str:
     )
     environment.filters |= {"cell": markdown_cell, "fenced": fenced}
     return environment.get_template(template).render(**values)
-
-
-def markdown_cell(text: Any) -> str:
-    r"""Text that Markdown shows as it is, on one line.
-
-    >>> markdown_cell("<b>|a_b|</b>\nc")
-    '\\<b\\>\\|a\\_b\\|\\</b\\> c'
-    """
-    return re.sub(r"([\\`*_<>|\[\]#~])", r"\\\1", str(text)).replace("\n", " ")
 
 
 def fenced(text: Any) -> str:
