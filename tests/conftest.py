@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 from typing import TYPE_CHECKING
 
@@ -124,3 +125,11 @@ def small_folder(small_model: QwenVL, processor: PromptProcessor, tmp_path_facto
     processor.tokenizer.save_pretrained(folder)
     processor.image_processor.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture
+def interruptible():
+    """A process that a shell put into the background ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from mmap import PAGESIZE, mmap
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,15 @@ SMALL = [
     "--data.eval_prompts_per_step=3", "--model.evaluation.max_new_tokens=4",
 ]  # fmt: skip
 ROLLOUTS = ["--model.group_size=3", "--model.sampling.max_new_tokens=6"]
+HELD = 200_000_000
+"""Bytes that a part holds."""
+
+
+def held() -> mmap:
+    """So much memory: pages of its own, for what malloc gives may be what earlier tests have left."""
+    pages = mmap(-1, HELD)
+    pages[::PAGESIZE] = bytes(len(range(0, HELD, PAGESIZE)))
+    return pages
 
 
 def rehearse(config: str, *options: str) -> RehearseCLI:
@@ -135,12 +145,10 @@ def test_a_filter_that_takes_verdicts_over_judges_none(sampled):
 
 def test_a_callback_within_an_update_is_a_part_of_its_own(monkeypatch):
     """It waits for 0.2 s and holds 200 MB in every optimizer step, and before training for no time at all."""
-    held = []
 
     def heavy(self, *args):
-        held.append(torch.ones(50_000_000))
-        watch.time.sleep(0.2)
-        held.clear()
+        with held():
+            watch.time.sleep(0.2)
 
     monkeypatch.setattr(L2, "on_before_optimizer_step", heavy)
     cli = rehearse("demo/sft.yaml", "--trainer.callbacks+=L2", "--data.stages=[word2]")
@@ -161,9 +169,9 @@ def test_a_part_has_the_memory_that_it_took_and_the_time_of_its_last_step(monkey
     losses = RFT.losses
 
     def heavy(self, *args):
-        held = torch.ones(50_000_000)
-        watch.time.sleep(next(waits))
-        return losses(self, *args) if held.all() else []
+        with held():
+            watch.time.sleep(next(waits))
+        return losses(self, *args)
 
     monkeypatch.setattr(RFT, "losses", heavy)
     cli = rehearse("demo/grpo.yaml", *ROLLOUTS)
@@ -177,9 +185,8 @@ def test_a_peak_is_forgotten():
     memory = DeviceMemory(torch.device("cpu"), num_processes=2)
     memory.forget_peak()
     before = memory.peak
-    held = torch.ones(50_000_000)
-    assert memory.peak - before > 0.9 * held.nbytes
-    del held
+    with held():
+        assert memory.peak - before > 0.9 * HELD
     memory.forget_peak()
     assert memory.peak - before < 100e6
     assert 2 * memory.total == DeviceMemory(torch.device("cpu")).total > 1e9

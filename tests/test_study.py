@@ -278,16 +278,16 @@ def test_sigterm_ends_what_runs_and_begins_nothing(tmp_path, monkeypatch, capsys
     assert not (tmp_path / "out/b").exists()
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_in_a_command_s_last_moment_does_not_begin_the_next(tmp_path, monkeypatch, capsys):
     """It ends as if nothing had been, for it came too late to stop it; the person has pressed Ctrl-C all the same."""
     program = tmp_path / "cpt_lightning.py"
     program.write_text("import os, signal, time\nos.kill(os.getppid(), signal.SIGINT)\ntime.sleep(0.2)")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         Runner()(list(study(tmp_path, {"a": ["fit -c x", "fit -c y"], "b": "fit -c x"}).runs()))
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert "a, seed 0: stopped by a signal" in capsys.readouterr().out
     assert json.loads((tmp_path / "out/a/seed_0" / DONE).read_text())["commands"][0][:3] == ["fit", "-c", "x"]
     assert (tmp_path / "out/a/seed_0/study.log").read_text().count("fit -c y") == 0

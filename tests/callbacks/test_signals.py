@@ -52,14 +52,6 @@ def assert_same_end(folder, module, whole):
         assert (folder / name).read_bytes() == (whole[0] / name).read_bytes()
 
 
-@pytest.fixture
-def interruptible():
-    """A process that a shell put into the background ignores Ctrl-C."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(
