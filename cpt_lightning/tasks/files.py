@@ -1,9 +1,12 @@
-"""Files and folders of rows: JSON, JSON lines, parquet, arrow, saved data sets, image folders."""
+"""Files and folders of rows: JSON, JSON lines, CSV, parquet, arrow, saved data sets, image folders."""
 
 from __future__ import annotations
 
+import csv
 import json
+import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,9 @@ def open_files(paths: Sequence[str]) -> Table:
 
     Args:
         paths: Files ending in ``.json`` (a list of rows, or an object with one such list), ``.jsonl`` (a row per line),
-            ``.parquet`` or ``.arrow``; or folders: saved by ``save_to_disk``, of images with ``metadata.csv`` or
-            ``metadata.jsonl``, or of such files, taken in alphabetical order.
+            ``.csv`` or ``.tsv`` (names in the first line; every value is text), ``.parquet`` or ``.arrow``; or folders:
+            saved by ``save_to_disk``, of images with ``metadata.csv`` or ``metadata.jsonl``, or of such files, taken in
+            alphabetical order.
 
     Raises:
         ValueError: A file is malformed; the message names it and the line or row.
@@ -107,6 +111,28 @@ def _read_json_lines(path: Path) -> Records:
     return ListedRecords(rows)
 
 
+def _read_csv(path: Path, delimiter: str = ",") -> Records:
+    limit = csv.field_size_limit(sys.maxsize)  # a picture in base64 is longer than the usual one
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+            rows = [_checked_line(row, path, reader) for row in reader]
+    except UnicodeDecodeError as error:
+        raise ValueError(_not_utf8(path)) from error
+    except csv.Error as error:
+        raise ValueError(f"{path}: line {reader.reader.line_num} cannot be read: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
+    return ListedRecords(rows)
+
+
+def _checked_line(row: dict, path: Path, reader: csv.DictReader) -> Record:
+    if None in row or None in row.values():  # how the reader says that there are more values than names, or fewer
+        names = ", ".join(reader.fieldnames or [])
+        raise ValueError(f"{path}: line {reader.line_num} has not one value for each of {names}; quote or fill it in")
+    return row
+
+
 def _not_utf8(path: Path) -> str | None:
     """Where a file stops being UTF-8: Python's error about a file that is read in pieces counts from the piece."""
     content = path.read_bytes()
@@ -167,6 +193,8 @@ def _read_arrow_rows(path: Path, read: Callable[[str], Any]) -> Records:
 _READERS: dict[str, Callable[[Path], Records]] = {
     ".json": _read_json,
     ".jsonl": _read_json_lines,
+    ".csv": _read_csv,
+    ".tsv": partial(_read_csv, delimiter="\t"),
     ".parquet": _read_parquet,
     ".arrow": _read_arrow,
 }

@@ -196,7 +196,7 @@ class TableRows(Source):
 
 @dataclass
 class FileRows(TableRows):
-    """Rows of files: ``.json``, ``.jsonl``, ``.parquet``, ``.arrow``, and folders of them or of images with metadata.
+    """Rows of files: JSON, JSON lines, CSV, TSV, parquet, arrow, and folders of them or of images with metadata.
 
     Images are paths, encoded bytes, base64, or the hub's ``{"bytes": ..., "path": ...}``, read when the row is used.
 
