@@ -207,6 +207,22 @@ def check_trainer(stream: TaskStream) -> None:
         raise ValueError("trainer.use_distributed_sampler must be false: the stream splits batches over ranks itself")
 
 
+def check_processor(stream: TaskStream) -> None:
+    """Refuses a processor that was set when the stream was looked at with another module than the Trainer's.
+
+    Raises:
+        ValueError: As said.
+    """
+    if stream.trainer is None or stream._processor is None:
+        return
+    own = stream.trainer.lightning_module.processor
+    if stream._processor is not own and type(stream._processor) is type(own):
+        raise ValueError(
+            "stream.processor was set, and is not that of the module that is given with it: stream.processor = None "
+            "takes the module's; to have another one used, set module.processor"
+        )
+
+
 def _check_callbacks(stream: TaskStream, callbacks: Sequence[Callback]) -> None:
     for callback in callbacks:
         for kind, why in _UNFIT.items():

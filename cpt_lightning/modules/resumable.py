@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from cpt_lightning.checkpoint_io import AtomicCheckpointIO, check_resumable, read_checkpoint
 from cpt_lightning.models import Backbone
 from cpt_lightning.models.fingerprint import frozen_fingerprint
+from cpt_lightning.models.qwen_vl import check_model
 from cpt_lightning.modules.compatibility import KEY, check_backbone, check_frozen, check_ours, check_weights
 from cpt_lightning.modules.random_states import random_state, set_random_state
 
@@ -116,7 +117,9 @@ class Resumable(L.LightningModule):
     def configure_model(self) -> None:
         """Loads the backbone, once, and notes which it is."""
         if "model" not in self._modules:
-            self.model = self.load_model()
+            model = self.load_model()
+            check_model(model)
+            self.model = model
         self._frozen_fingerprint = self._frozen_fingerprint or frozen_fingerprint(self.model)
 
     def without_frozen(self, state: Mapping[str, T]) -> dict[str, T]:
