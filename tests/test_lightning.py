@@ -468,6 +468,10 @@ REFUSED = [
         "OnExceptionCheckpoint saves in the middle.*TaskCheckpoint",
     ),
     (lambda: of_lightning.ModelPruning("l1_unstructured", amount=0.5), "ModelPruning changes which.*backbone.tuning"),
+    (
+        lambda: of_lightning.ModelCheckpoint(monitor="val/bar2/accuracy"),
+        r"ModelCheckpoint\(monitor='val/bar2/accuracy'\) names 'bar2', .* did you mean 'bars2'",
+    ),
     (lambda: of_lightning.BackboneFinetuning(), "BackboneFinetuning changes which.*backbone.freeze"),
 ]
 

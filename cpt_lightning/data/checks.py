@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import (
     Callback,
     EarlyStopping,
     LearningRateFinder,
+    ModelCheckpoint,
     OnExceptionCheckpoint,
     StochasticWeightAveraging,
     Timer,
@@ -228,6 +229,10 @@ def _check_callbacks(stream: TaskStream, callbacks: Sequence[Callback]) -> None:
         for kind, why in _UNFIT.items():
             if isinstance(callback, kind) and not (kind is EarlyStopping and stream.num_stages == 1):
                 raise ValueError(f"{type(callback).__name__} {why}")
+        if isinstance(callback, ModelCheckpoint | EarlyStopping) and str(callback.monitor).startswith("val/"):
+            # Lightning says so too, when a stage has been learned.
+            where = f"{type(callback).__name__}(monitor={callback.monitor!r})"
+            _check_known(str(callback.monitor).split("/")[1], stream.asked, where)
 
 
 def _is_whole(number: object) -> bool:
