@@ -97,8 +97,13 @@ class Resumable(L.LightningModule):
             **options: Of the class; ``backbone`` is by default the checkpoint's.
 
         Raises:
+            TypeError: An option of the class in the place of a device.
             ValueError: It is no checkpoint of ours, of another backbone, or weights are missing.
         """
+        if not isinstance(map_location, str | int | torch.device | None):
+            raise TypeError(
+                f"map_location={map_location!r} is no device; options of {cls.__name__} are given by keyword"
+            )
         checkpoint = read_checkpoint(checkpoint_path, parts=["state_dict"])
         check_ours(str(checkpoint_path), checkpoint)
         if "backbone" not in options:
