@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,6 +15,8 @@ from cpt_lightning.tasks.records import ArrowRecords, ListedRecords, Record, Rec
 from cpt_lightning.tasks.tables import Part, Table
 
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+_SPLIT = re.compile(r"(train|validation|valid|val|dev|test)(?![a-z])", re.IGNORECASE)
+"""How files are named that hold a split, or a part of one: ``train-00000-of-00002.parquet``."""
 _NOT_ROWS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
 
 
@@ -47,8 +50,21 @@ def check_files(paths: Sequence[str]) -> None:
         if (path / "dataset_dict.json").is_file():
             splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
             raise ValueError(f"folder {name!r} holds the splits {', '.join(splits)}; name one, as '{name}/{splits[0]}'")
-        if path.is_dir() and not (is_saved(path) or _has_metadata(path) or _files_of(path)):
-            raise ValueError(f"folder {name!r} holds no saved data set, no metadata.csv and no {', '.join(_READERS)}")
+        if path.is_dir() and not (is_saved(path) or _has_metadata(path)):
+            _check_folder(path, name)
+
+
+def _check_folder(path: Path, name: str) -> None:
+    """A folder of files that are read one after another."""
+    files = _files_of(path)
+    if not files:
+        raise ValueError(f"folder {name!r} holds no saved data set, no metadata.csv and no {', '.join(_READERS)}")
+    splits = {found[1].lower(): file.name for file in reversed(files) if (found := _SPLIT.match(file.name))}
+    if len(splits) > 1:
+        raise ValueError(
+            f"folder {name!r} holds files of several splits, such as {', '.join(sorted(splits.values()))}; name the "
+            "files of one, or read the folder with HubRows"
+        )
 
 
 def is_saved(folder: Path) -> bool:
@@ -81,7 +97,8 @@ def _read_json(path: Path) -> Records:
     except UnicodeDecodeError as error:
         raise ValueError(_not_utf8(path)) from error
     except ValueError as error:
-        raise ValueError(f"{path}: not a JSON file: {error}") from error
+        hint = "; for a row per line name it .jsonl" if str(error).startswith("Extra data") else ""
+        raise ValueError(f"{path}: not a JSON file: {error}{hint}") from error
     if isinstance(rows, dict):  # {"info": ..., "questions": [...]}, as CLEVR and the VQA sets have it
         lists = [value for value in rows.values() if isinstance(value, list)]
         if len(lists) != 1:
