@@ -67,6 +67,7 @@ class Columns:
         where: Column to the value, or list of values, that it must have; other rows are left out.
 
     Raises:
+        TypeError: Text in the place of a list of columns.
         ValueError: Options that contradict each other, or a malformed line.
     """
 
@@ -84,6 +85,10 @@ class Columns:
 
     def __post_init__(self) -> None:
         check_known("columns.", turns=(self.turns, Turns))
+        lists: dict[str, object] = {"fields": self.fields, "required": self.required}
+        for name, names in lists.items():
+            if isinstance(names, str):
+                raise TypeError(f"columns.{name}={names!r} is text; give a list of columns")
         if self.messages and (self.question or self.options):
             raise ValueError("columns.messages excludes question and options: a row is a chat or a question")
         if isinstance(self.question, str) and "{" in self.question:
