@@ -26,6 +26,10 @@ Checkpointed = Literal["vision_tower", "language_model"]
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 
 
+class MissingBackbone(FileNotFoundError, ValueError):
+    """No weights are where an option says that they are."""
+
+
 @dataclass
 class Backbone:
     """The Qwen2.5-VL that is tuned.
@@ -142,7 +146,7 @@ class Backbone:
         looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
         if looks_local and not (Path(path) / "config.json").is_file():
             base = "" if path == self.path else f"its base {path!r}: "
-            raise ValueError(
+            raise MissingBackbone(
                 f"backbone.path={self.path!r}: {base}no config.json there; give a folder of transformers or PEFT, "
                 "a hub id or 'tiny'"
             )
@@ -150,7 +154,7 @@ class Backbone:
 
         is_here = path == "tiny" or Path(path).is_dir()
         if constants.HF_HUB_OFFLINE and not is_here and not try_to_load_from_cache(path, "config.json"):
-            raise ValueError(
+            raise MissingBackbone(
                 f"backbone.path={path!r} is no folder and not in the cache, and HF_HUB_OFFLINE forbids to ask the hub: "
                 f"`hf download {path}` where there is a network, or unset it"
             )
@@ -166,7 +170,7 @@ class Backbone:
             kind = QwenVL.config_class.get_config_dict(resolve_path(path))[0].get("model_type")
         except OSError as error:
             said = str(error).strip().partition("\n")[0]
-            raise ValueError(f"backbone.path={self.path!r} cannot be had: {said}") from error
+            raise MissingBackbone(f"backbone.path={self.path!r} cannot be had: {said}") from error
         if kind != wanted:
             raise ValueError(
                 f"backbone.path={self.path!r} is a model of type {kind!r}; give a Qwen2.5-VL, whose config.json says "
