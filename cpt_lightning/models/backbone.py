@@ -27,7 +27,7 @@ Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 
 
 class MissingBackbone(FileNotFoundError, ValueError):
-    """No weights are where an option says that they are."""
+    """No Qwen2.5-VL is where an option says that there is one."""
 
 
 @dataclass
@@ -172,7 +172,7 @@ class Backbone:
             said = str(error).strip().partition("\n")[0]
             raise MissingBackbone(f"backbone.path={self.path!r} cannot be had: {said}") from error
         if kind != wanted:
-            raise ValueError(
+            raise MissingBackbone(
                 f"backbone.path={self.path!r} is a model of type {kind!r}; give a Qwen2.5-VL, whose config.json says "
                 f"{wanted!r}"
             )
