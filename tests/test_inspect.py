@@ -304,6 +304,13 @@ def test_a_backbone_without_files_is_named_with_a_way_out(config, tmp_path, caps
     assert f"{tmp_path}/none" in said and "--model.backbone.path tiny" in said
 
 
+def test_a_backbone_of_another_kind_is_named_likewise(config, tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_vl"}')
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", "-c", str(config), f"--model.backbone.path={tmp_path}"])
+    assert stop.value.code == 2 and "is a model of type 'qwen2_vl'" in capsys.readouterr().err
+
+
 def test_the_saved_config_of_a_run_can_be_inspected(config, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["fit", "-c", str(config), "--print_config"])

@@ -211,6 +211,11 @@ def test_what_does_not_fit_is_not_loaded(tmp_path, saved, spoil, options, error,
         SFT.load_from_checkpoint(tmp_path / "spoilt.ckpt", **options)
 
 
+def test_an_option_in_the_place_of_a_device_is_refused():
+    with pytest.raises(TypeError, match="map_location=0.5 is no device; options of SFT are given by keyword"):
+        SFT.load_from_checkpoint("there/is/no/such.ckpt", 0.5)
+
+
 def test_a_module_that_is_there_already_is_not_loaded_into(saved):
     with pytest.raises(TypeError, match="cannot be called on an instance"):
         SFT().load_from_checkpoint(saved)
@@ -468,6 +473,10 @@ REFUSED = [
         "OnExceptionCheckpoint saves in the middle.*TaskCheckpoint",
     ),
     (lambda: of_lightning.ModelPruning("l1_unstructured", amount=0.5), "ModelPruning changes which.*backbone.tuning"),
+    (
+        lambda: of_lightning.ModelCheckpoint(monitor="val/bar2/accuracy"),
+        r"ModelCheckpoint\(monitor='val/bar2/accuracy'\) names 'bar2', .* did you mean 'bars2'",
+    ),
     (lambda: of_lightning.BackboneFinetuning(), "BackboneFinetuning changes which.*backbone.freeze"),
 ]
 

@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -84,6 +85,26 @@ def test_cli_commands_parse(command, monkeypatch, capsys):
         main(args)
     assert stop.value.code in (0, None), capsys.readouterr().err
     assert capsys.readouterr().out
+
+
+def test_options_exist_that_are_named_beside_those_of_other_trainers(monkeypatch, capsys):
+    from cpt_lightning.cli import main
+
+    section = (
+        PAGES[ROOT / "docs" / "extending.md"].split("## Options by the names that others have")[1].split("\n## ")[0]
+    )
+    named = re.findall(r"`((?:model|data|trainer)\.[a-z_.]+)`", section)
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", "configs/demo/grpo.yaml", "--print_config"])
+    config = yaml.safe_load(capsys.readouterr().out)
+    config["model"] = config["model"]["init_args"]
+    assert len(named) > 20
+    for name in named:
+        options = config
+        for part in name.split("."):
+            assert part in options, name
+            options = options[part]
 
 
 def test_extras_that_are_installed_exist():

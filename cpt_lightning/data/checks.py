@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import (
     Callback,
     EarlyStopping,
     LearningRateFinder,
+    ModelCheckpoint,
     OnExceptionCheckpoint,
     StochasticWeightAveraging,
     Timer,
@@ -207,11 +208,31 @@ def check_trainer(stream: TaskStream) -> None:
         raise ValueError("trainer.use_distributed_sampler must be false: the stream splits batches over ranks itself")
 
 
+def check_processor(stream: TaskStream) -> None:
+    """Refuses a processor that was set when the stream was looked at with another module than the Trainer's.
+
+    Raises:
+        ValueError: As said.
+    """
+    if stream.trainer is None or stream._processor is None:
+        return
+    own = stream.trainer.lightning_module.processor
+    if stream._processor is not own and type(stream._processor) is type(own):
+        raise ValueError(
+            "stream.processor was set, and is not that of the module that is given with it: stream.processor = None "
+            "takes the module's; to have another one used, set module.processor"
+        )
+
+
 def _check_callbacks(stream: TaskStream, callbacks: Sequence[Callback]) -> None:
     for callback in callbacks:
         for kind, why in _UNFIT.items():
             if isinstance(callback, kind) and not (kind is EarlyStopping and stream.num_stages == 1):
                 raise ValueError(f"{type(callback).__name__} {why}")
+        if isinstance(callback, ModelCheckpoint | EarlyStopping) and str(callback.monitor).startswith("val/"):
+            # Lightning says so too, when a stage has been learned.
+            where = f"{type(callback).__name__}(monitor={callback.monitor!r})"
+            _check_known(str(callback.monitor).split("/")[1], stream.asked, where)
 
 
 def _is_whole(number: object) -> bool:

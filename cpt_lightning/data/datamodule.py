@@ -17,6 +17,7 @@ from cpt_lightning.data.checks import (
     TRAINER_OPTIONS,
     check_choices,
     check_numbers,
+    check_processor,
     check_stages,
     check_tasks,
     check_trainer,
@@ -202,7 +203,7 @@ class TaskStream(L.LightningDataModule):
 
     @property
     def processor(self) -> Processor:
-        """Encodes prompts: the module's, unless another was set (as a notebook does)."""
+        """Encodes prompts: the module's, unless another was set (as a notebook does), which ``None`` takes back."""
         if self._processor is not None:
             return self._processor
         if self.trainer is None:
@@ -210,11 +211,12 @@ class TaskStream(L.LightningDataModule):
         return self.trainer.lightning_module.processor
 
     @processor.setter
-    def processor(self, processor: Processor) -> None:
+    def processor(self, processor: Processor | None) -> None:
         self._processor = processor
 
     def setup(self, stage: str) -> None:
         """Opens the sources that ``fit``, ``validate``, ``test`` or ``predict`` needs; empty ones are refused here."""
+        check_processor(self)
         if stage == "fit":
             check_trainer(self)
             for name in self.task_names:

@@ -26,6 +26,10 @@ Checkpointed = Literal["vision_tower", "language_model"]
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 
 
+class MissingBackbone(FileNotFoundError, ValueError):
+    """No Qwen2.5-VL is where an option says that there is one."""
+
+
 @dataclass
 class Backbone:
     """The Qwen2.5-VL that is tuned.
@@ -137,12 +141,12 @@ class Backbone:
         return model.train()  # from_pretrained leaves it in eval mode
 
     def _check_path(self) -> None:
-        """A path that looks like a folder must be one, or the hub would be asked for it."""
+        """A path that looks like a folder must be one, or the hub would be asked for it; and of our kind of model."""
         path = base_of(self.path)
         looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
         if looks_local and not (Path(path) / "config.json").is_file():
             base = "" if path == self.path else f"its base {path!r}: "
-            raise FileNotFoundError(
+            raise MissingBackbone(
                 f"backbone.path={self.path!r}: {base}no config.json there; give a folder of transformers or PEFT, "
                 "a hub id or 'tiny'"
             )
@@ -150,9 +154,27 @@ class Backbone:
 
         is_here = path == "tiny" or Path(path).is_dir()
         if constants.HF_HUB_OFFLINE and not is_here and not try_to_load_from_cache(path, "config.json"):
-            raise FileNotFoundError(
+            raise MissingBackbone(
                 f"backbone.path={path!r} is no folder and not in the cache, and HF_HUB_OFFLINE forbids to ask the hub: "
                 f"`hf download {path}` where there is a network, or unset it"
+            )
+        self._check_kind(path)
+
+    def _check_kind(self, path: str) -> None:
+        """Of another model only a few weights would fit, and transformers would draw the others at random."""
+        from cpt_lightning.models.processor import resolve_path
+        from cpt_lightning.models.qwen_vl import QwenVL
+
+        wanted = QwenVL.config_class.model_type
+        try:
+            kind = QwenVL.config_class.get_config_dict(resolve_path(path))[0].get("model_type")
+        except OSError as error:
+            said = str(error).strip().partition("\n")[0]
+            raise MissingBackbone(f"backbone.path={self.path!r} cannot be had: {said}") from error
+        if kind != wanted:
+            raise MissingBackbone(
+                f"backbone.path={self.path!r} is a model of type {kind!r}; give a Qwen2.5-VL, whose config.json says "
+                f"{wanted!r}"
             )
 
 

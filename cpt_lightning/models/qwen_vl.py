@@ -30,6 +30,19 @@ def weightless(path: str, dtype: str) -> QwenVL:
     return QwenVL._from_config(config, dtype=kept)
 
 
+def check_model(model: nn.Module) -> None:
+    """Refuses a model within a wrapper, behind which its parts are not found.
+
+    Raises:
+        TypeError: Names the wrapper, and how adapters get inside the model.
+    """
+    if not isinstance(model, QwenVL):  # type: ignore[misc]  # transformers is untyped
+        raise TypeError(
+            f"the model is a {type(model).__name__}; give the {QwenVL.__name__} itself: of PEFT's wrapper it is "
+            "get_base_model(), with the adapters inside it; a module puts them there with backbone.tuning=lora"
+        )
+
+
 def use_cuda_graphs(model: QwenVL, wanted: bool) -> None:
     """Notes on a model whether its steps of decoding may be recorded on a GPU, see rollouts/decoding.py."""
     model._uses_cuda_graphs = wanted

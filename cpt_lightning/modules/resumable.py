@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from cpt_lightning.checkpoint_io import AtomicCheckpointIO, check_resumable, read_checkpoint
 from cpt_lightning.models import Backbone
 from cpt_lightning.models.fingerprint import frozen_fingerprint
+from cpt_lightning.models.qwen_vl import check_model
 from cpt_lightning.modules.compatibility import KEY, check_backbone, check_frozen, check_ours, check_weights
 from cpt_lightning.modules.random_states import random_state, set_random_state
 
@@ -96,8 +97,13 @@ class Resumable(L.LightningModule):
             **options: Of the class; ``backbone`` is by default the checkpoint's.
 
         Raises:
+            TypeError: An option of the class in the place of a device.
             ValueError: It is no checkpoint of ours, of another backbone, or weights are missing.
         """
+        if not isinstance(map_location, str | int | torch.device | None):
+            raise TypeError(
+                f"map_location={map_location!r} is no device; options of {cls.__name__} are given by keyword"
+            )
         checkpoint = read_checkpoint(checkpoint_path, parts=["state_dict"])
         check_ours(str(checkpoint_path), checkpoint)
         if "backbone" not in options:
@@ -116,7 +122,9 @@ class Resumable(L.LightningModule):
     def configure_model(self) -> None:
         """Loads the backbone, once, and notes which it is."""
         if "model" not in self._modules:
-            self.model = self.load_model()
+            model = self.load_model()
+            check_model(model)
+            self.model = model
         self._frozen_fingerprint = self._frozen_fingerprint or frozen_fingerprint(self.model)
 
     def without_frozen(self, state: Mapping[str, T]) -> dict[str, T]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cpt_lightning.rewards.formats import FORMAT_STYLES, FormatStyle, has_format
+from cpt_lightning.rewards.functions import RewardFunction, called, check_function, function_name
 from cpt_lightning.rewards.grading import KINDS, Kind, grade
 from cpt_lightning.rewards.lengths import OverlongPenalty
 from cpt_lightning.rewards.yes_no import YES_NO_COUNTS, YES_NO_RATIOS, yes_no_counts
@@ -23,10 +24,17 @@ class RewardPart:
     Args:
         function: ``(completion, gold) -> float``, importable so that it can be named in YAML and sent to workers.
         weight: Factor of the part in the total.
+
+    Raises:
+        TypeError: What cannot be called.
+        ValueError: A function that takes something else.
     """
 
-    function: Callable[[str, Gold], float]
+    function: RewardFunction
     weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_function(self.function, "the function of an extra reward part")
 
 
 @dataclass
@@ -41,7 +49,8 @@ class Reward:
     Args:
         kind: How answers are compared: ``text``, ``exact``, ``letter``, ``number``, ``math``, ``yes_no``,
             ``short_answer``, ``letter_or_short_answer``, ``vqa``, ``relaxed``, ``permutation`` or ``permutation_hits``;
-            see :func:`~cpt_lightning.rewards.grading.grade`.
+            see :func:`~cpt_lightning.rewards.grading.grade`. Or a function of your own, ``(completion, gold) -> float``
+            in [0, 1], of the whole text of the completion.
         format: Style that is rewarded: ``none``, ``think_answer`` or ``think_boxed``.
         accuracy_weight: Weight of the accuracy, where there is a format.
         format_weight: Weight of the format, where there is one.
@@ -50,8 +59,8 @@ class Reward:
 
     Raises:
         TypeError: Extra parts that are none.
-        ValueError: Unknown kind or format, a weight that is negative or not a number, ``accuracy_needs_format`` without
-            a format, or an extra part with a name that is taken.
+        ValueError: Unknown kind or format, a function that takes something else, a weight that is negative or not a
+            number, ``accuracy_needs_format`` without a format, or an extra part with a name that is taken.
 
     The jigsaw reward of arXiv 2506.23508, R_hit + R_acc + R_fmt; in YAML: ``reward: {kind: permutation, format:
     think_answer, accuracy_weight: 1.0, format_weight: 1.0, extra: {hit: {function:
@@ -63,7 +72,7 @@ class Reward:
     {'total': 1.5, 'accuracy': 0.0, 'format': 1.0, 'hit': 0.5}
     """
 
-    kind: Kind = "text"
+    kind: Kind | RewardFunction = "text"
     format: FormatStyle = "none"
     accuracy_weight: float = 0.9
     format_weight: float = 0.1
@@ -71,7 +80,9 @@ class Reward:
     extra: dict[str, RewardPart] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
+        if callable(self.kind):
+            check_function(self.kind, "the reward's kind")
+        elif self.kind not in KINDS:
             raise ValueError(f"reward kind {self.kind!r} is unknown; there are {', '.join(KINDS)}")
         if self.format not in FORMAT_STYLES:
             raise ValueError(f"reward format {self.format!r} is unknown; there are {', '.join(FORMAT_STYLES)}")
@@ -96,20 +107,31 @@ class Reward:
         Raises:
             ValueError: The reference answer does not suit the kind, or an extra part is not a finite number.
         """
-        accuracy = grade(completion, gold, self.kind)
+        accuracy = self._accuracy(completion, gold)
         parts = {"total": accuracy, "accuracy": accuracy}
         if self.format != "none":
             parts["format"] = float(has_format(completion, self.format))
             counted = accuracy * parts["format"] if self.accuracy_needs_format else accuracy
             parts["total"] = self.accuracy_weight * counted + self.format_weight * parts["format"]
         for name, part in self.extra.items():
-            parts[name] = float(part.function(completion, gold))
-            if not math.isfinite(parts[name]):
-                raise ValueError(f"the extra reward part {name!r} is {parts[name]}")
+            parts[name] = called(part.function, completion, gold, f"the extra reward part {name!r}")
             parts["total"] += part.weight * parts[name]
         if self.kind == "yes_no":
             parts |= yes_no_counts(grade(completion, "yes", self.kind), gold)
         return parts
+
+    @property
+    def kind_name(self) -> str:
+        """How answers are compared, in a word."""
+        return function_name(self.kind) if callable(self.kind) else self.kind
+
+    def _accuracy(self, completion: str, gold: Gold) -> float:
+        if not callable(self.kind):
+            return grade(completion, gold, self.kind)
+        accuracy = called(self.kind, completion, gold, f"the accuracy by {self.kind_name}")
+        if not 0 <= accuracy <= 1:
+            raise ValueError(f"the accuracy by {self.kind_name} is {accuracy}; give a number in [0, 1]")
+        return accuracy
 
 
 def score(

@@ -8,6 +8,7 @@ from torch import Tensor
 from cpt_lightning.functional.logprobs import token_logprobs
 from cpt_lightning.models.qwen_vl import (
     QwenVL,
+    check_model,
     embed,
     embed_prompts,
     encode_images,
@@ -24,6 +25,7 @@ def run_prompts(model: QwenVL, prompts: Prompts) -> PromptState:
 
     With gradients enabled the state carries them: scored completions send theirs through it into the prompt.
     """
+    check_model(model)
     mask = prompts.attention_mask.bool()
     positions = prompt_positions(model, prompts)
     row = PromptPass(prompts)
@@ -86,6 +88,7 @@ def _group_hidden(model: QwenVL, prompts: Prompts, completions: Completions) -> 
 
 def _single_hidden(model: QwenVL, prompts: Prompts, completions: Completions) -> Tensor:
     """``[M, H]`` hidden states that predict the M completion tokens, one completion to a prompt."""
+    check_model(model)
     positions = prompt_positions(model, prompts)
     steps = torch.arange(completions.ids.shape[1] - 1, device=prompts.device)
     after = (positions.amax(dim=(0, 2)) + 1)[:, None] + steps

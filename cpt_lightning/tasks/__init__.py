@@ -5,6 +5,7 @@ from cpt_lightning.tasks.columns import Columns
 from cpt_lightning.tasks.hub import HubRows, Join
 from cpt_lightning.tasks.images import ImageError, load_image
 from cpt_lightning.tasks.jigsaw import Jigsaw
+from cpt_lightning.tasks.memory import MemoryRows
 from cpt_lightning.tasks.prompts import Prompt
 from cpt_lightning.tasks.rollout_rows import RolloutRows
 from cpt_lightning.tasks.rows import SPLITS, LazySequence, Row, Source, Split
@@ -23,6 +24,7 @@ __all__ = [
     "Jigsaw",
     "Join",
     "LazySequence",
+    "MemoryRows",
     "Prompt",
     "Reward",
     "RewardPart",

@@ -6,9 +6,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from cpt_lightning.rewards import extract_answer, with_option_text
-from cpt_lightning.tasks.chats import BadRecord, as_text, read_turns
+from cpt_lightning.tasks.chats import BadRecord, as_text, read_reply, read_turns
+from cpt_lightning.tasks.checks import check_known
 from cpt_lightning.tasks.choices import listed_texts, option_lines, right_option
 from cpt_lightning.tasks.images import ImageInput, is_encoded
 from cpt_lightning.tasks.prompts import IMAGE_MARKER
@@ -17,10 +19,15 @@ from cpt_lightning.tasks.rows import Row
 from cpt_lightning.tasks.targets import template_slots
 from cpt_lightning.types import Gold
 
-QUESTION_COLUMNS = ("problem", "question")
-ANSWER_COLUMNS = ("answer", "answers", "solution")
+CHAT_COLUMNS = ("messages", "conversations")
+QUESTION_COLUMNS = ("problem", "question", "prompt")
+ANSWER_COLUMNS = ("answer", "answers", "solution", "ground_truth", "reward_model")
+REPLY_COLUMN = "completion"
+SYSTEM_COLUMN = "system"
+UNREAD_COLUMNS = ("videos", "audios", "tools")
 IMAGE_COLUMNS = ("images", "image")
 
+Turns = Literal["one", "last"]
 Value = bool | int | float | str
 
 _NUMBERED_MARKER = re.compile(r"<image (\d+)>")
@@ -28,23 +35,30 @@ _NUMBERED_MARKER = re.compile(r"<image (\d+)>")
 
 @dataclass
 class Columns:
-    """Which columns of a data set say what; by default rows of both usual forms are understood.
+    """Which columns of a data set say what; by default rows of the usual forms are understood.
 
-    These are ``messages`` + ``images`` (LLaMA-Factory, ms-swift) and ``images``, ``problem``, ``answer`` (EasyR1).
+    These are a chat, as ``messages`` (LLaMA-Factory, ms-swift, TRL), ``conversations`` (ShareGPT, LLaVA) or ``prompt``
+    with or without ``completion`` (TRL, verl), and a question, as ``problem`` or ``question`` and ``answer`` (EasyR1).
     A question whose text brings its own option lines ("A. March") and whose answer is the letter of one also accepts
     that option's text as an answer.
 
     Args:
-        messages: Column of a chat of one question and, for SFT, its reply; by default ``messages`` where a row has it.
-        question: Column of the question, by default ``problem`` or ``question``; or a list of lines with slots that are
-            columns, such as ``["Context: {hint}", "{question}", "{options}"]``. A line is left out where one of its
-            slots is empty; a list fills a slot with commas between its entries. ``{options}`` are the options, a line
-            each; without that slot they come last.
+        messages: Column of a chat of one question and, for SFT, its reply; by default ``messages`` or ``conversations``
+            where a row has it, or ``prompt`` where it is a list of turns.
+        turns: Which question of a chat is asked: ``one``, which must be the only one, or ``last``, behind the turns
+            before it. The replies in these are shown, and not learned.
+        system: Column of the system turn, where the chat has none; by default ``system`` where a row has it.
+        question: Column of the question, by default ``problem``, ``question`` or ``prompt``; or a list of lines with
+            slots that are columns, such as ``["Context: {hint}", "{question}", "{options}"]``. A line is left out where
+            one of its slots is empty; a list fills a slot with commas between its entries. ``{options}`` are the
+            options, a line each; without that slot they come last.
         options: Column of a list of option texts, or of text that writes such a list; or one column per option. The
             answer is then the right one's index from 0, its letter or its text, and is graded by letter or text. A row
             without options is an open question, whose answer may be text that writes a list of answers.
-        answer: Column of the reference answer, or of a list of them, blank ones of which are dropped; by default a
-            chat's reply, else ``answer``, ``answers`` or ``solution``.
+        reply: Column of what SFT learns, where the chat has no reply; by default ``completion`` beside ``prompt``.
+        answer: Column of the reference answer, or of a list of them, blank ones of which are dropped; by default that
+            of a chat's reply, else ``answer``, ``answers``, ``solution``, ``ground_truth`` or ``reward_model``, else
+            that of the column ``reply``.
         images: Column of the image or images, or a list of columns with one each (empty ones are skipped); by default
             ``images`` or ``image``; without it rows are text only. ``<image 2>`` in question or options shows the
             second one there, and images that are never named so come first.
@@ -53,12 +67,16 @@ class Columns:
         where: Column to the value, or list of values, that it must have; other rows are left out.
 
     Raises:
+        TypeError: Text in the place of a list of columns.
         ValueError: Options that contradict each other, or a malformed line.
     """
 
     messages: str | None = None
+    turns: Turns = "one"
+    system: str | None = None
     question: str | list[str] | None = None
     options: str | list[str] | None = None
+    reply: str | None = None
     answer: str | None = None
     images: str | list[str] | None = None
     fields: list[str] = field(default_factory=list)
@@ -66,6 +84,11 @@ class Columns:
     where: dict[str, Value | list[Value]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_known("columns.", turns=(self.turns, Turns))
+        lists: dict[str, object] = {"fields": self.fields, "required": self.required}
+        for name, names in lists.items():
+            if isinstance(names, str):
+                raise TypeError(f"columns.{name}={names!r} is text; give a list of columns")
         if self.messages and (self.question or self.options):
             raise ValueError("columns.messages excludes question and options: a row is a chat or a question")
         if isinstance(self.question, str) and "{" in self.question:
@@ -92,8 +115,9 @@ class Columns:
             ValueError: A column is missing or holds something else than it should; the message names row and column.
         """
         try:
-            is_chat = self.messages is not None or (self.question is None and "messages" in record)
-            row = self._read_chat(record, row_id) if is_chat else self._read_question(record, row_id)
+            _refuse_unread(record)
+            chat = self._chat_column(record)
+            row = self._read_question(record, row_id) if chat is None else self._read_chat(record, row_id, chat)
             row.images = [_resolve(image, folder) for image in row.images]
             row.fields = {name: as_text(_get(record, name, "fields"), name) for name in self.fields}
         except BadRecord as error:
@@ -103,27 +127,68 @@ class Columns:
     def _read_question(self, record: Record, row_id: str) -> Row:
         texts = self._option_texts(record)
         question = self._question(record, _checked(option_lines, texts))
-        value, column = _pick(record, self.answer, ANSWER_COLUMNS, "answer")
+        reply = self._reply(record)
+        value, column = self._right(record, None, reply)
         if texts:
             answer = _checked(right_option, value, texts)
         else:
             answer = _with_option(_answer(value, column, may_be_written_out=self.options is not None), question)
-        question, images = _place(question, self._images(record) or {})
-        return Row(row_id, question, answer, images)
+        (question,), images = _place([question], self._images(record))
+        return Row(row_id, question, answer, images, reply, system=self._system(record))
 
-    def _read_chat(self, record: Record, row_id: str) -> Row:
-        column = self.messages or "messages"
+    def _read_chat(self, record: Record, row_id: str, column: str) -> Row:
         chat = read_turns(_get(record, column, "messages"), column)
-        if self.answer is not None or chat.reply is None:
-            answer = _answer(*_pick(record, self.answer, ANSWER_COLUMNS, "answer"))
-        else:
-            answer = extract_answer(chat.reply)
-        images = self._images(record)
-        numbered = dict(enumerate(chat.images, start=1)) if images is None else images
-        question, shown = _place(chat.question, numbered)
-        return Row(row_id, question, _with_option(answer, question), shown, chat.reply, system=chat.system)
+        if chat.history and self.turns == "one":
+            raise BadRecord(
+                f"column '{column}' has turns before its last question; a row is one question and its answer: "
+                "columns.turns=last shows them, and learns the last answer alone"
+            )
+        reply = self._reply(record)
+        answer = _answer(*self._right(record, chat.reply, reply))
+        images = self._images(record) or dict(enumerate(chat.images, start=1))
+        said = [text for _, text in chat.history]
+        (*said, question), shown = _place([*said, chat.question], images)
+        history = [(speaker, text) for (speaker, _), text in zip(chat.history, said, strict=True)]
+        return Row(
+            row_id,
+            question,
+            _with_option(answer, question),
+            shown,
+            reply if chat.reply is None else chat.reply,
+            system=self._system(record) if chat.system is None else chat.system,
+            history=history,
+        )
 
     # -- parts of a row --------------------------------------------------------------------------------------------
+
+    def _chat_column(self, record: Record) -> str | None:
+        """The column of the row's chat; ``None`` if the row is a question."""
+        if self.messages is not None or self.question is not None or self.options is not None:
+            return self.messages
+        name = next((name for name in (*CHAT_COLUMNS, *QUESTION_COLUMNS) if name in record), None)
+        return name if name in CHAT_COLUMNS or (name == "prompt" and isinstance(record[name], list)) else None
+
+    def _reply(self, record: Record) -> str | None:
+        """The reply that stands in a column of its own."""
+        if self.reply is None and not ("prompt" in record and REPLY_COLUMN in record):
+            return None
+        column = self.reply or REPLY_COLUMN
+        return read_reply(_get(record, column, "reply"), column)
+
+    def _right(self, record: Record, chat_reply: str | None, reply: str | None) -> tuple[object, str]:
+        """What the reference answer is read from, and the column's name."""
+        has_column = self.answer is not None or any(name in record for name in ANSWER_COLUMNS)
+        reply = reply if chat_reply is None and not has_column else chat_reply
+        if self.answer is None and reply is not None:
+            return extract_answer(reply), "reply"
+        return _pick(record, self.answer, ANSWER_COLUMNS, "answer")
+
+    def _system(self, record: Record) -> str | None:
+        if self.system is None and SYSTEM_COLUMN not in record:
+            return None
+        column = self.system or SYSTEM_COLUMN
+        value = _get(record, column, "system")
+        return as_text(value, column) if is_held(value) else None
 
     def _question(self, record: Record, options: str) -> str:
         if isinstance(self.question, list):
@@ -157,16 +222,23 @@ class Columns:
             raise BadRecord(f"an option is empty in {values!r:.80}; letters would shift")
         return [str(value).strip() for value in values]
 
-    def _images(self, record: Record) -> dict[int, ImageInput] | None:
-        """The row's images by their numbers from 1; ``None`` if it has no column of images."""
+    def _images(self, record: Record) -> dict[int, ImageInput]:
+        """The images of the row's columns by their numbers from 1."""
         if isinstance(self.images, list):
             values = {number: _get(record, name, "images") for number, name in enumerate(self.images, start=1)}
             return {number: value for number, value in values.items() if is_held(value)}  # type: ignore[misc]
         if self.images is None and not any(name in record for name in IMAGE_COLUMNS):
-            return None
+            return {}
         value, _ = _pick(record, self.images, IMAGE_COLUMNS, "images")
         images = list(value) if isinstance(value, (list, tuple)) else [value] if is_held(value) else []
         return dict(enumerate(images, start=1))  # type: ignore[arg-type]
+
+
+def _refuse_unread(record: Record) -> None:
+    """A row that brings more than is shown would be asked without it."""
+    for name in UNREAD_COLUMNS:
+        if is_held(record.get(name)):
+            raise BadRecord(f"has {name}, and text and images are understood; take the row out")
 
 
 def _pick(record: Record, column: str | list[str] | None, usual: Sequence[str], option: str) -> tuple[object, str]:
@@ -209,7 +281,7 @@ def _slot(value: object, column: str) -> str:
 
 
 def _answer(value: object, column: str, may_be_written_out: bool = False) -> Gold:
-    """A reference answer as text, or those of several that say something; ``{"answer": ...}`` is unpacked."""
+    """A reference answer as text, or those of several that say something."""
     if may_be_written_out and isinstance(value, str):
         value = listed_texts(value.strip()) or value
     if isinstance(value, (list, tuple)):
@@ -218,8 +290,8 @@ def _answer(value: object, column: str, may_be_written_out: bool = False) -> Gol
 
 
 def _one_answer(value: object, column: str) -> str:
-    if isinstance(value, dict) and "answer" in value:  # the VQA sets' own form
-        value = value["answer"]
+    if isinstance(value, dict):  # the VQA sets' own form, and verl's
+        value = next((value[name] for name in ("answer", "ground_truth") if name in value), value)
     if not is_held(value):
         return ""  # Row refuses it as empty
     if not isinstance(value, (str, int, float)):
@@ -233,25 +305,25 @@ def _with_option(answer: Gold, question: str) -> Gold:
     return with_option_text(answer, question) if isinstance(answer, str) else answer
 
 
-def _place(question: str, images: dict[int, ImageInput]) -> tuple[str, list[ImageInput]]:
-    """The question with plain markers only, and the images in their order.
+def _place(texts: list[str], images: dict[int, ImageInput]) -> tuple[list[str], list[ImageInput]]:
+    """The turns with plain markers only, and the images in their order.
 
     Args:
-        question: With plain markers, or with numbered ones such as ``<image 2>``.
+        texts: With plain markers, or with numbered ones such as ``<image 2>``; the question is the last.
         images: By number, from 1.
     """
-    named = [int(number) for number in _NUMBERED_MARKER.findall(question)]
+    named = [int(number) for text in texts for number in _NUMBERED_MARKER.findall(text)]
     if not named:
-        return question, list(images.values())
-    if IMAGE_MARKER in question:
+        return texts, list(images.values())
+    if any(IMAGE_MARKER in text for text in texts):
         raise BadRecord(f"the question mixes {IMAGE_MARKER} and numbered markers; use one of them")
     missing = [number for number in named if number not in images]
     if missing:
         held = ", ".join(map(str, images)) or "none"
         raise BadRecord(f"the question shows <image {missing[0]}>, the row has {held}; correct columns.images")
     leading = [number for number in images if number not in named]
-    question = IMAGE_MARKER * len(leading) + _NUMBERED_MARKER.sub(IMAGE_MARKER, question)
-    return question, [images[number] for number in [*leading, *named]]
+    first, *others = (_NUMBERED_MARKER.sub(IMAGE_MARKER, text) for text in texts)
+    return [IMAGE_MARKER * len(leading) + first, *others], [images[number] for number in [*leading, *named]]
 
 
 def _resolve(image: ImageInput, folder: Path) -> ImageInput:

@@ -1,9 +1,13 @@
-"""Files and folders of rows: JSON, JSON lines, parquet, arrow, saved data sets, image folders."""
+"""Files and folders of rows: JSON, JSON lines, CSV, parquet, arrow, saved data sets, image folders."""
 
 from __future__ import annotations
 
+import csv
 import json
+import re
+import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,8 @@ from cpt_lightning.tasks.records import ArrowRecords, ListedRecords, Record, Rec
 from cpt_lightning.tasks.tables import Part, Table
 
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+_SPLIT = re.compile(r"(train|validation|valid|val|dev|test)(?![a-z])", re.IGNORECASE)
+"""How files are named that hold a split, or a part of one: ``train-00000-of-00002.parquet``."""
 _NOT_ROWS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
 
 
@@ -19,8 +25,9 @@ def open_files(paths: Sequence[str]) -> Table:
 
     Args:
         paths: Files ending in ``.json`` (a list of rows, or an object with one such list), ``.jsonl`` (a row per line),
-            ``.parquet`` or ``.arrow``; or folders: saved by ``save_to_disk``, of images with ``metadata.csv`` or
-            ``metadata.jsonl``, or of such files, taken in alphabetical order.
+            ``.csv`` or ``.tsv`` (names in the first line; every value is text), ``.parquet`` or ``.arrow``; or folders:
+            saved by ``save_to_disk``, of images with ``metadata.csv`` or ``metadata.jsonl``, or of such files, taken in
+            alphabetical order.
 
     Raises:
         ValueError: A file is malformed; the message names it and the line or row.
@@ -43,8 +50,21 @@ def check_files(paths: Sequence[str]) -> None:
         if (path / "dataset_dict.json").is_file():
             splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
             raise ValueError(f"folder {name!r} holds the splits {', '.join(splits)}; name one, as '{name}/{splits[0]}'")
-        if path.is_dir() and not (is_saved(path) or _has_metadata(path) or _files_of(path)):
-            raise ValueError(f"folder {name!r} holds no saved data set, no metadata.csv and no {', '.join(_READERS)}")
+        if path.is_dir() and not (is_saved(path) or _has_metadata(path)):
+            _check_folder(path, name)
+
+
+def _check_folder(path: Path, name: str) -> None:
+    """A folder of files that are read one after another."""
+    files = _files_of(path)
+    if not files:
+        raise ValueError(f"folder {name!r} holds no saved data set, no metadata.csv and no {', '.join(_READERS)}")
+    splits = {found[1].lower(): file.name for file in reversed(files) if (found := _SPLIT.match(file.name))}
+    if len(splits) > 1:
+        raise ValueError(
+            f"folder {name!r} holds files of several splits, such as {', '.join(sorted(splits.values()))}; name the "
+            "files of one, or read the folder with HubRows"
+        )
 
 
 def is_saved(folder: Path) -> bool:
@@ -77,7 +97,8 @@ def _read_json(path: Path) -> Records:
     except UnicodeDecodeError as error:
         raise ValueError(_not_utf8(path)) from error
     except ValueError as error:
-        raise ValueError(f"{path}: not a JSON file: {error}") from error
+        hint = "; for a row per line name it .jsonl" if str(error).startswith("Extra data") else ""
+        raise ValueError(f"{path}: not a JSON file: {error}{hint}") from error
     if isinstance(rows, dict):  # {"info": ..., "questions": [...]}, as CLEVR and the VQA sets have it
         lists = [value for value in rows.values() if isinstance(value, list)]
         if len(lists) != 1:
@@ -105,6 +126,28 @@ def _read_json_lines(path: Path) -> Records:
     except UnicodeDecodeError as error:
         raise ValueError(_not_utf8(path)) from error
     return ListedRecords(rows)
+
+
+def _read_csv(path: Path, delimiter: str = ",") -> Records:
+    limit = csv.field_size_limit(sys.maxsize)  # a picture in base64 is longer than the usual one
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+            rows = [_checked_line(row, path, reader) for row in reader]
+    except UnicodeDecodeError as error:
+        raise ValueError(_not_utf8(path)) from error
+    except csv.Error as error:
+        raise ValueError(f"{path}: line {reader.reader.line_num} cannot be read: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
+    return ListedRecords(rows)
+
+
+def _checked_line(row: dict, path: Path, reader: csv.DictReader) -> Record:
+    if None in row or None in row.values():  # how the reader says that there are more values than names, or fewer
+        names = ", ".join(reader.fieldnames or [])
+        raise ValueError(f"{path}: line {reader.line_num} has not one value for each of {names}; quote or fill it in")
+    return row
 
 
 def _not_utf8(path: Path) -> str | None:
@@ -167,6 +210,8 @@ def _read_arrow_rows(path: Path, read: Callable[[str], Any]) -> Records:
 _READERS: dict[str, Callable[[Path], Records]] = {
     ".json": _read_json,
     ".jsonl": _read_json_lines,
+    ".csv": _read_csv,
+    ".tsv": partial(_read_csv, delimiter="\t"),
     ".parquet": _read_parquet,
     ".arrow": _read_arrow,
 }

@@ -98,7 +98,8 @@ def _file_of(image: ImageInput) -> tuple[Path | BytesIO | Image.Image, str]:
         return BytesIO(image), "(bytes)"
     if not isinstance(image, (str, os.PathLike)):
         raise ImageError(f"image is {kind_of(image)}; give a path, bytes, a picture or {{'bytes', 'path'}}")
-    if "://" in str(image)[:10]:  # looked for at the start only: a long text is no path
+    image = str(image).removeprefix("file://")
+    if "://" in image[:10]:  # looked for at the start only: a long text is no path
         raise ImageError(f"image '{image}' is a web address; download it and give its path")
     path = Path(image).expanduser()
     return path, f"'{path}'"

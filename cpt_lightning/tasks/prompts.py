@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 IMAGE_MARKER = "<image>"
+
+Turn = tuple[str, str]
+"""Who speaks (``user`` or ``assistant``), and what is said, with a marker where each image stands."""
 
 Style = Literal["none", "direct", "letter", "think_answer", "think_boxed"]
 
@@ -61,15 +65,18 @@ class Prompt:
             if IMAGE_MARKER in text:
                 raise ValueError(f"the prompt's {name} holds {IMAGE_MARKER}; images belong to the rows' questions")
 
-    def messages(self, question: str, num_images: int, system: str | None = None) -> list[dict]:
+    def messages(
+        self, question: str, num_images: int, system: str | None = None, history: Sequence[Turn] = ()
+    ) -> list[dict]:
         """The chat turns before the answer; each image stands as ``{"type": "image"}`` where its marker was.
 
-        Images come first if the question has no marker; the prefix follows the images that lead the question.
+        Images come first if no turn has a marker; the prefix follows the images that lead the question.
 
         Args:
             question: The row's question, with one ``<image>`` marker per image or none at all.
             num_images: Images of the row.
             system: The row's own system turn.
+            history: Turns before the question, whose markers count too.
 
         Raises:
             ValueError: As many markers as images were expected, or the text holds a chat token or half a character.
@@ -78,18 +85,24 @@ class Prompt:
         [{'type': 'image'}, {'type': 'text', 'text': 'Look: What is it?'}]
         """
         system = self.system if self.system is not None else system
-        for name, text in (("question", question), ("system turn", system or "")):
+        texts = [*(text for _, text in history), question]
+        for name, text in (("system turn", system or ""), *(("question", text) for text in texts)):
             check_text(text, f"the {name}")
-        num_markers = question.count(IMAGE_MARKER)
+        num_markers = sum(text.count(IMAGE_MARKER) for text in texts)
         if num_markers not in (0, num_images):
             raise ValueError(f"the question has {num_markers} {IMAGE_MARKER} markers for {num_images} images")
         if num_markers == 0:
-            question = IMAGE_MARKER * num_images + question
+            texts[0] = IMAGE_MARKER * num_images + texts[0]
+        *said, question = texts
+        turns = [] if system is None else [("system", system)]
+        turns += [(speaker, text) for (speaker, _), text in zip(history, said, strict=True)]
+        return [{"role": role, "content": _content(text)} for role, text in [*turns, ("user", self._asked(question))]]
+
+    def _asked(self, question: str) -> str:
+        """The question with its images, and what the prompt puts around it."""
         lead = _LEADING_MARKERS.match(question).end()  # type: ignore[union-attr]  # matches the empty string
         style = "letter" if self.style == "direct" and _HAS_OPTIONS.search(question) else self.style
-        text = question[:lead] + self.prefix + question[lead:] + self.suffix + INSTRUCTIONS[style]
-        turns = [] if system is None else [{"role": "system", "content": [{"type": "text", "text": system}]}]
-        return [*turns, {"role": "user", "content": _content(text)}]
+        return question[:lead] + self.prefix + question[lead:] + self.suffix + INSTRUCTIONS[style]
 
 
 def _content(text: str) -> list[dict]:

@@ -83,4 +83,5 @@ class RolloutRows(Source):
             system=chat.system,
             prompt=AS_IT_WAS,
             target_ids=record.get("completion_ids"),
+            history=chat.history,
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar, get_args, overload
 
 from cpt_lightning.tasks.images import ImageInput
-from cpt_lightning.tasks.prompts import Prompt, refuse_surrogates
+from cpt_lightning.tasks.prompts import Prompt, Turn, refuse_surrogates
 from cpt_lightning.tasks.records import kind_of
 from cpt_lightning.types import Gold
 
@@ -43,6 +43,8 @@ class Row:
         system: System turn that the data itself brings; a prompt's own ``system`` replaces it.
         prompt: How this row is asked, in place of the task's own prompt: what was sampled is learned as it was asked.
         target_ids: Token ids of the target, which SFT then learns as they are.
+        history: Turns before the question, each who speaks (``user`` or ``assistant``) and what is said; the markers of
+            images count through all of them.
 
     Raises:
         ValueError: Question or answer is no text, or images no list; the answer is empty or holds half of a character,
@@ -58,6 +60,7 @@ class Row:
     system: str | None = None
     prompt: Prompt | None = None
     target_ids: list[int] | None = None
+    history: list[Turn] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not isinstance(self.question, str):

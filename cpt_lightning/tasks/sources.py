@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cpt_lightning.tasks.checks import check_kinds
 from cpt_lightning.tasks.choices import has_options
 from cpt_lightning.tasks.columns import IMAGE_COLUMNS, Columns
 from cpt_lightning.tasks.files import check_files, open_files
@@ -80,6 +81,7 @@ class TableRows(Source):
         return sum(not any(has_options(column[row]) for column in columns) for row in rows)
 
     def _check_options(self) -> None:
+        check_kinds(columns=(self.columns, Columns))
         if isinstance(self.image_folder, dict) and (
             unknown := [name for name in self.image_folder if name not in SPLITS]
         ):
@@ -196,7 +198,7 @@ class TableRows(Source):
 
 @dataclass
 class FileRows(TableRows):
-    """Rows of files: ``.json``, ``.jsonl``, ``.parquet``, ``.arrow``, and folders of them or of images with metadata.
+    """Rows of files: JSON, JSON lines, CSV, TSV, parquet, arrow, and folders of them or of images with metadata.
 
     Images are paths, encoded bytes, base64, or the hub's ``{"bytes": ..., "path": ...}``, read when the row is used.
 

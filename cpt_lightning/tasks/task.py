@@ -147,7 +147,7 @@ class Task:
             raise ValueError(f"task '{name}': {error}") from error
 
     def _messages(self, row: Row) -> list[dict]:
-        return (row.prompt or self.prompt).messages(row.question, len(row.images), system=row.system)
+        return (row.prompt or self.prompt).messages(row.question, len(row.images), row.system, row.history)
 
     def _num_rows(self, split: Split) -> int | None:
         return {"train": self.num_train, "val": self.num_val, "test": self.num_test}[split]

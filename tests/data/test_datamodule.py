@@ -243,6 +243,20 @@ def test_without_trainer_and_processor_the_mend_is_named():
         number_stream().train_dataloader()
 
 
+def test_a_processor_that_was_set_for_another_module_is_refused_until_it_is_taken_back(tmp_path):
+    stream = number_stream()
+    stream.processor = WordProcessor()
+    for verb in ("fit", "validate"):
+        with pytest.raises(ValueError, match="stream.processor = None takes the module's"):
+            getattr(make_trainer(tmp_path / verb, stream), verb)(LinearModule(), stream)
+    stream.processor = None
+    module = LinearModule()
+    fit(tmp_path, stream, module)
+    assert stream.processor is module.processor
+    stream.processor = module.processor
+    make_trainer(tmp_path / "again", stream).validate(module, stream)
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_broken_row_is_named_from_a_worker_too(num_workers):
     class Broken(NumberSource):

@@ -7,6 +7,7 @@ import torch
 
 from cpt_lightning.models import Backbone, Lora, load_backbone
 from cpt_lightning.models.adapters import parts_of
+from cpt_lightning.models.qwen_vl import QwenVL
 
 
 def test_a_local_folder_and_tiny_load_as_plain_transformers_models_in_train_mode(small_folder):
@@ -94,5 +95,23 @@ def test_impossible_adapters_are_refused(small_folder):
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no config.json there"):
+    with pytest.raises(ValueError, match=r"no config.json there"):
         load_backbone(str(tmp_path))
+
+
+@pytest.mark.parametrize("load", ["load_model", "load_processor"])
+def test_a_model_of_another_kind_is_refused_by_its_name(tmp_path, load):
+    """transformers would warn, and draw at random what it does not find."""
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_vl"}')
+    with pytest.raises(ValueError, match="is a model of type 'qwen2_vl'; give a Qwen2.5-VL, .* 'qwen2_5_vl'"):
+        getattr(Backbone(str(tmp_path)), load)()
+
+
+def test_a_hub_that_does_not_give_a_model_is_quoted_in_a_line(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("nobody/nothing is not a local folder\nand is not a valid model identifier\n")
+
+    monkeypatch.setattr(QwenVL.config_class, "get_config_dict", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(ValueError, match=r"^backbone.path='nobody/nothing' cannot be had: nobody/.* folder$"):
+        Backbone("nobody/nothing").load_model()

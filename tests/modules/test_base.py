@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 
 from cpt_lightning.models import Backbone
@@ -231,3 +232,13 @@ def test_processes_that_end_with_each_call_are_refused_before_anything_loads(nam
     module._trainer = trainer
     with pytest.raises(ValueError, match="trainer.strategy=ddp_spawn and its like .*set trainer.strategy to ddp"):
         module.configure_model()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+def test_a_module_that_wraps_its_model_is_refused_as_it_is_loaded(small_folder):
+    class Wrapped(SFT):
+        def load_model(self):
+            return get_peft_model(super().load_model(), LoraConfig(r=2, target_modules=["q_proj"]))
+
+    with pytest.raises(TypeError, match="the model is a PeftModel; .* backbone.tuning=lora"):
+        Wrapped(backbone=Backbone(small_folder)).configure_model()

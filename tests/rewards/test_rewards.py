@@ -100,6 +100,10 @@ def failing(completion, gold):
         (failing, "task 'colours', rows.json:7: the reward raised KeyError"),
         (Reward(kind="letter"), "task 'colours', rows.json:7: .* no option letter"),
         (Reward(extra={"bonus": RewardPart(lambda completion, gold: math.nan)}), "rows.json:7: .*'bonus' is nan"),
+        (
+            Reward(extra={"bonus": RewardPart(lambda completion, gold: [1.0])}),
+            r"rows.json:7: .*'bonus' is \[1.0\]; give a",
+        ),
         (lambda completion, gold: {"accuracy": 1.0}, "rows.json:7: .*finite 'total'"),
         (lambda completion, gold: {"total": 1.0}, "rows.json:7: .*finite 'total' and 'accuracy'"),
         (lambda completion, gold: 1.0, "rows.json:7: .*finite 'total'"),
@@ -108,6 +112,58 @@ def failing(completion, gold):
 def test_a_reward_that_fails_names_task_and_row(reward, message):
     with pytest.raises(RuntimeError, match=message):
         score(["red"], [example(reward)])
+
+
+def is_near(completion, gold):
+    return abs(float(completion) - float(gold)) < 0.5
+
+
+def brevity_of_trl(completions, **kwargs):
+    return [1 / len(completion) for completion in completions]
+
+
+def of_trl(prompts, completions):
+    return [1.0 for _ in completions]
+
+
+def of_verl(data_source, solution_str, ground_truth, extra_info=None):
+    return 1.0
+
+
+def of_easyr1(reward_inputs):
+    return [{"overall": 1.0} for _ in reward_inputs]
+
+
+def test_a_function_of_ones_own_is_the_accuracy():
+    """It sees the whole text, has its place in the total, and is named where results say how answers are compared."""
+    reward = Reward(is_near, extra={"bonus": RewardPart(is_near, 0.5)})
+    assert reward("7.2", "7") == {"total": 1.5, "accuracy": 1.0, "bonus": 1.0}
+    assert (reward("8", "7")["accuracy"], reward.kind_name, Reward("number").kind_name) == (0.0, "is_near", "number")
+    with pytest.raises(ValueError, match=r"the accuracy by of_three is 3.0; give a number in \[0, 1\]"):
+        Reward(of_three)("7", "7")
+
+
+def of_three(completion, gold):
+    return 3
+
+
+def test_a_function_of_ones_own_is_named_in_yaml():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Reward, "reward")
+    parsed = parser.parse_string("reward: {kind: tests.rewards.test_rewards.is_near}")
+    assert parser.instantiate(parsed).reward == Reward(is_near)
+
+
+@pytest.mark.parametrize("function", [brevity_of_trl, of_trl, of_verl, of_easyr1, len])
+def test_a_reward_function_of_another_trainer_is_refused_at_once(function):
+    for make in (RewardPart, Reward):
+        with pytest.raises(ValueError, match=rf", {function.__name__}, takes \(.*write a function of one text"):
+            make(function)
+
+
+def test_what_cannot_be_called_is_no_reward_function():
+    with pytest.raises(TypeError, match=r"the function of an extra reward part is 3; give a function"):
+        RewardPart(3)
 
 
 @pytest.mark.parametrize("extra", [{"hit": permutation_hits}, [RewardPart(permutation_hits)]])

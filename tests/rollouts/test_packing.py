@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from cpt_lightning.models.adapters import Lora, add_lora, freeze
 from cpt_lightning.models.qwen_vl import QwenVL, encode_images
@@ -52,6 +53,18 @@ def test_packed_groups_equal_a_naive_forward_per_completion(
     small_model: QwenVL, mixed_prompts: Prompts, rows: list[int], group_size: int
 ):
     assert_equal_to_naive(small_model, mixed_prompts.select(rows), group_size)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+@pytest.mark.parametrize("group_size", [1, 3])
+def test_within_pefts_wrapper_the_model_is_refused_and_behind_it_scores(
+    small_model: QwenVL, mixed_prompts: Prompts, group_size: int
+):
+    wrapped = get_peft_model(small_model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    completions = random_completions(len(mixed_prompts) * group_size, 3, ORDINARY_TOKENS, torch.Generator())
+    with pytest.raises(TypeError, match=r"the model is a PeftModel; .* get_base_model\(\), .* backbone.tuning=lora"):
+        completion_logprobs(wrapped, mixed_prompts, completions)
+    assert_equal_to_naive(wrapped.get_base_model(), mixed_prompts, group_size)
 
 
 @pytest.mark.parametrize("group_size", [1, 3])

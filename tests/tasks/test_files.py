@@ -122,6 +122,26 @@ def test_a_damaged_folder_is_named(saved):
         FileRows(f"{saved}/train").split("train")
 
 
+def test_a_folder_of_several_splits_is_not_one_of_them(tmp_path):
+    """Read one after another, the rows of the test would be learned."""
+    for name in ("train-00000-of-00001.jsonl", "testing_ideas.jsonl"):
+        (tmp_path / name).write_text('{"question": "x?", "answer": "a"}')
+    assert len(FileRows(str(tmp_path)).split("train")) == 2
+    (tmp_path / "test-00000-of-00001.jsonl").write_text("")
+    with pytest.raises(
+        ValueError, match="files of several splits, such as test-00000.*, train-00000.*; name the files"
+    ):
+        FileRows(str(tmp_path))
+
+
+def test_rows_by_the_line_in_a_file_of_another_name_are_told_theirs(tmp_path):
+    (tmp_path / "rows.json").write_text('{"question": "x?", "answer": "a"}\n{"question": "y?", "answer": "b"}\n')
+    with pytest.raises(
+        ValueError, match="rows.json: not a JSON file: Extra data: .*; for a row per line name it .jsonl"
+    ):
+        FileRows(str(tmp_path / "rows.json")).split("train")
+
+
 def test_a_folder_without_rows_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"holds no saved data set, no metadata.csv and no .json, .jsonl"):
         FileRows(str(tmp_path))

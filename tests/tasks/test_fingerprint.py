@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 
 from cpt_lightning.data import TaskStream
-from cpt_lightning.rewards import Reward, RewardPart, permutation_hits
+from cpt_lightning.rewards import Reward, RewardPart, grade, permutation_hits
 from cpt_lightning.tasks import LazySequence, Prompt, Row, Source, Task, ToyWorld, prompts
 from cpt_lightning.tasks.fingerprint import describe, fingerprint
 
@@ -113,9 +113,10 @@ def test_the_prompts_of_a_toy_task_are_what_they_were():
 def test_it_is_the_same_in_another_process():
     """Strings hash differently in every process: nothing may depend on the order of a set."""
     code = (
+        "from cpt_lightning.rewards import permutation_hits;"
         "from cpt_lightning.tasks import Reward, RewardPart, Task, ToyWorld;"
         "from cpt_lightning.tasks.fingerprint import fingerprint;"
-        "extra = {name: RewardPart(len) for name in ('a', 'b', 'c')};"
+        "extra = {name: RewardPart(permutation_hits) for name in ('a', 'b', 'c')};"
         "print(fingerprint(Task(ToyWorld('facts'), reward=Reward(extra=extra)), 'test', 'facts'))"
     )
     printed = set()
@@ -124,15 +125,15 @@ def test_it_is_the_same_in_another_process():
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
         assert result.returncode == 0, result.stderr
         printed.add(result.stdout)
-    extra = {name: RewardPart(len) for name in ("a", "b", "c")}
+    extra = {name: RewardPart(permutation_hits) for name in ("a", "b", "c")}
     assert printed == {fingerprint(Task(ToyWorld("facts"), reward=Reward(extra=extra)), "test", "facts") + "\n"}
 
 
 def test_settings_are_described_without_addresses():
-    part = RewardPart(partial(permutation_hits, gold=["1, 2"]), weight=2)
+    part = RewardPart(partial(grade, kind="letter"), weight=2)
     assert describe(Reward(extra={"hits": part}))["extra"]["hits"] == {
         "class": "RewardPart",
-        "function": ["cpt_lightning.rewards.grading.permutation_hits", [], {"gold": ["1, 2"]}],
+        "function": ["cpt_lightning.rewards.grading.grade", [], {"kind": "letter"}],
         "weight": 2,
     }
     assert describe([None, (1.5, True), Listed([]), dict]) == [None, [1.5, True], {"class": "Listed"}, "builtins.dict"]

@@ -33,6 +33,7 @@ def test_a_picture_is_the_same_from_path_bytes_hub_dict_and_memory(tmp_path):
     ways = [
         path,
         str(path),
+        f"file://{path}",
         path.read_bytes(),
         {"bytes": path.read_bytes(), "path": "picture.png"},
         {"bytes": path.read_bytes(), "path": None},

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cpt_lightning.tasks import Columns, FileRows, Reward, Row, Task
+from cpt_lightning.tasks import Columns, FileRows, Prompt, Reward, Row, Task
 from cpt_lightning.tasks.splits import cut_by_group
 from tests.tasks.conftest import png
 
@@ -59,6 +59,106 @@ def test_a_chat_brings_its_system_turn_and_its_content_in_parts(tmp_path):
     assert (row.question, row.system, row.target) == ("<image>x?<image>", "Be brief.", None)
     assert row.images == [str(tmp_path / "1.png"), str(tmp_path / "2.png")]
     assert row.answer == "<answer>B</answer>"  # a column's value stays as it is
+
+
+TURNS = chat("<image>x?", "<think>so</think><answer>a</answer>")["messages"]
+SHAREGPT = [{"from": "human", "value": "<image>x?"}, {"from": "gpt", "value": "<think>so</think><answer>a</answer>"}]
+ASKED, REPLIED = TURNS[:1], TURNS[1:]
+
+
+@pytest.mark.parametrize(
+    "record, options",
+    [
+        ({"messages": TURNS}, {}),  # LLaMA-Factory, ms-swift, TRL
+        ({"conversations": SHAREGPT}, {}),  # ShareGPT, LLaVA
+        ({"prompt": ASKED, "completion": REPLIED}, {}),  # TRL
+        ({"prompt": "<image>x?", "completion": TURNS[1]["content"]}, {}),
+        ({"instruction": "<image>x?", "input": "", "output": TURNS[1]["content"]},
+         {"question": ["{instruction}", "{input}"], "reply": "output"}),  # Alpaca
+        ({"query": "<image>x?", "response": TURNS[1]["content"]}, {"question": "query", "reply": "response"}),
+    ],
+)  # fmt: skip
+def test_a_reply_is_learned_in_whatever_form_it_is_written(tmp_path, record, options):
+    (row,) = read(tmp_path, {**record, "images": ["1.png"], "system": "Be brief."}, columns=Columns(**options))
+    assert (row.question, row.answer, row.target) == ("<image>x?", "a", TURNS[1]["content"])
+    assert (row.images, row.system) == ([str(tmp_path / "1.png")], "Be brief.")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": ASKED, "solution": "a"},  # TRL's GRPO
+        {"prompt": ASKED, "reward_model": {"style": "rule", "ground_truth": "a"}},  # verl
+        {"prompt": "<image>x?", "ground_truth": "a"},
+    ],
+)
+def test_a_prompt_without_a_reply_is_asked_and_graded(tmp_path, record):
+    (row,) = read(tmp_path, {**record, "image": "1.png"})
+    assert (row.question, row.answer, row.target) == ("<image>x?", "a", None)
+
+
+def test_an_answer_of_its_own_is_graded_beside_a_reply(tmp_path):
+    record = {"question": "x?", "why": "Since it is so, a.", "answer": "a"}
+    (row,) = read(tmp_path, record, columns=Columns(reply="why"))
+    assert (row.answer, row.target) == ("a", "Since it is so, a.")
+    (row,) = read(tmp_path, {"question": "x?", "completion": "what a model said", "answer": "a"})
+    assert (row.answer, row.target) == ("a", None)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image", "image": "1.png"},
+        {"type": "image", "path": "1.png"},
+        {"type": "image", "url": "1.png", "image": None},
+        {"type": "image_url", "image_url": {"url": "1.png"}},
+    ],
+)
+def test_an_image_stands_inside_a_turn_as_others_write_it(tmp_path, part):
+    (row,) = read(tmp_path, chat([part, {"type": "text", "text": "x?"}], "a", images=None))
+    assert (row.question, row.images) == ("<image>x?", [str(tmp_path / "1.png")])
+
+
+def test_the_last_question_of_a_chat_is_asked_behind_the_turns_before_it(tmp_path):
+    """Images are counted through all turns, and without a marker come first."""
+    turns = [*SHAREGPT, {"from": "human", "value": "And <image>?"}, {"from": "gpt", "value": "b"}]
+    record = {"conversations": turns, "images": ["1.png", "2.png"]}
+    for image in record["images"]:
+        (tmp_path / image).write_bytes(png("blue"))
+    source = FileRows(written(tmp_path, record), columns=Columns(turns="last"))
+    (example,) = Task(source, Prompt(system="Be brief.", suffix=" Say it.")).examples("train", "a")
+    text, image = ({"type": "text", "text": "x?"}, {"type": "image"})
+    assert example.messages == [
+        {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+        {"role": "user", "content": [image, text]},
+        {"role": "assistant", "content": [{"type": "text", "text": SHAREGPT[1]["value"]}]},
+        {"role": "user", "content": [{"type": "text", "text": "And "}, image, {"type": "text", "text": "? Say it."}]},
+    ]
+    assert (example.gold, example.target, len(example.images)) == ("b", "b", 2)
+    bare = [{"role": turn, "content": turn} for turn in ("user", "assistant", "user", "assistant")]
+    (row,) = read(tmp_path, {"messages": bare, "image": "1.png"}, columns=Columns(turns="last"))
+    asked = Prompt().messages(row.question, 1, row.system, row.history)
+    assert [[part["type"] for part in turn["content"]] for turn in asked] == [["image", "text"], ["text"], ["text"]]
+
+
+@pytest.mark.parametrize("name, mark", [("rows.csv", ","), ("rows.tsv", "\t")])
+def test_a_table_of_text_is_read(tmp_path, name, mark):
+    """Numbers stay as they are written, and a picture in base64 may be longer than csv's usual limit."""
+    picture = base64.b64encode(png("blue")).decode()
+    long = f'"x{mark}\ny ""z"" {"w" * 200_000}"'
+    lines = [mark.join(row) for row in (["question", "answer", "image"], [long, "007", picture], ["y?", "NA", ""])]
+    (tmp_path / name).write_text("\ufeff" + "\r\n".join(lines) + "\r\n", encoding="utf-8", newline="")
+    first, second = Task(FileRows(str(tmp_path / name))).examples("train", "a")
+    assert (first.gold, second.gold, second.images) == ("007", "NA", [])
+    assert first.messages[0]["content"][1]["text"] == f'x{mark}\ny "z" {"w" * 200_000}'
+    assert first.images[0].getpixel((0, 0)) == (0, 0, 255)
+
+
+@pytest.mark.parametrize("line", ["x?", "x?,a,b", '"x?,a'])
+def test_a_line_of_other_values_than_names_is_named(tmp_path, line):
+    (tmp_path / "rows.csv").write_text(f"question,answer\ny?,a\n{line}\n")
+    with pytest.raises(ValueError, match="rows.csv: line 3 (has not one value for each of question, answer|cannot be)"):
+        FileRows(str(tmp_path / "rows.csv")).split("train")
 
 
 @pytest.mark.parametrize(
@@ -219,9 +319,9 @@ def test_the_test_part_does_not_depend_on_the_validation_part():
         (
             {"text": "x?", "answer": "a"},
             {},
-            "no column problem or question, only text, answer; name it with columns.question",
+            "no column problem or question or prompt, only text, answer; name it with columns.question",
         ),
-        ({"question": "x?", "gold": "a"}, {}, "no column answer or answers or solution, only question, gold"),
+        ({"question": "x?", "gold": "a"}, {}, "no column answer or answers or solution or .*, only question, gold"),
         (
             {"question": "x?", "answer": "a"},
             {"answer": "gold"},
@@ -237,9 +337,13 @@ def test_the_test_part_does_not_depend_on_the_validation_part():
         (chat("x?", ""), {}, "empty answer"),
         (chat("x?", None), {}, "no column answer"),
         ({"messages": "x?"}, {}, "column 'messages' is not a list of turns"),
-        ({"messages": [{"role": "human", "content": "x?"}]}, {}, "a turn of the role 'human'"),
-        ({"messages": chat("x?", "a")["messages"] * 2}, {}, "2 user turns"),
-        ({"messages": chat("x?", "a")["messages"][::-1]}, {}, "must end with the assistant's one reply"),
+        ({"messages": [{"role": "tool", "content": "x?"}]}, {}, "a turn of the role 'tool'"),
+        ({"messages": [{"role": "user"}]}, {}, "a turn with role; it needs 'role' and 'content'"),
+        ({"messages": chat("x?", "a")["messages"] * 2}, {}, "turns before its last question; .*columns.turns=last"),
+        ({"prompt": "x?", "completion": chat("y?", "a")["messages"]}, {}, "'completion' is not text, nor a list of"),
+        ({**chat("x?", "a"), "system": 3}, {}, "column 'system' holds an int, not text"),
+        ({**chat("<video>x?", "a"), "videos": ["1.mp4"]}, {}, "has videos, and text and images are understood"),
+        ({"messages": chat("x?", "a")["messages"][1:]}, {}, "may end with the assistant's one reply"),
         (chat([{"type": "video"}], "a"), {}, "a turn with {'type': 'video'}"),
         (["x?", "a"], {}, "the row is a list"),
     ],
@@ -270,7 +374,7 @@ def test_a_malformed_file_is_named_with_its_line(tmp_path, name, content, messag
     [
         ({}, "no file is given"),
         ({"train": "gone.json"}, "file 'gone.json' does not exist"),
-        ({"train": __file__}, "test_sources.py' is none of .json, .jsonl, .parquet"),
+        ({"train": __file__}, "test_sources.py' is none of .json, .jsonl, .csv, .tsv, .parquet"),
         ({"train": "FILE", "val_fraction": 1.0}, "val_fraction is 1.0"),
         ({"train": "FILE", "val_fraction": 0.5, "test_fraction": 0.5}, "leave nothing"),
         ({"train": "FILE", "val": "FILE", "val_fraction": 0.5}, "both val and val_fraction"),

@@ -223,7 +223,7 @@ def graded_how(reward: Reward) -> str:
         parts.insert(0, weights)
     elif parts:
         parts.insert(0, "accuracy")
-    return f"{reward.kind} ({' + '.join(parts)})" if parts else reward.kind
+    return f"{reward.kind_name} ({' + '.join(parts)})" if parts else reward.kind_name
 
 
 def problems_of_prefixes(prefixes: dict[str, str], processor: PromptProcessor) -> list[str]:
