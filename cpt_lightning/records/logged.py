@@ -6,10 +6,8 @@ import csv
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from tensorboard.backend.event_processing.event_accumulator import ScalarEvent
+from cpt_lightning.records.events import Scalars
 
 
 @dataclass(frozen=True)
@@ -31,11 +29,9 @@ class Logged:
         files = sorted(folder.glob("events.out.tfevents.*"))
         if not files:
             return cls(_csv_scalars(folder))
-        # Of the folder: what a resumed run logs again takes the place of what the killed one had logged.
-        events = _scalars_of(folder)
-        values = {name: [event.value for event in found] for name, found in events.items()}
-        spans = [_span(_scalars_of(file)) for file in files]
-        return cls(values, sum(spans) if any(spans) else None)
+        scalars = Scalars.load(files)
+        values = {name: [value for _, value in found] for name, found in scalars.entries.items()}
+        return cls(values, scalars.seconds or None)
 
     def total(self, name: str) -> float | None:
         """The sum over steps."""
@@ -53,22 +49,6 @@ class Logged:
         if not rates or len(rates) != len(seconds):
             return None
         return sum(rate * second for rate, second in zip(rates, seconds, strict=True))
-
-
-def _scalars_of(path: Path) -> dict[str, list[ScalarEvent]]:
-    """The scalars of an event file, or of all those of a folder, by name."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # slow to import
-
-    events = EventAccumulator(str(path), size_guidance={"scalars": 0, "images": 1, "tensors": 1})
-    events.Reload()
-    found = {name: events.Scalars(name) for name in events.Tags()["scalars"]}
-    return {name: each for name, each in found.items() if each}  # of a name whose events were taken back none are left
-
-
-def _span(scalars: Mapping[str, list[ScalarEvent]]) -> float:
-    """Seconds from the first to the last event."""
-    times = [each.wall_time for found in scalars.values() for each in (found[0], found[-1])]
-    return max(times) - min(times) if times else 0.0
 
 
 def _csv_scalars(folder: Path) -> dict[str, list[float]]:

@@ -2,13 +2,11 @@
 
 import json
 import os
-from types import SimpleNamespace
 
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from cpt_lightning.records import RunFolder
-from cpt_lightning.records.logged import Logged
 from tests.report.made_runs import log, made_run
 
 MATRIX = json.dumps({
@@ -184,26 +182,3 @@ def test_stages_that_were_judged_are_in_their_order_in_a_copy_too(tmp_path):
     (folder / "c.judging.jsonl").write_text('{"completions_per')
     os.utime(folder / "a.jsonl", (0, 0))
     assert list(RunFolder(tmp_path / "run").verdicts) == ["b", "a"]
-
-
-def test_a_name_whose_events_were_all_taken_back_was_not_logged(tmp_path, monkeypatch):
-    """TensorBoard knows it still, and has nothing of it."""
-
-    class Accumulator:
-        def __init__(self, path, size_guidance):
-            self.kept = {"train/loss": [], "train/reward": [SimpleNamespace(value=0.5, wall_time=3.0)]}
-
-        def Reload(self):
-            """Nothing: it is read."""
-
-        def Tags(self):
-            return {"scalars": list(self.kept)}
-
-        def Scalars(self, name):
-            return self.kept[name]
-
-    monkeypatch.setattr("tensorboard.backend.event_processing.event_accumulator.EventAccumulator", Accumulator)
-    (tmp_path / "events.out.tfevents.0.here").touch()
-    logged = Logged.load(tmp_path)
-    assert logged.values == {"train/reward": [0.5]}
-    assert logged.highest("train/loss") is None
