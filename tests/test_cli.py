@@ -320,6 +320,8 @@ def test_a_misspelt_option_is_named(config, tmp_path, capsys, misspelt, named):
     [
         (["--steps=3"], "data.steps"),
         (["--group_size=3"], "model.group_size"),
+        (["--model.num_generations=3"], "model.group_size"),
+        (["--learning_rate=1e-5"], "model.optimizer.lr"),
         (["--model.backbone.pth=tiny"], "backbone.path"),
         (["--model.optimizer.wieght_decay=0"], "weight_decay"),
         (["--data.tasks.word2.source.famly=word2"], "family"),

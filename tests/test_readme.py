@@ -89,6 +89,7 @@ def test_cli_commands_parse(command, monkeypatch, capsys):
 
 def test_options_exist_that_are_named_beside_those_of_other_trainers(monkeypatch, capsys):
     from cpt_lightning.cli import main
+    from cpt_lightning.cli.misspelt import ELSEWHERE
 
     section = (
         PAGES[ROOT / "docs" / "extending.md"].split("## Options by the names that others have")[1].split("\n## ")[0]
@@ -105,6 +106,11 @@ def test_options_exist_that_are_named_beside_those_of_other_trainers(monkeypatch
         for part in name.split("."):
             assert part in options, name
             options = options[part]
+    rows = [row.split("|")[1:3] for row in section.splitlines() if row.startswith("| `")]
+    quoted = re.compile(r"`([a-z_0-9.]+)`")
+    ours = {name: tuple(quoted.findall(cell)) for names, cell in rows for name in quoted.findall(names)}
+    known = ELSEWHERE.keys() & ours.keys()
+    assert len(known) > 25 and all(ELSEWHERE[name].startswith(ours[name]) for name in known)
 
 
 def test_extras_that_are_installed_exist():

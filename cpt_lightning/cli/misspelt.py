@@ -13,6 +13,42 @@ from jsonargparse import ArgumentParser
 
 from cpt_lightning import callbacks, modules, rewards, rollouts, tasks
 
+ELSEWHERE = {
+    "batch_size": "data.prompts_per_step",
+    "beta": "model.kl_coef",
+    "bf16": "trainer.precision",
+    "cutoff_len": "data.max_prompt_tokens",
+    "epsilon": "model.clip_low",
+    "epsilon_high": "model.clip_high",
+    "freeze_vision_tower": "model.backbone.freeze",
+    "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
+    "image_max_pixels": "model.backbone.max_pixels",
+    "kl_loss_coef": "model.kl_coef",
+    "learning_rate": "model.optimizer.lr",
+    "lora_alpha": "model.backbone.lora.alpha",
+    "lora_r": "model.backbone.lora.rank",
+    "loss_type": "model.reduction",
+    "lr": "model.optimizer.lr",
+    "lr_scheduler_type": "model.lr_scheduler",
+    "max_completion_length": "model.sampling.max_new_tokens",
+    "max_prompt_length": "data.max_prompt_tokens",
+    "max_steps": "data.steps",
+    "model_name_or_path": "model.backbone.path",
+    "num_generations": "model.group_size",
+    "num_iterations": "model.passes_per_rollout",
+    "num_train_epochs": "data.passes",
+    "optim": "model.optimizer",
+    "output_dir": "run_dir",
+    "per_device_train_batch_size": "data.prompts_per_step",
+    "ppo_mini_batch_size": "model.updates_per_rollout",
+    "report_to": "trainer.logger",
+    "scale_rewards": "model.advantage",
+    "use_peft": "model.backbone.tuning",
+    "warmup_ratio": "model.lr_scheduler",
+    "warmup_steps": "model.lr_scheduler",
+}
+"""What other trainers call an option, as in docs/extending.md."""
+
 _OPTION = re.compile(
     r"(?:Group '(?P<group>[\w.]+)' does not accept option|Subcommand '\w+' does not accept option|Option) "
     r"'(?P<option>[\w.]+)'|unrecognized arguments: --(?P<argument>[\w.]+)"
@@ -72,9 +108,14 @@ def _has(options: object, option: str) -> bool:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str | None:
-    """Looked for beside it, then anywhere, then by the last part alone, where somebody left out what it is of."""
+    """Looked for beside it, then anywhere, then by the last part alone, where somebody left out what it is of.
+
+    Before all that as another trainer's name.
+    """
     known = list(known)
     group, _, last = name.rpartition(".")
+    if last in ELSEWHERE:
+        return ELSEWHERE[last]
     by_last = {full.rpartition(".")[2]: full for full in reversed(known)}
     beside = {full.rpartition(".")[2]: full for full in known if full.rpartition(".")[0] == group}
     anywhere = {full: full for full in known}
