@@ -26,6 +26,9 @@ SAMPLES = "samples.jsonl"
 DRIFT = "drift.json"
 DIVERGENCES = "forward_kl_per_answer", "reverse_kl_per_answer"
 WEIGHT_DISTANCE = "weight_distance.json"
+INFLUENCE = "influence.json"
+GRADIENT_RISK = "gradient_risk.json"
+WEIGHT_CHANGE = "weight_change.json"
 STUDY = "study.json"
 MARKS = CONFIG, MATRIX
 """What tells a run's folder from another: the first files that are written."""
@@ -152,6 +155,21 @@ class RunFolder:
     def weight_distance(self) -> list[dict[str, Any]] | None:
         """Measured distances of the weights from the base's, one for each stage."""
         return _measurements(self.path / WEIGHT_DISTANCE, {"stage", "distance"})
+
+    @cached_property
+    def influence(self) -> list[dict[str, Any]] | None:
+        """What single updates did to prior knowledge, one for each that was measured."""
+        return _measurements(self.path / INFLUENCE, {"stage", "step", "base_perplexity", "on"})
+
+    @cached_property
+    def gradient_risk(self) -> list[dict[str, Any]] | None:
+        """The forgetting risk of updates, one for each batch that was measured."""
+        return _measurements(self.path / GRADIENT_RISK, {"stage", "step", "grad_norm"})
+
+    @cached_property
+    def weight_change(self) -> list[dict[str, Any]] | None:
+        """What each stage did to the weights."""
+        return _measurements(self.path / WEIGHT_CHANGE, {"stage", "relative_norm", "changed_fraction"})
 
     @cached_property
     def verdicts(self) -> dict[str, JudgedStage]:

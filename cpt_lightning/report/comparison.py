@@ -15,6 +15,7 @@ from cpt_lightning.pictures.files import save_png
 from cpt_lightning.records.files import replace_text
 from cpt_lightning.records.markdown import markdown_cell
 from cpt_lightning.report.figures import COSTS, FIGURES, Figures
+from cpt_lightning.report.updates import UPDATES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -127,8 +128,9 @@ class Comparison:
         return text.getvalue()
 
     def latex(self) -> str:
-        """Scores and costs, a table each with a line per arm, for the package booktabs."""
-        groups = [name for name in self.columns if name not in COSTS], [name for name in self.columns if name in COSTS]
+        """Scores, updates and costs, a table each with a line per arm, for the package booktabs."""
+        kinds = {name: kind for kind in (UPDATES, COSTS) for name in kind}
+        groups = [[name for name in self.columns if kinds.get(name) is kind] for kind in (None, UPDATES, COSTS)]
         head = [r"% \usepackage{booktabs}", f"% {self.legend}", ""]
         return "\n".join([*head, *(self._tabular(columns) for columns in groups if columns)])
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from cpt_lightning.functional.accuracy_matrix import forgetting_measure
 from cpt_lightning.records import AccuracyMatrix, RunFolder
+from cpt_lightning.report.updates import UPDATES, updates_of
 
 Figures = dict[str, float | None]
 """By name; ``None`` where a run has no such thing."""
@@ -41,13 +42,13 @@ COSTS = {
     "host memory": "the most that the first process held in main memory, in GB",
 }
 """What it took."""
-FIGURES = {**SCORES, **DISTANCES, **COSTS}
+FIGURES = {**SCORES, **DISTANCES, **UPDATES, **COSTS}
 """What is compared: a name, and what it is."""
 
 
 def figures_of(run: RunFolder) -> Figures:
     """The figures of a run, as far as it came."""
-    return {**scores_of(run.matrix), **_distances(run), **_costs(run)}
+    return {**scores_of(run.matrix), **_distances(run), **updates_of(run), **_costs(run)}
 
 
 def scores_of(matrix: AccuracyMatrix | None) -> Figures:

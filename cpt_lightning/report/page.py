@@ -20,6 +20,7 @@ from cpt_lightning.report.matrices import matrices_csv, mean_matrix
 from cpt_lightning.report.section import Picture, Section
 from cpt_lightning.report.settings import differing_circumstances, differing_options
 from cpt_lightning.report.templates import render
+from cpt_lightning.report.updates import UPDATES
 
 Difference = tuple[str, str, bool]
 """Points, their interval, and whether that leaves out 0."""
@@ -60,7 +61,12 @@ class Report:
     @property
     def scores(self) -> list[str]:
         """Figures of what was learned and lost."""
-        return [name for name in self.comparison.columns if name not in COSTS]
+        return [name for name in self.comparison.columns if name not in COSTS and name not in UPDATES]
+
+    @property
+    def updates(self) -> list[str]:
+        """Figures of what updates did on the way."""
+        return [name for name in self.comparison.columns if name in UPDATES]
 
     @property
     def costs(self) -> list[str]:

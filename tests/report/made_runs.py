@@ -62,3 +62,23 @@ def log(folder: Path, **series: list[float]) -> None:
         for name, values in series.items():
             for step, value in enumerate(values):
                 writer.add_scalar(name.replace("_", "/", 1), value, step, walltime=1000.0 + 60 * step)
+
+
+def write_updates(run: Path) -> None:
+    """Two measured updates, of which the second one knows a task that was learned before; three steps; two stages."""
+    influence = [
+        {"stage": 1, "step": 1, "base_perplexity": {"a": 2.0}, "on": {"p": {"log_prob_change": -0.004}}},
+        {"stage": 2, "step": 1, "base_perplexity": {"a": 8.0, "b": 4.0},
+         "on": {"a": {"log_prob_change": 0.003}, "p": {"log_prob_change": -0.002}}},
+    ]  # fmt: skip
+    risks = [
+        {"stage": 1, "step": 1, "grad_norm": 2.0, "probes": 0.5, "probes_per_weight": 3.0},
+        {"stage": 1, "step": 2, "grad_norm": 0.0, "probes": 0.0},  # without a signal
+        {"stage": 2, "step": 1, "grad_norm": 1.0, "probes_per_weight": 2.0, "earlier_per_weight": 6.0},
+    ]
+    changes = [
+        {"stage": 1, "relative_norm": 0.002, "changed_fraction": 0.1},
+        {"stage": 2, "relative_norm": 0.004, "changed_fraction": 0.2},
+    ]
+    for name, measurements in (("influence", influence), ("gradient_risk", risks), ("weight_change", changes)):
+        (run / f"{name}.json").write_text(json.dumps({"version": 1, "measurements": measurements}))

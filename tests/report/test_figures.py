@@ -8,7 +8,8 @@ from torch.utils.tensorboard import SummaryWriter
 from cpt_lightning.records import AccuracyMatrix, RunFolder
 from cpt_lightning.records.run import MATRIX
 from cpt_lightning.report import FIGURES, Comparison, figures_of
-from tests.report.made_runs import log, made_run
+from cpt_lightning.report.updates import UPDATES
+from tests.report.made_runs import log, made_run, write_updates
 
 
 def cell(accuracy: float, forced: float | None = None) -> dict:
@@ -63,7 +64,25 @@ def test_figures_are_those_of_the_hand(run):
         "rows": 0.048, "rollouts": 0.384, "tokens": 0.12, "minutes": 1.5, "host memory": 0.75,
     }  # fmt: skip
     assert found.pop("GPU memory") is None
+    assert {found.pop(name) for name in UPDATES} == {None}
     assert found == pytest.approx(expected)
+
+
+def test_what_updates_did_is_a_mean_over_those_that_were_measured(run):
+    """-(4 + 2) / 2 and 3 thousandths of a nat; the third root of 2 * 8 * 4 is 4; (3 + 2) / 2."""
+    write_updates(run)
+    found = figures_of(RunFolder(run))
+    assert {name: found[name] for name in UPDATES} == pytest.approx({
+        "log p, probes": -3.0, "log p, tasks": 3.0, "base perplexity": 4.0, "risk, probes": 2.5, "risk, tasks": 6.0,
+        "weight change": 3.0, "weights changed": 15.0,
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["influence", "gradient_risk", "weight_change"])
+def test_an_entry_without_its_figures_is_named(run, name):
+    (run / f"{name}.json").write_text('{"version": 1, "measurements": [{"stage": 1}]}')
+    with pytest.raises(ValueError, match=rf"{name}.json .*measurements\[0\] has no "):
+        figures_of(RunFolder(run))
 
 
 def test_completions_of_a_filter_and_of_a_collection_are_counted(run):

@@ -17,7 +17,7 @@ from cpt_lightning.report.settings import differing_circumstances, differing_opt
 from cpt_lightning.rewards import Reward
 from cpt_lightning.tasks import Task, ToyWorld
 from cpt_lightning.tasks.images import load_image
-from tests.report.made_runs import SCORES, log, made_run
+from tests.report.made_runs import SCORES, log, made_run, write_updates
 
 HOSTILE = "</pre><script>alert(1)</script><img src=https://evil.example/x> ``` | "
 
@@ -149,6 +149,19 @@ def test_one_run_alone_is_compared_with_nothing(tmp_path):
     assert report.comparison.legend.startswith("One seed an arm; in brackets")
     report.save(tmp_path / "x.html")
     assert "Against" not in read(tmp_path / "x.html").text
+
+
+def test_what_updates_did_has_a_table_of_its_own(tmp_path):
+    """-3 and 3 thousandths of a nat; the arm that measured nothing has empty cells."""
+    for name in ("sft", "grpo"):
+        made_run(tmp_path / name)
+    write_updates(tmp_path / "sft")
+    Report(arms_of([f"{name}={tmp_path / name}" for name in ("sft", "grpo")])).save(tmp_path / "page.html")
+    table = (tmp_path / "page.md").read_text().split("## Updates")[1].split("##")[0]
+    assert "| sft | 1 | -3.0 | 3.0 | 4.0 | 2.5 | 6.0 | 3.0 | 15.0 |" in table and "| grpo | 1 |  |" in table
+    assert "Updates" in read(tmp_path / "page.html").text
+    scores, updates = (tmp_path / "page.tex").read_text().split("log p, probes")
+    assert "AvgAcc" in scores and updates.count("tabular") == 1, "costs were not logged"
 
 
 def test_a_cell_of_one_seed_has_an_interval_that_stays_within_0_and_100(tmp_path):

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from cpt_lightning.callbacks.analysis.recorder import Recorder
 from cpt_lightning.callbacks.methods.fisher import fisher_of_answers, gradient_risk, squared_norm, sum_of
 from cpt_lightning.callbacks.methods.kept_weights import KeptWeights
+from cpt_lightning.records.run import GRADIENT_RISK
 from cpt_lightning.rollouts import Sampling
 from cpt_lightning.types import Batch
 
@@ -50,7 +51,7 @@ class GradientRisk(Recorder, KeptWeights):
             adapter of its own; a checkpoint that was measured otherwise.
     """
 
-    filename = "gradient_risk.json"
+    filename = GRADIENT_RISK
 
     def __init__(
         self, num_rows: int = 8, max_new_tokens: int = 64, with_probes: bool = True, every_n_steps: int = 1

@@ -16,6 +16,7 @@ from cpt_lightning.callbacks.analysis.learned import Learned
 from cpt_lightning.callbacks.analysis.measuring import Asked, Measuring
 from cpt_lightning.models.qwen_vl import output_weight
 from cpt_lightning.models.weights import Weights, copy_of
+from cpt_lightning.records.run import INFLUENCE
 from cpt_lightning.strategy import FSDP2
 
 SHOWN = ("log_prob_change", "lbk", "cosine")
@@ -92,7 +93,7 @@ class Influence(Measuring):
             a checkpoint that was measured otherwise.
     """
 
-    filename = "influence.json"
+    filename = INFLUENCE
 
     def __init__(
         self, num_rows: int = 4, max_new_tokens: int = 64, every_n_steps: int = 10, exact: bool = False

@@ -14,6 +14,7 @@ from cpt_lightning.functional import effective_rank, num_changed
 from cpt_lightning.models.adapted_layers import low_rank_layers
 from cpt_lightning.models.adapters import has_adapters
 from cpt_lightning.models.weights import copy_of, trained
+from cpt_lightning.records.run import WEIGHT_CHANGE
 
 
 class WeightChange(Recorder, KeptWeights):
@@ -38,7 +39,7 @@ class WeightChange(Recorder, KeptWeights):
             that was measured otherwise.
     """
 
-    filename = "weight_change.json"
+    filename = WEIGHT_CHANGE
 
     def __init__(self, matrices: str | None = r"language_model\..*\.(o_proj|down_proj)") -> None:
         super().__init__()
