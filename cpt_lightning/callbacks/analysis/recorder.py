@@ -94,7 +94,8 @@ class Recorder(ChecksFit):
         self._seconds, self._start = 0.0, time.perf_counter()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Says what all of it cost."""
+        """Says how much was measured, and what that cost."""
         share = self._seconds / (time.perf_counter() - self._start)
         name = type(self).__name__
-        rank_zero_info(f"{name}: took {self._seconds:.1f} s, {share:.1%} of the time of training and evaluation")
+        found = f"{len(self.measurements)} measurements in {self.filename}"
+        rank_zero_info(f"{name}: {found}, {self._seconds:.1f} s, {share:.1%} of the time of training and evaluation")

@@ -48,9 +48,11 @@ def naive_rank(change: Tensor) -> float:
     return torch.distributions.Categorical(values).entropy().exp().item()
 
 
-def test_full_tuning_against_the_checkpoints_of_two_tasks(tmp_path, small_folder):
+def test_full_tuning_against_the_checkpoints_of_two_tasks(tmp_path, small_folder, caplog):
     module = module_of(small_folder, "full")
-    fit(tmp_path, module, [WeightChange("q_proj|down_proj")])
+    with caplog.at_level("INFO"):
+        fit(tmp_path, module, [WeightChange("q_proj|down_proj")])
+    assert "WeightChange: 2 measurements in weight_change.json, " in caplog.text
     states = [torch.load(tmp_path / name, weights_only=True)["state_dict"] for name in ("1_bars2.ckpt", "2_facts.ckpt")]
     before, now = (torch.cat([state[name].flatten() for name in dict(module.named_parameters())]) for state in states)
     first, second = read(tmp_path)
