@@ -194,7 +194,10 @@ def test_the_last_lines_say_why_each_run_is_lost(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("later", "said"),
     [
-        ("fit -c configs/demo/sft.yaml --data.stepz 3", "cpt fit: unrecognized arguments: --data.stepz 3$"),
+        (
+            "fit -c configs/demo/sft.yaml --data.stepz 3",
+            "cpt fit: unrecognized arguments: --data.stepz 3; did you mean data.steps\\?$",
+        ),
         (["predict -c none.yaml", "fit"], 'cpt predict: Parser key "config": File does not exist: .*none.yaml'),
         (["predct -c none.yaml", "fit"], "unknown verb 'predct'; there are fit, "),
     ],
