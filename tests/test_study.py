@@ -305,6 +305,14 @@ def test_what_a_signal_ended_is_not_said_to_have_failed(tmp_path, monkeypatch, c
     assert "a, seed 0: stopped by a signal" in capsys.readouterr().out
 
 
+def test_an_arm_s_name_is_text_brackets_and_all(tmp_path, monkeypatch, capsys):
+    """Not markup, which the terminal would leave out."""
+    monkeypatch.setattr(Runner, "_execute", lambda runner, command, log, gpu: 1)
+    Runner()(list(study(tmp_path, {"[red]": "fit"}).runs()))
+    said = capsys.readouterr().out
+    assert "[red], seed 0: begins" in said and "[red], seed 0: failed" in said
+
+
 # -- the shipped studies -----------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cpt_lightning.records.files import replace_text
@@ -80,7 +81,7 @@ def print_scores(scores: Scores, split: str, probes: Collection[str]) -> None:
     for title in ("accuracy in %", "rows"):
         table.add_column(title, justify="right")
     for name, cell in scores.items():
-        label = f"[dim]probe[/] {name}" if name in probes else name
+        label = f"[dim]probe[/] {escape(name)}" if name in probes else escape(name)
         table.add_row(label, f"{100 * cell['accuracy']:.1f}", str(cell["num_samples"]))
     console = Console()
     console.print()

@@ -47,7 +47,7 @@ class Runner:
         self.gpus: SimpleQueue[str] = SimpleQueue()
         for number in range(jobs):
             self.gpus.put(gpus[number % len(gpus)] if gpus else "")
-        self.console = Console(soft_wrap=True, highlight=False)
+        self.console = Console(soft_wrap=True, highlight=False, markup=False)
         self.processes: set[subprocess.Popen] = set()
         self.is_stopped = False
 
@@ -87,9 +87,9 @@ class Runner:
                 start = time.perf_counter()
                 if status := self._execute(command, run.folder / LOG, gpu):
                     what = "stopped by a signal" if status in STOPPED else f"failed with {status}"
-                    self.console.print(f"[red]{run.name}: {what}[/]; see {run.folder / LOG}")
+                    self.console.print(f"{run.name}: {what}; see {run.folder / LOG}", style="red")
                     if status not in STOPPED and (complaint := last_complaint(run.folder / LOG)):
-                        self.console.print(f"  {complaint}", markup=False)
+                        self.console.print(f"  {complaint}")
                     return False
                 seconds += time.perf_counter() - start
                 record = {"commands": run.commands[:number], "seconds": seconds}
