@@ -43,7 +43,8 @@ class OptionParser(LightningArgumentParser):
             verb: OptionParser = getattr(ex, "subcommand_parser", None) or self
             option = refused_option(message)
             file = self._file or (option and file_with(option, verb._files))
-            message = f"{file}: " * bool(file) + shortened(message) + did_you_mean(message, options_of(verb))
+            where = f"{file}: " if file else ""
+            message = where + shortened(message) + did_you_mean(message, options_of(verb))
         super().error(message, ex)
         raise SystemExit(2)
 

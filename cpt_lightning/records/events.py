@@ -41,12 +41,15 @@ class Scalars:
         """
         scalars = cls()
         for file in files:
-            times = [event.wall_time for event in _events(file) if scalars._take(event)]
+            times = []
+            for event in _events(file):
+                if scalars._take(event):
+                    times.append(event.wall_time)
             scalars.seconds += max(times) - min(times) if times else 0.0
         return scalars
 
     def _take(self, event: Event) -> bool:
-        """Whether there was a scalar in it."""
+        """Adds what an event says; whether there was a scalar in it."""
         if event.session_log.status == event.session_log.START:
             kept = {name: [each for each in found if each[0] < event.step] for name, found in self.entries.items()}
             self.entries = {name: found for name, found in kept.items() if found}

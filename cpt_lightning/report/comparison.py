@@ -49,6 +49,21 @@ class Comparison:
         runs = [figures for seeds in self.arms.values() for figures in seeds.values()]
         return [name for name in FIGURES if any(figures.get(name) is not None for figures in runs)]
 
+    @property
+    def scores(self) -> list[str]:
+        """Figures of what was learned and lost."""
+        return [name for name in self.columns if name not in {*UPDATES, *COSTS}]
+
+    @property
+    def updates(self) -> list[str]:
+        """Figures of what updates did on the way."""
+        return [name for name in self.columns if name in UPDATES]
+
+    @property
+    def costs(self) -> list[str]:
+        """Figures of what that took."""
+        return [name for name in self.columns if name in COSTS]
+
     def values(self, arm: str, column: str) -> list[float]:
         """A figure of all seeds of an arm."""
         found = (figures.get(column) for figures in self.arms[arm].values())
@@ -129,8 +144,7 @@ class Comparison:
 
     def latex(self) -> str:
         """Scores, updates and costs, a table each with a line per arm, for the package booktabs."""
-        kinds = {name: kind for kind in (UPDATES, COSTS) for name in kind}
-        groups = [[name for name in self.columns if kinds.get(name) is kind] for kind in (None, UPDATES, COSTS)]
+        groups = self.scores, self.updates, self.costs
         head = [r"% \usepackage{booktabs}", f"% {self.legend}", ""]
         return "\n".join([*head, *(self._tabular(columns) for columns in groups if columns)])
 

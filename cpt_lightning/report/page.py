@@ -12,7 +12,7 @@ from cpt_lightning.records.files import replace_text
 from cpt_lightning.report.arms import Arm
 from cpt_lightning.report.cautions import cautions
 from cpt_lightning.report.comparison import Comparison, bounds, number
-from cpt_lightning.report.figures import COSTS, FIGURES, SCORES, changes_by_probe, figures_of
+from cpt_lightning.report.figures import FIGURES, SCORES, changes_by_probe, figures_of
 from cpt_lightning.report.filters import filtered
 from cpt_lightning.report.intervals import NUM_DRAWS, Interval, Resampled, probe_figure
 from cpt_lightning.report.law import Law, laws_of
@@ -20,7 +20,6 @@ from cpt_lightning.report.matrices import matrices_csv, mean_matrix
 from cpt_lightning.report.section import Picture, Section
 from cpt_lightning.report.settings import differing_circumstances, differing_options
 from cpt_lightning.report.templates import render
-from cpt_lightning.report.updates import UPDATES
 
 Difference = tuple[str, str, bool]
 """Points, their interval, and whether that leaves out 0."""
@@ -57,21 +56,6 @@ class Report:
     def names(self) -> list[str]:
         """Of the arms."""
         return [arm.name for arm in self.arms]
-
-    @property
-    def scores(self) -> list[str]:
-        """Figures of what was learned and lost."""
-        return [name for name in self.comparison.columns if name not in COSTS and name not in UPDATES]
-
-    @property
-    def updates(self) -> list[str]:
-        """Figures of what updates did on the way."""
-        return [name for name in self.comparison.columns if name in UPDATES]
-
-    @property
-    def costs(self) -> list[str]:
-        """Figures of what that took."""
-        return [name for name in self.comparison.columns if name in COSTS]
 
     @property
     def meanings(self) -> dict[str, str]:

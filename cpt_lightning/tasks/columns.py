@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from cpt_lightning.rewards import extract_answer, with_option_text
+from cpt_lightning.tasks.cells import filled_line, get_cell, pick, place_images, read_answer, resolved
 from cpt_lightning.tasks.chats import BadRecord, as_text, read_reply, read_turns
 from cpt_lightning.tasks.checks import check_known
 from cpt_lightning.tasks.choices import listed_texts, option_lines, right_option
-from cpt_lightning.tasks.images import ImageInput, is_encoded
-from cpt_lightning.tasks.prompts import IMAGE_MARKER
+from cpt_lightning.tasks.images import ImageInput
 from cpt_lightning.tasks.records import Record, is_held, kind_of
 from cpt_lightning.tasks.rows import Row
 from cpt_lightning.tasks.targets import template_slots
@@ -29,8 +27,6 @@ IMAGE_COLUMNS = ("images", "image")
 
 Turns = Literal["one", "last"]
 Value = bool | int | float | str
-
-_NUMBERED_MARKER = re.compile(r"<image (\d+)>")
 
 
 @dataclass
@@ -118,8 +114,8 @@ class Columns:
             _refuse_unread(record)
             chat = self._chat_column(record)
             row = self._read_question(record, row_id) if chat is None else self._read_chat(record, row_id, chat)
-            row.images = [_resolve(image, folder) for image in row.images]
-            row.fields = {name: as_text(_get(record, name, "fields"), name) for name in self.fields}
+            row.images = [resolved(image, folder) for image in row.images]
+            row.fields = {name: as_text(get_cell(record, name, "fields"), name) for name in self.fields}
         except BadRecord as error:
             raise ValueError(f"{row_id}: {error}") from error
         return row
@@ -132,22 +128,22 @@ class Columns:
         if texts:
             answer = _checked(right_option, value, texts)
         else:
-            answer = _with_option(_answer(value, column, may_be_written_out=self.options is not None), question)
-        (question,), images = _place([question], self._images(record))
+            answer = _with_option(read_answer(value, column, may_be_written_out=self.options is not None), question)
+        (question,), images = place_images([question], self._images(record))
         return Row(row_id, question, answer, images, reply, system=self._system(record))
 
     def _read_chat(self, record: Record, row_id: str, column: str) -> Row:
-        chat = read_turns(_get(record, column, "messages"), column)
+        chat = read_turns(get_cell(record, column, "messages"), column)
         if chat.history and self.turns == "one":
             raise BadRecord(
                 f"column '{column}' has turns before its last question; a row is one question and its answer: "
                 "columns.turns=last shows them, and learns the last answer alone"
             )
         reply = self._reply(record)
-        answer = _answer(*self._right(record, chat.reply, reply))
+        answer = read_answer(*self._right(record, chat.reply, reply))
         images = self._images(record) or dict(enumerate(chat.images, start=1))
         said = [text for _, text in chat.history]
-        (*said, question), shown = _place([*said, chat.question], images)
+        (*said, question), shown = place_images([*said, chat.question], images)
         history = [(speaker, text) for (speaker, _), text in zip(chat.history, said, strict=True)]
         return Row(
             row_id,
@@ -173,7 +169,7 @@ class Columns:
         if self.reply is None and not ("prompt" in record and REPLY_COLUMN in record):
             return None
         column = self.reply or REPLY_COLUMN
-        return read_reply(_get(record, column, "reply"), column)
+        return read_reply(get_cell(record, column, "reply"), column)
 
     def _right(self, record: Record, chat_reply: str | None, reply: str | None) -> tuple[object, str]:
         """What the reference answer is read from, and the column's name."""
@@ -181,22 +177,22 @@ class Columns:
         reply = reply if chat_reply is None and not has_column else chat_reply
         if self.answer is None and reply is not None:
             return extract_answer(reply), "reply"
-        return _pick(record, self.answer, ANSWER_COLUMNS, "answer")
+        return pick(record, self.answer, ANSWER_COLUMNS, "answer")
 
     def _system(self, record: Record) -> str | None:
         if self.system is None and SYSTEM_COLUMN not in record:
             return None
         column = self.system or SYSTEM_COLUMN
-        value = _get(record, column, "system")
+        value = get_cell(record, column, "system")
         return as_text(value, column) if is_held(value) else None
 
     def _question(self, record: Record, options: str) -> str:
         if isinstance(self.question, list):
-            lines = [_line(line, record, options) for line in self.question]
+            lines = [filled_line(line, record, options) for line in self.question]
             has_slot = any("options" in template_slots(line) for line in self.question)
             lines += [] if has_slot else [options]
         else:
-            value, column = _pick(record, self.question, QUESTION_COLUMNS, "question")
+            value, column = pick(record, self.question, QUESTION_COLUMNS, "question")
             lines = [as_text(value, column) if is_held(value) else "", options]
         question = "\n".join(line for line in lines if line)
         if not question.strip():
@@ -207,11 +203,11 @@ class Columns:
         if self.options is None:
             return []
         if isinstance(self.options, list):
-            values = [_get(record, name, "options") for name in self.options]
+            values = [get_cell(record, name, "options") for name in self.options]
             while values and not is_held(values[-1]):
                 values.pop()
         else:
-            value = _get(record, self.options, "options")
+            value = get_cell(record, self.options, "options")
             written = listed_texts(value.strip()) if isinstance(value, str) else value
             if written is not None and not isinstance(written, (list, tuple)):
                 raise BadRecord(f"column '{self.options}' holds {kind_of(written)}, not a list of options")
@@ -225,11 +221,11 @@ class Columns:
     def _images(self, record: Record) -> dict[int, ImageInput]:
         """The images of the row's columns by their numbers from 1."""
         if isinstance(self.images, list):
-            values = {number: _get(record, name, "images") for number, name in enumerate(self.images, start=1)}
+            values = {number: get_cell(record, name, "images") for number, name in enumerate(self.images, start=1)}
             return {number: value for number, value in values.items() if is_held(value)}  # type: ignore[misc]
         if self.images is None and not any(name in record for name in IMAGE_COLUMNS):
             return {}
-        value, _ = _pick(record, self.images, IMAGE_COLUMNS, "images")
+        value, _ = pick(record, self.images, IMAGE_COLUMNS, "images")
         images = list(value) if isinstance(value, (list, tuple)) else [value] if is_held(value) else []
         return dict(enumerate(images, start=1))  # type: ignore[arg-type]
 
@@ -241,20 +237,6 @@ def _refuse_unread(record: Record) -> None:
             raise BadRecord(f"has {name}, and text and images are understood; take the row out")
 
 
-def _pick(record: Record, column: str | list[str] | None, usual: Sequence[str], option: str) -> tuple[object, str]:
-    """The value of the given column, or of the first usual one that the record has, and the column's name."""
-    name = column if isinstance(column, str) else next((name for name in usual if name in record), None)
-    if name is None:
-        raise BadRecord(f"has no column {' or '.join(usual)}, only {', '.join(record)}; name it with columns.{option}")
-    return _get(record, name, option), name
-
-
-def _get(record: Record, column: str, option: str) -> object:
-    if column not in record:
-        raise BadRecord(f"has no column '{column}', only {', '.join(record)}; correct columns.{option}")
-    return record[column]
-
-
 def _checked(function, *arguments):
     """What a function makes of a record's values; its complaint is about the record."""
     try:
@@ -263,73 +245,5 @@ def _checked(function, *arguments):
         raise BadRecord(str(error)) from error
 
 
-def _line(line: str, record: Record, options: str) -> str:
-    """A line of the question with its slots filled, empty if one of them is."""
-    slots = template_slots(line)
-    values = {slot: options if slot == "options" else _slot(_get(record, slot, "question"), slot) for slot in slots}
-    return line.format(**values) if all(values.values()) else ""
-
-
-def _slot(value: object, column: str) -> str:
-    if not is_held(value):
-        return ""
-    if isinstance(value, (list, tuple)):
-        return ",".join(_slot(entry, column) for entry in value)
-    if not isinstance(value, (str, int, float)):
-        raise BadRecord(f"column '{column}' holds {kind_of(value)}, which is no text for the question")
-    return str(value)
-
-
-def _answer(value: object, column: str, may_be_written_out: bool = False) -> Gold:
-    """A reference answer as text, or those of several that say something."""
-    if may_be_written_out and isinstance(value, str):
-        value = listed_texts(value.strip()) or value
-    if isinstance(value, (list, tuple)):
-        return [_one_answer(item, column) for item in value if is_held(item)]
-    return _one_answer(value, column)
-
-
-def _one_answer(value: object, column: str) -> str:
-    if isinstance(value, dict):  # the VQA sets' own form, and verl's
-        value = next((value[name] for name in ("answer", "ground_truth") if name in value), value)
-    if not is_held(value):
-        return ""  # Row refuses it as empty
-    if not isinstance(value, (str, int, float)):
-        raise BadRecord(f"column '{column}' holds {kind_of(value)}, not an answer")
-    if isinstance(value, float) and value.is_integer():  # what pandas makes of whole numbers where one is missing
-        value = int(value)
-    return str(value)
-
-
 def _with_option(answer: Gold, question: str) -> Gold:
     return with_option_text(answer, question) if isinstance(answer, str) else answer
-
-
-def _place(texts: list[str], images: dict[int, ImageInput]) -> tuple[list[str], list[ImageInput]]:
-    """The turns with plain markers only, and the images in their order.
-
-    Args:
-        texts: With plain markers, or with numbered ones such as ``<image 2>``; the question is the last.
-        images: By number, from 1.
-    """
-    named = [int(number) for text in texts for number in _NUMBERED_MARKER.findall(text)]
-    if not named:
-        return texts, list(images.values())
-    if any(IMAGE_MARKER in text for text in texts):
-        raise BadRecord(f"the question mixes {IMAGE_MARKER} and numbered markers; use one of them")
-    missing = [number for number in named if number not in images]
-    if missing:
-        held = ", ".join(map(str, images)) or "none"
-        raise BadRecord(f"the question shows <image {missing[0]}>, the row has {held}; correct columns.images")
-    leading = [number for number in images if number not in named]
-    first, *others = (_NUMBERED_MARKER.sub(IMAGE_MARKER, text) for text in texts)
-    return [IMAGE_MARKER * len(leading) + first, *others], [images[number] for number in [*leading, *named]]
-
-
-def _resolve(image: ImageInput, folder: Path) -> ImageInput:
-    """The image with a relative path made relative to the folder."""
-    if isinstance(image, dict) and not image.get("bytes") and isinstance(image.get("path"), str):
-        image = image["path"]
-    if isinstance(image, str) and "://" not in image[:10] and not is_encoded(image):
-        return str(folder / Path(image).expanduser())
-    return image
