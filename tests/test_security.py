@@ -134,5 +134,5 @@ load_backbone({str(tmp_path / "backbone")!r}, tuning="lora")
 
 def test_offline_a_hub_id_that_is_not_there_is_an_error_that_says_so():
     """All tests run with HF_HUB_OFFLINE=1."""
-    with pytest.raises(ValueError, match="nobody/nothing.*HF_HUB_OFFLINE.*hf download nobody/nothing"):
+    with pytest.raises(FileNotFoundError, match="nobody/nothing.*HF_HUB_OFFLINE.*hf download nobody/nothing"):
         load_backbone("nobody/nothing")
